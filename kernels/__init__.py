@@ -1,0 +1,1 @@
+"""Functions on tensors: the neural memory, attention, the loss; each beside its plain reference."""

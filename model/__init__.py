@@ -1,0 +1,1 @@
+"""Titans language models: mathematics on one device."""

@@ -1,0 +1,1 @@
+"""Everything that knows ranks: process groups, DeepSpeed engine, layouts."""

@@ -1,0 +1,1 @@
+"""Commands around training: tokenizer, shards, export, evaluate, generate."""
