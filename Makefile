@@ -1,0 +1,41 @@
+# `make demo` and `make test` do all their set-up: a virtual environment in .venv, made once and brought up to date when
+# the requirements change. They need Python 3.11 or newer with its venv module.
+#   make demo DATA=path/to/text     the demo on your own text
+#   make test PYTEST="-m slow"      the tests that take minutes; any pytest options
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help: ## show the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## text to a trained, resumed, exported model on the CPU, in about five minutes
+	$(RUN) -m tools.demo $(if $(DATA),--data "$(DATA)") $(DEMO)
+
+test: $(VENV)/.installed-dev ## the tests
+	$(RUN) -m pytest $(PYTEST)
+
+lint: $(VENV)/.installed-dev ## ruff
+	$(RUN) -m ruff check .
+
+clean: ## remove the virtual environment and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "error: $(PYTHON) -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+	@echo "installing requirements.txt into $(VENV), a minute or so ..."
+	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	@touch $@
