@@ -1,0 +1,89 @@
+"""The chunked head loss against torch's own, its gradients, and what it keeps in memory."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kernels.cross_entropy import linear_cross_entropy, token_losses
+
+
+def _problem(dtype: torch.dtype, tokens: int = 11) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(13, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(13, (tokens,), generator=generator)
+    targets[::3] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 11, 1024])
+def test_loss_and_gradients_equal_the_plain_ones(chunk_tokens: int) -> None:
+    hidden, weight, targets = _problem(torch.float64)
+    loss = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk_tokens)
+    plain = cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(loss, plain, rtol=1e-13, atol=0)
+    got_all, expected_all = (torch.autograd.grad(value * 0.7, (hidden, weight)) for value in (loss, plain))
+    for got, expected in zip(got_all, expected_all, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_gradcheck_passes() -> None:
+    hidden, weight, targets = _problem(torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, chunk_tokens=4), (hidden, weight))
+
+
+def test_only_the_gradients_asked_for_are_computed() -> None:
+    hidden, weight, targets = _problem(torch.float64)
+    frozen = linear_cross_entropy(hidden, weight.detach(), targets)
+    full = linear_cross_entropy(hidden, weight, targets)
+    assert torch.equal(torch.autograd.grad(frozen, hidden)[0], torch.autograd.grad(full, hidden)[0])
+
+
+def test_bf16_sums_in_fp32() -> None:
+    hidden, weight, targets = _problem(torch.bfloat16, tokens=300)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    exact = linear_cross_entropy(hidden.double(), weight.double(), targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-3, atol=0)
+    grad, expected = (torch.autograd.grad(value, weight)[0] for value in (loss, exact))
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad, expected, rtol=0.05, atol=0.2)
+
+
+def test_no_counted_token_gives_zero_loss_and_zero_gradient() -> None:
+    hidden, weight, targets = _problem(torch.float32)
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_token_losses_sum_to_the_loss_and_skip_ignored_tokens() -> None:
+    hidden, weight, targets = _problem(torch.float64)
+    losses = token_losses(hidden, weight, targets, chunk_tokens=4)
+    assert not losses.requires_grad and losses.shape == targets.shape
+    assert not losses[targets == -100].any()
+    torch.testing.assert_close(losses.sum(), linear_cross_entropy(hidden, weight, targets))
+
+
+def test_another_ignore_index_is_honoured() -> None:
+    hidden, weight, targets = _problem(torch.float64)
+    moved = targets.masked_fill(targets == -100, 5)
+    expected = cross_entropy(hidden @ weight.T, moved, ignore_index=5, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, moved, ignore_index=5), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden": torch.zeros(4, 5)}, "hidden"),
+        ({"weight": torch.zeros(3, 6, dtype=torch.float64)}, "weight"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, "targets"),
+        ({"chunk_tokens": 0}, "chunk_tokens"),
+    ],
+)
+def test_a_wrong_argument_is_named(change: dict, named: str) -> None:
+    arguments = {"hidden": torch.zeros(4, 6), "weight": torch.zeros(3, 6), "targets": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=named):
+        linear_cross_entropy(**{**arguments, **change})
