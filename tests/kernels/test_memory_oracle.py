@@ -1,0 +1,144 @@
+"""The dual form against the per-token recurrence with autograd, float64: outputs, final state and every gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.memory import MemoryState, neural_memory, neural_memory_reference
+from kernels.memory.decay import decay_matrix
+from tests.kernels.memory_cases import GATES, HEADS, leaves, make_inputs, make_weights, relative_error
+
+NAMES = ("q", "k", "v", *GATES)
+OPTIONS = list(itertools.product((1, 2, 3, 4), ("silu", "gelu", "softmax"), ("init", "zero"), (None, 1.5)))
+
+
+def outputs_and_gradients(function, inputs: list[Tensor], weights: list[Tensor], state: MemoryState | None, **options):
+    """All results, and the gradients of a fixed random projection of all results, for one implementation."""
+    inputs, weights = leaves(inputs), leaves(weights)
+    state_leaves: list[Tensor] = []
+    if state is not None:
+
+        def leaf(x: Tensor) -> Tensor:
+            state_leaves.append(x.detach().clone().requires_grad_())
+            return state_leaves[-1]
+
+        state = state.map(leaf)
+    y, end = function(*inputs, weights, state, **options)
+    results = [y, *end.weights, *end.momentum, end.k, end.v, end.alpha, end.eta, end.theta]
+    generator = torch.Generator().manual_seed(7)
+    loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in results if x.numel())
+    sources = [*inputs, *weights, *state_leaves]
+    gradients = torch.autograd.grad(loss, sources, allow_unused=True)
+    return [x.detach() for x in results], [
+        torch.zeros_like(x) if g is None else g for x, g in zip(sources, gradients, strict=False)
+    ]
+
+
+def assert_equal_to_oracle(inputs, weights, state, **options) -> None:
+    expected = outputs_and_gradients(neural_memory_reference, inputs, weights, state, **options)
+    found = outputs_and_gradients(neural_memory, inputs, weights, state, **options)
+    for kind, these, those in zip(("result", "gradient"), found, expected, strict=True):
+        for index, (a, b) in enumerate(zip(these, those, strict=True)):
+            assert a.shape == b.shape, f"{kind} {index}: {a.shape} {b.shape}"
+            if b.numel():
+                assert relative_error(a, b) < 1e-9, f"{kind} {index} of {options}"
+
+
+def incoming_state(depth: int, num_tokens: int, **options) -> MemoryState:
+    """A state in use: `num_tokens` after the beginning, with momentum and, for most lengths, an open chunk."""
+    return neural_memory_reference(*make_inputs(num_tokens, seed=5), make_weights(depth, seed=6), **options)[1]
+
+
+@pytest.mark.parametrize(("depth", "activation", "forget_to", "step_bound"), OPTIONS)
+def test_equals_oracle_for_every_option(depth: int, activation: str, forget_to: str, step_bound: float | None) -> None:
+    options = {
+        "chunk_size": 4,
+        "activation": activation,
+        "forget_to": forget_to,
+        "step_bound": step_bound,
+        "activation_scale": 1.3,
+    }
+    state = incoming_state(depth, 6, **options)
+    assert_equal_to_oracle(make_inputs(11), make_weights(depth), state, **options)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize(("num_tokens", "chunk_size"), [(12, 4), (13, 4), (3, 8), (1, 1), (9, 1), (1, 4), (5, 5)])
+def test_equals_oracle_for_every_chunking(num_tokens: int, chunk_size: int, with_state: bool) -> None:
+    options = {"chunk_size": chunk_size, "step_bound": 2.0}
+    state = incoming_state(2, 7, **options) if with_state else None
+    assert_equal_to_oracle(make_inputs(num_tokens), make_weights(2), state, **options)
+
+
+def test_equals_oracle_across_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.memory.dual.GROUP_TOKENS", 8)
+    options = {"chunk_size": 4, "step_bound": 2.0}
+    assert_equal_to_oracle(make_inputs(27), make_weights(2), incoming_state(2, 7, **options), **options)
+    assert_equal_to_oracle(make_inputs(24), make_weights(3), None, **options)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_equals_oracle_with_dot_objective(depth: int) -> None:
+    options = {"chunk_size": 4, "objective": "dot"}
+    assert_equal_to_oracle(make_inputs(11), make_weights(depth), incoming_state(depth, 6, **options), **options)
+
+
+@pytest.mark.parametrize("step_bound", [None, 2.0])
+def test_gates_at_their_ends_are_exact(step_bound: float | None) -> None:
+    inputs = make_inputs(14)
+    alpha, eta, theta = inputs[3:]
+    alpha[:, 2] = alpha[:, 7:9] = 1.0
+    alpha[:, 4] = 0.0
+    eta[:, 3] = eta[:, 7] = 0.0
+    eta[:, 5] = eta[0, 9] = 1.0
+    theta[:, 5] = theta[:, 10] = 0.0
+    assert_equal_to_oracle(inputs, make_weights(2), None, chunk_size=6, step_bound=step_bound)
+    inputs[3], inputs[4] = torch.ones_like(alpha), torch.zeros_like(eta)
+    assert_equal_to_oracle(inputs, make_weights(2), None, chunk_size=6, step_bound=step_bound)
+
+
+@pytest.mark.parametrize("step_bound", [None, 0.7])
+def test_gradcheck(step_bound: float | None) -> None:
+    inputs, weights = make_inputs(4), make_weights(2, width=3)
+    state = neural_memory(*make_inputs(4, seed=3), weights, chunk_size=3)[1]
+    flat: list[Tensor] = []
+    state.map(lambda x: flat.append(x) or x)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors[8:])
+        given = state.map(lambda _: next(rest))
+        y, end = neural_memory(*tensors[:6], tensors[6:8], given, chunk_size=3, step_bound=step_bound)
+        return y, *end.weights, *end.momentum, end.k
+
+    assert torch.autograd.gradcheck(function, leaves([*inputs, *weights, *flat]))
+
+
+def test_decay_matrix_is_the_product_of_gates() -> None:
+    gate = torch.tensor([0.5, 0.0, 0.25, 1.0], dtype=torch.float64, requires_grad=True)
+    expected = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0.25, 1, 0], [0, 0.25, 1, 1]]
+    assert decay_matrix(gate).tolist() == expected
+    assert torch.autograd.gradcheck(decay_matrix, torch.rand(3, 6, dtype=torch.float64, requires_grad=True))
+
+
+def test_decay_matrix_keeps_its_precision_over_strong_decay() -> None:
+    gate = torch.full((256,), 1e-6)
+    gate[128:] = 0.999
+    assert decay_matrix(gate)[255, 128].item() == pytest.approx(0.999**127, rel=1e-5)
+
+
+def test_surprise_is_the_norm_of_the_inner_gradient() -> None:
+    inputs, weights = make_inputs(5, rows=1), make_weights(3)
+    _, _, surprise = neural_memory(*inputs, weights, chunk_size=8, return_surprise=True)
+    for token, head in itertools.product(range(5), range(HEADS)):
+        w0 = leaves([w[head] for w in weights])
+        x = inputs[1][0, token, head]
+        for layer, w in enumerate(w0):
+            x = x @ w
+            x = torch.nn.functional.silu(x) if layer < len(w0) - 1 else x
+        gradient = torch.autograd.grad((x - inputs[2][0, token, head]).square().sum(), w0)
+        expected = torch.cat([g.flatten() for g in gradient]).norm()
+        assert surprise[0, token, head].item() == pytest.approx(expected.item(), rel=1e-12)
