@@ -52,7 +52,8 @@ def neural_memory(
         forget_to: "init" forgets towards W_0, "zero" towards nothing, as the paper writes it.
         objective: "l2" as above, or "dot", `-<M(k), v>`: linear attention when L is 1.
         step_bound: b: each layer's step is divided by `max(1, b * sum_j c_j |x_j . x_t|)` over the chunk's
-            tokens j <= t, with x the layer's inputs at the chunk's start and `c = theta / (1 - eta)`; None for plain steps.
+            tokens j <= t, with x the layer's inputs at the chunk's start and `c = theta / (1 - eta)`; None for plain
+            steps.
         activation_scale: multiplies every hidden activation.
         backend: "auto", "dual" (the chunked dual form) or "reference" (the oracle).
         return_surprise: also return the norm of u_t for each token.

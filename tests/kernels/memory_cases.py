@@ -36,4 +36,4 @@ def leaves(tensors: list[Tensor]) -> list[Tensor]:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference relative to the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max().clamp_min(1e-30))
