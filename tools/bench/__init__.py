@@ -1,1 +1,1 @@
-"""Benchmarks: each is a command that prints a table and writes a JSON record with hardware, versions, commit, command."""
+"""Benchmarks: commands that print a table and write a JSON record with hardware, versions, commit and command."""

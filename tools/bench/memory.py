@@ -1,4 +1,4 @@
-"""`tools.bench memory`: time and peak memory of the neural memory, forward and backward, against the sequence length."""
+"""`tools.bench memory`: time and peak memory of the neural memory, forward and backward, against length."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, A
     settings = {name: getattr(arguments, name) for name in names}
     results = []
     for length in arguments.lengths:
-        worker = [sys.executable, "-c", _WORKER, json.dumps({"length": length, **settings})]
+        worker = [sys.executable, "-c", _WORKER, str(length), json.dumps(settings)]
         output = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True).stdout
         results.append({"length": length, **json.loads(output)})
     table = Table("tokens", "forward s", "backward s", "us a token", "peak MB over inputs", "KB a token")
