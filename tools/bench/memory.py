@@ -17,9 +17,13 @@ from rich.table import Table
 from kernels.memory import neural_memory
 
 # Resident memory is a process's high-water mark, so each length runs in a process of its own.
-_WORKER = (
-    "import json, sys; from tools.bench.memory import measure; print(json.dumps(measure(**json.loads(sys.argv[1]))))"
-)
+_WORKER = """
+import json, sys
+from tools.bench.memory import measure
+settings = json.loads(sys.argv[2])
+measure(length=64, **settings)  # loads and warms up what the first call needs
+print(json.dumps(measure(length=int(sys.argv[1]), **settings)))
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
