@@ -1,1 +1,1 @@
-"""Everything that knows ranks: process groups, DeepSpeed engine, layouts."""
+"""Everything that knows ranks: processes, ZeRO, and the engine that the training loop drives."""

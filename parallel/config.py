@@ -1,0 +1,59 @@
+"""How a run is spread over processes and devices."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ParallelConfig(BaseModel):
+    """Layout and precision. What it leads to in DeepSpeed's own terms is derived in one place, `deepspeed_config`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What each rank keeps only its share of: 0 nothing, 1 the optimizer's state, 2 the gradients too, 3 the
+    parameters too.
+    """
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """What the model computes in. With bf16 the master weights, the optimizer's state and the summed gradients
+    stay fp32.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What to compute on; auto takes this rank's GPU where there is one."""
+
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third
+    more compute.
+    """
+
+    bucket_elements: int = Field(default=100_000_000, ge=1)
+    """Gradients are reduced in buckets of this many elements; larger ones use the network better and take more
+    memory.
+    """
+
+    gather_ahead_elements: int = Field(default=100_000_000, ge=1)
+    """ZeRO 3: how many parameter elements may be gathered ahead of their use."""
+
+    keep_gathered_below: int = Field(default=10_000, ge=0)
+    """ZeRO 3: parameters with fewer elements than this stay whole on every rank."""
+
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """A collective that waits longer than this for a lost rank ends the job."""
+
+    deterministic: bool = False
+    """Use only deterministic kernels, so that two runs on GPUs are bitwise equal; slower. On CPU they are equal
+    anyway.
+    """
+
+    @model_validator(mode="after")
+    def _bf16_needs_a_partitioned_optimizer(self) -> ParallelConfig:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "zero_stage 0 with precision bf16 would sum gradients and step in bfloat16; use zero_stage 1 or more "
+                "(on one process it costs nothing), or precision fp32"
+            )
+        return self

@@ -1,0 +1,340 @@
+"""The engine that the training loop drives: step, evaluate, save, load. Nothing outside this folder knows that it
+is DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.config import ParallelConfig
+from parallel.deepspeed_config import deepspeed_config
+from parallel.fragments import Fragment, fragments, make_optimizer_state, optimizer_step, spread_masters
+from parallel.process import World
+from parallel.state_files import (
+    KINDS,
+    MOMENTS,
+    WEIGHT,
+    StateReader,
+    Stretch,
+    require_same_parameters,
+    write_index,
+    write_rank,
+)
+
+IGNORED = -100
+
+
+class Batch(Protocol):
+    """One rank's micro-batch: tokens and targets, int64 [B, T]; targets of -100 do not count."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def targets(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step saw, summed over all ranks. The tensors are fp32, 0-d, on the device: reading them
+    waits for it.
+    """
+
+    loss: Tensor
+    """Mean over the step's tokens, in nats."""
+
+    grad_norm: Tensor
+    """Global l2 norm of the mean gradient, before clipping."""
+
+    tokens: Tensor
+    """Targets that counted (int64)."""
+
+    stats: list[dict[str, Tensor]] | None
+    """A dict for each layer, averaged over ranks, of the last micro-batch; None unless asked for."""
+
+
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    # Saying which accelerator it is spares DeepSpeed its guess, and makes `device: cpu` hold on a machine with GPUs.
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
+    import deepspeed.ops
+
+    # Building this shared-memory operator takes 20 to 60 s and a compiler; only tensor-parallel inference calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # ZeRO 3 warns of outputs that are no tuples: `_LossModule` unpacks the model's, and no parameter is used
+    # outside its own module.
+    importlib.import_module("deepspeed.runtime.zero.utils").warned = True
+    # torch >= 2.13 renames collectives that DeepSpeed 0.19 calls by their old names, once for each call.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    return deepspeed
+
+
+class _LossModule(nn.Module):
+    # DeepSpeed starts its backward pass from hooks on the tensors that it finds in the output, and it looks into
+    # tuples only. With the model's own output class the hooks are missing, and gradients accumulated in bf16 were
+    # counted twice.
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, with_stats: bool = False
+    ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
+        output = self.model(tokens, targets=targets, with_stats=with_stats)
+        return output.loss_sum, output.stats
+
+
+class Engine:
+    """A model, its optimizer and its place among the ranks.
+
+    The loss convention is one for every layout: a rank's loss is its token sum times the data-parallel ranks over
+    the tokens of the whole step, so that DeepSpeed's mean over ranks is the mean over tokens, whatever the ranks'
+    shares.
+
+    Args:
+        model: takes (tokens [B, T], targets=[B, T], with_stats=bool) and returns an output with `.loss_sum` and
+            `.stats`.
+        optimizer: AdamW over the model's parameters. Its groups keep their weight decay; the learning rate comes
+            with each step.
+        accumulation: micro-batches of a step.
+        gradient_clip: largest global gradient norm; 0.0 turns clipping off.
+
+    Raises:
+        ValueError: the model has state that checkpoints would lose (persistent buffers).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        config: ParallelConfig,
+        world: World,
+        *,
+        micro_batch_size: int,
+        accumulation: int,
+        gradient_clip: float,
+    ) -> None:
+        _require_no_buffers(model)
+        self.world = world
+        self.config = config
+        self.accumulation = accumulation
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
+        self._clip = gradient_clip
+        self._optimizer = optimizer
+        self._ungraded: set[str] | None = None
+        deepspeed = _import_deepspeed(world.device)
+        # Left behind by an earlier engine of this process; with them set, the next one takes that engine's groups.
+        deepspeed.utils.groups.mpu = None
+        deepspeed.utils.groups.mesh_device = None
+        settings = deepspeed_config(
+            config,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            data_ranks=world.size,
+            gradient_clip=gradient_clip,
+            num_parameters=self.num_parameters,
+            on_gpu=world.device.type == "cuda",
+        )
+        self.module = model.to(world.device)
+        """The model. Under ZeRO 3 its parameters are empty outside its forward."""
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
+            self._engine, *_ = deepspeed.initialize(
+                model=_LossModule(self.module), optimizer=optimizer, config=settings
+            )
+
+    def train_step(self, batches: Sequence[Batch], learning_rate: float, *, with_stats: bool = False) -> StepResult:
+        """One optimizer step over this rank's micro-batches. Every rank calls it.
+
+        Raises:
+            ValueError: not `accumulation` micro-batches, or (first step) a parameter that no gradient reaches.
+        """
+        if len(batches) != self.accumulation:
+            raise ValueError(f"a step takes {self.accumulation} micro-batches, got {len(batches)}")
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        moved = [self._to_device(batch) for batch in batches]
+        tokens = torch.stack([(targets != IGNORED).sum() for _, targets in moved]).sum()
+        dist.all_reduce(tokens)
+        scale = self.world.size / tokens.clamp(min=1).to(torch.float32)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
+        stats: list[dict[str, Tensor]] | None = None
+        first = optimizer_step(self._optimizer) == 0 and self._ungraded is None
+        hooks = self._watch_gradients() if first else []
+        for index, (inputs, targets) in enumerate(moved):
+            last = index == len(moved) - 1
+            loss, stats = self._engine(inputs, targets, with_stats=with_stats and last)
+            # The convention already divides by the whole step's tokens, so DeepSpeed must not divide by the
+            # accumulation again.
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
+            loss_sum += loss.detach()
+            norm = self._clip_without_zero() if last else None
+            if last and first:
+                self._require_gradients(hooks)
+            self._engine.step()
+        dist.all_reduce(loss_sum)
+        if norm is None:
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+        return StepResult(
+            loss=loss_sum / tokens, grad_norm=norm.detach(), tokens=tokens, stats=self._mean_over_ranks(stats)
+        )
+
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Sum of the loss (nats) and number of tokens over all ranks' batches. Ranks may have different numbers of
+        batches.
+        """
+        totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        self._engine.eval()
+        with torch.no_grad():
+            for inputs, targets in self._in_step(batches):
+                loss, _ = self._engine(inputs, targets)
+                totals[0] += loss
+                totals[1] += (targets != IGNORED).sum()
+        self._engine.train()
+        dist.all_reduce(totals)
+        return float(totals[0]), int(totals[1])
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's share of weights and optimizer state into `folder`; every rank calls it. Returns the
+        files written.
+
+        Nothing is synced, renamed or agreed here: that is `pretrain.checkpoints`' part. Raises OSError or
+        SafetensorError.
+        """
+        held = self._fragments()
+        self._require_optimizer_state(held)
+        stretches: Iterator[Stretch] = iter(())
+        if self.config.zero_stage > 0 or self.world.is_main:
+            stretches = (
+                Stretch(kind, f.parameter, f.start, f.values(kind, self._optimizer.state))
+                for f in held
+                for kind in KINDS
+            )
+        written = [write_rank(folder, self.world.rank, self.world.size, stretches)]
+        if self.world.is_main:
+            step = optimizer_step(self._optimizer)
+            written.append(write_index(folder, ranks=self.world.size, optimizer_step=step, shapes=self.shapes))
+        return written
+
+    def load(self, folder: Path) -> None:
+        """Take over weights and optimizer state that any layout saved; every rank calls it.
+
+        Learning rate, weight decay and clipping stay those of this engine.
+
+        Raises:
+            ValueError: the folder is not whole, or holds another model.
+        """
+        held = self._fragments()
+        with StateReader(folder) as reader, torch.no_grad():
+            require_same_parameters(self.shapes, reader.shapes, folder)
+            make_optimizer_state(self._optimizer, held, reader.optimizer_step)
+            for fragment in held:
+                for kind in KINDS:
+                    saved = reader.read(kind, fragment.parameter, fragment.start, fragment.numel)
+                    fragment.values(kind, self._optimizer.state).copy_(saved)
+        spread_masters(self._engine.optimizer, self.config.zero_stage)
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Every parameter, whole, fp32, on the CPU of rank 0 (an empty dict elsewhere). Every rank calls it."""
+        held = {fragment.parameter: fragment for fragment in self._fragments()}
+        whole: dict[str, Tensor] = {}
+        for name, shape in self.shapes.items():
+            # Summed as integers, of which only one rank's is not 0: the exact bits, a negative zero included.
+            bits = torch.zeros(shape.numel(), dtype=torch.int32, device=self.world.device)
+            if name in held and (self.config.zero_stage > 0 or self.world.is_main):
+                fragment = held[name]
+                values = fragment.values(WEIGHT, self._optimizer.state).to(torch.float32).contiguous()
+                bits[fragment.start : fragment.start + fragment.numel] = values.view(torch.int32)
+            dist.reduce(bits, dst=0)
+            if self.world.is_main:
+                whole[name] = bits.view(torch.float32).reshape(shape).cpu()
+        return whole
+
+    def destroy(self) -> None:
+        """Let go of hooks and buffers, so that another engine can be built in this process."""
+        self._engine.destroy()
+
+    def _fragments(self) -> list[Fragment]:
+        return list(fragments(self.module, self._engine.optimizer, self.config.zero_stage, self.world.rank))
+
+    def _require_optimizer_state(self, held: list[Fragment]) -> None:
+        if any(moment not in self._optimizer.state.get(f.flat, {}) for f in held for moment in MOMENTS):
+            make_optimizer_state(self._optimizer, held, 0)
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return (
+            batch.tokens.to(self.world.device, non_blocking=True),
+            batch.targets.to(self.world.device, non_blocking=True),
+        )
+
+    def _clip_without_zero(self) -> Tensor | None:
+        if self.config.zero_stage > 0:
+            return None
+        return nn.utils.clip_grad_norm_(self.module.parameters(), self._clip if self._clip > 0 else float("inf"))
+
+    def _in_step(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        # Under ZeRO 3 each forward is a collective: a rank that has run out keeps the others company with targets
+        # that do not count.
+        source = iter(batches)
+        spare = torch.zeros(1, 1, dtype=torch.int64, device=self.world.device)
+        while True:
+            batch = next(source, None)
+            running = torch.tensor(float(batch is not None), device=self.world.device)
+            dist.all_reduce(running, op=dist.ReduceOp.MAX)
+            if not running:
+                return
+            yield self._to_device(batch) if batch is not None else (spare, torch.full_like(spare, IGNORED))
+
+    def _mean_over_ranks(self, stats: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]] | None:
+        if stats is None:
+            return None
+        values = [value.detach().to(torch.float32).reshape(()) for layer in stats for value in layer.values()]
+        if not values:
+            return stats
+        means = torch.stack(values)
+        dist.all_reduce(means)
+        means /= self.world.size
+        supply = iter(means.unbind())
+        return [{name: next(supply) for name in layer} for layer in stats]
+
+    def _watch_gradients(self) -> list[Any]:
+        self._ungraded = set(self.shapes)
+
+        def watch(name: str) -> Any:
+            return lambda _: self._ungraded.discard(name) if self._ungraded is not None else None
+
+        return [p.register_post_accumulate_grad_hook(watch(n)) for n, p in self.module.named_parameters()]
+
+    def _require_gradients(self, hooks: Iterable[Any]) -> None:
+        # ZeRO's flat tensors would apply weight decay to such a parameter without ever training it.
+        for hook in hooks:
+            hook.remove()
+        if self._ungraded:
+            raise ValueError(
+                f"no gradient reaches {', '.join(sorted(self._ungraded)[:5])}: remove the parameter or freeze it "
+                "(requires_grad=False) before the optimizer is built"
+            )
+
+
+def _require_no_buffers(model: nn.Module) -> None:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    lost: Mapping[str, Tensor] = {name: value for name, value in model.state_dict().items() if name not in parameters}
+    if lost:
+        raise ValueError(
+            f"persistent buffers are not part of checkpoints: {', '.join(lost)}; register them with persistent=False"
+        )

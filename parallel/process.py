@@ -1,0 +1,166 @@
+"""One process among many: the process group, this rank's device, and an end that leaves no rank hanging.
+
+Start-up follows the variables that torchrun, the DeepSpeed launcher and Slurm scripts set (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them the process is alone, and gets a group of one, so that nothing
+above has to know the difference.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+T = TypeVar("T")
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: its rank among `size`, its rank on this node, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes the logs."""
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    """This process's rank as its launcher set it (0 when there is no launcher). Needs no process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def choose_device(name: DeviceName, local_rank: int) -> torch.device:
+    """`auto` is this rank's GPU where there is one. Raises ValueError where `cuda` is asked for and this rank has
+    none.
+    """
+    count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
+    if count == 0 and name == "cuda":
+        raise ValueError("parallel.device: 'cuda', but torch sees no GPU here; set parallel.device to cpu or auto")
+    if count == 0:
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK {local_rank} has no GPU: this node shows {count}; start at most {count} processes on a node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def initialize(device: DeviceName = "auto", *, timeout_minutes: float = 30.0) -> World:
+    """Join the process group (gloo on CPU, NCCL on GPUs) and take this rank's device.
+
+    Args:
+        device: what to compute on.
+        timeout_minutes: after how long a collective that waits for a lost rank is given up.
+
+    Raises:
+        ValueError: some but not all of the launcher's variables are set, or the device does not exist.
+    """
+    present = [name for name in _VARIABLES if name in os.environ]
+    if present == ["LOCAL_RANK"]:  # left by an earlier call in this process
+        present = []
+    if present and len(present) < len(_VARIABLES):
+        missing = [name for name in _VARIABLES if name not in os.environ]
+        raise ValueError(
+            f"{', '.join(present)} are set but {', '.join(missing)} are not: start through `python -m launch`, "
+            "torchrun or srun with all five, or unset them all for one process"
+        )
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
+    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        options["device_id"] = chosen
+    if not present:
+        options.update(store=dist.HashStore(), rank=0, world_size=1)
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it, also where nobody launched this process
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **options)
+    if size > 1:
+        install_abort_hook(rank)
+    return World(rank=rank, size=size, local_rank=local_rank, device=chosen)
+
+
+def install_abort_hook(rank: int) -> None:
+    """Make an exception that nobody caught end this process at once, its traceback first.
+
+    An ordinary exit waits in the process group's destructor for peers that wait for this rank: the job hangs until the
+    collective's timeout. The launcher ends the others as soon as one process is gone.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        print(f"rank {rank} failed:", file=sys.stderr)
+        traceback.print_exception(kind, error, trace)
+        exit_now(1)
+
+    def thread_hook(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is not None:
+            hook(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+
+    sys.excepthook = hook
+    threading.excepthook = thread_hook
+
+
+def exit_now(code: int) -> None:
+    """Flush the streams and end the process without destructors, which abort (gloo) or wait (NCCL) when a peer is
+    gone.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def shutdown() -> None:
+    """Leave the process group in step with the other ranks. Call `exit_now` after it: in 1 of 8 runs gloo's
+    destructor aborts.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's `value`, by rank, on every rank. For small things: messages and lists of files."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value` on every rank."""
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def first_error(message: str | None) -> str | None:
+    """The error of the lowest rank that has one, on every rank; None when no rank has one."""
+    return _first(gather_objects(message))
+
+
+def _first(messages: Sequence[str | None]) -> str | None:
+    for rank, message in enumerate(messages):
+        if message is not None:
+            return message if len(set(messages)) == 1 else f"rank {rank}: {message}"
+    return None
