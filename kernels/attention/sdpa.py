@@ -14,7 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from kernels.attention.inputs import AttentionInputs, Prefix, indices, visible
 
 _EXTRA = 8
-"""Components added to a head for the sink: two are used, eight keep the width a multiple that every fused kernel takes."""
+"""Components added to a head for the sink: two are used, eight keep a width that fused kernels take."""
 _QUERY_BLOCK = 1024
 """Queries per call where the mask must be spelled out over all keys: bounds the mask, not the attention."""
 

@@ -1,0 +1,84 @@
+"""The attention layer: rotary phases, persistent tokens, a bounded cache, and the mac's second stream."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import Prefix, attention
+from model.config import ModelConfig
+from model.layers import linear
+from model.rope import Rotary, rotate
+from model.state import AttentionCache
+
+
+class AttentionLayer(nn.Module):
+    """Causal attention over the cache and the tokens given: a window, the running segment, or everything."""
+
+    def __init__(self, config: ModelConfig, scale: float) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.window = config.window
+        self.q = linear(config.dim, config.dim)
+        self.k = linear(config.dim, config.dim)
+        self.v = linear(config.dim, config.dim)
+        self.output = linear(config.dim, config.dim, scale)
+        # Vectors of the model's width through the layer's own maps, as the paper's section 3.3 has them; as large as a
+        # normalised token, so that they start as keys and values of an ordinary size.
+        self.persistent = nn.Parameter(torch.randn(config.num_persistent, config.dim)) if config.num_persistent else None
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, cache: AttentionCache | None, context: Tensor | None = None
+    ) -> tuple[Tensor, AttentionCache]:
+        """Attends from x [B, T, dim], whose keys and values join the cache.
+
+        Args:
+            context: the mac's h [B, T, dim], a second stream under the same causal mask, with phases as its tokens.
+
+        Returns:
+            [B, T, dim] and the cache for what follows.
+        """
+        plain_q = self._heads(self.q(x))
+        grown = _grow(cache, rotate(self._heads(self.k(x)), rotary), self._heads(self.v(x)), *self._context(context, rotary))
+        y = attention(
+            rotate(plain_q, rotary), grown.k, grown.v,
+            window=self.window,
+            prefix=self._prefix(plain_q),
+            context=None if context is None else (grown.context_k, grown.context_v),
+            first_valid=None if cache is None else cache.first_valid,
+        )  # fmt: skip
+        return self.output(y.flatten(2)), grown if self.window is None else _keep_last(grown, self.window - 1)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def _context(self, context: Tensor | None, rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
+        if context is None:
+            return None, None
+        return rotate(self._heads(self.k(context)), rotary), self._heads(self.v(context))
+
+    def _prefix(self, plain_q: Tensor) -> Prefix | None:
+        if self.persistent is None:
+            return None
+        return Prefix(plain_q, self._heads(self.k(self.persistent)), self._heads(self.v(self.persistent)))
+
+
+def _grow(
+    cache: AttentionCache | None, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None
+) -> AttentionCache:
+    """The cache with new keys and values behind the old."""
+    if cache is None:
+        return AttentionCache(k, v, torch.zeros(k.shape[0], dtype=torch.int64, device=k.device), context_k, context_v)
+    if context_k is not None:
+        context_k, context_v = torch.cat((cache.context_k, context_k), 1), torch.cat((cache.context_v, context_v), 1)
+    return AttentionCache(
+        torch.cat((cache.k, k), 1), torch.cat((cache.v, v), 1), cache.first_valid, context_k, context_v
+    )
+
+
+def _keep_last(cache: AttentionCache, count: int) -> AttentionCache:
+    """The last `count` tokens of a window's cache."""
+    surplus = cache.k.shape[1] - count
+    if surplus <= 0:
+        return cache
+    # Copies: views would keep all that was ever cached alive.
+    first_valid = (cache.first_valid - surplus).clamp(min=0)
+    return AttentionCache(cache.k[:, surplus:].clone(), cache.v[:, surplus:].clone(), first_valid)

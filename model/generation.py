@@ -1,0 +1,83 @@
+"""Sampling from a model, a token at a time, on its state."""
+
+import torch
+from torch import Tensor
+
+from model.language_model import TitansLM
+from model.state import ModelState
+
+
+@torch.no_grad()
+def generate(
+    model: TitansLM,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    state: ModelState | None = None,
+    stop_token: int | None = None,
+) -> Tensor:
+    """Continues each row of a prompt.
+
+    Args:
+        tokens: [B, T] int64, T >= 1: what the model reads first, after what `state` has seen.
+        max_new_tokens: length of the continuation, at least 1.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the k likeliest tokens only.
+        top_p: sample among the fewest tokens whose probability reaches p.
+        generator: source of randomness, on the model's device; None for torch's global one.
+        stop_token: ends a row, whose remaining tokens repeat it; generation ends when all rows have.
+
+    Returns:
+        [B, n] int64, the new tokens alone, n <= max_new_tokens.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+    _check(max_new_tokens, temperature, top_k, top_p)
+    stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    made: list[Tensor] = []
+    while True:
+        output = model(tokens, state)
+        state = output.state
+        chosen = _choose(output.logits[:, -1].float(), temperature, top_k, top_p, generator)
+        if stop_token is not None:
+            chosen = chosen.masked_fill(stopped, stop_token)
+            stopped |= chosen == stop_token
+        made.append(chosen)
+        if len(made) == max_new_tokens or (stop_token is not None and bool(stopped.all())):
+            return torch.stack(made, 1)
+        tokens = chosen[:, None]
+
+
+def _choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """A token for each row of logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        ordered, order = probabilities.sort(-1, descending=True)
+        # A token stays while those before it have not reached p: the likeliest always does.
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}: it must be 0 (the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}: it must be at least 1, or none for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: it must be above 0 and at most 1, or none for all tokens")

@@ -1,0 +1,167 @@
+"""The Titans language model: embedding, blocks, head; one forward for whole sequences, pieces and single tokens."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as apply_linear
+from torch.utils.checkpoint import checkpoint
+
+from kernels.cross_entropy import linear_cross_entropy
+from model.config import ModelConfig
+from model.gates import GateProjection
+from model.layers import RMSNorm, SwiGLU, linear, residual_scale
+from model.memory import Stats
+from model.mixers import MIXERS, Mixed
+from model.rope import Rotary, rotary_phases
+from model.state import LayerState, ModelState
+
+EMBEDDING_STD = 0.02
+
+
+class ModelOutput(NamedTuple):
+    """What a forward gives."""
+
+    logits: Tensor | None
+    """[B, T, vocab_size] in the parameters' dtype; None where targets were given."""
+    state: ModelState
+    """The state after the last token."""
+    loss_sum: Tensor | None
+    """Sum of -log p over the targets that count, in nats: a scalar, fp32 (float64 for a float64 model)."""
+    stats: list[Stats] | None
+    """A dictionary per layer if asked for: means of alpha, eta, theta, surprise and weight_norm; empty without memory."""
+
+
+class Block(nn.Module):
+    """Mixer, then feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        scale = residual_scale(config.num_layers * (3 if config.variant == "mal" else 2))
+        self.mixer = MIXERS[config.variant](config, scale)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = SwiGLU(config.dim, config.ffn_dim, scale)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary | None, state: LayerState, restart: Tensor | None, with_stats: bool
+    ) -> Mixed:
+        """x [B, T, dim] to x [B, T, dim], the layer's next state, and its statistics."""
+        x, state, stats = self.mixer(x, rotary, state, restart, with_stats)
+        return x + self.feed_forward(self.norm(x)), state, stats
+
+
+class LMHead(nn.Module):
+    """Logits, or the loss without ever holding all logits. It registers its weight, also when that is the embedding's."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """x [B, T, dim] to logits [B, T, V], or with targets [B, T] int64 (-100: doesn't count) to the loss's sum."""
+        if targets is None:
+            return apply_linear(x, self.weight)
+        return linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten())
+
+
+class TitansLM(nn.Module):
+    """A language model whose layers learn while they read (Titans, arXiv 2501.00663).
+
+    Initial weights come from torch's global generator. Parameters may be fp32, bf16 or float64; memory states, gates and
+    norms are fp32 or better. Every parameter is used in the forward of the module that owns it only, as ZeRO-3 needs.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        own = None if config.tie_embeddings else linear(config.dim, config.vocab_size).weight
+        self.head = LMHead(self.embedding.weight if own is None else own)
+        self._activation_checkpointing = False
+
+    def forward(
+        self, tokens: Tensor, state: ModelState | None = None, *, targets: Tensor | None = None, with_stats: bool = False
+    ) -> ModelOutput:
+        """Reads tokens after what `state` has seen.
+
+        Pieces of any lengths, run in turn with the state handed on, give the logits of the whole. The state that comes back
+        is differentiable; detach it to stop the gradient there.
+
+        Args:
+            tokens: [B, T] int64, T >= 1.
+            state: where each row stands; None for beginnings.
+            targets: [B, T] int64, -100 for tokens that don't count; then the loss is computed instead of the logits.
+            with_stats: also give each layer's statistics.
+
+        Raises:
+            ValueError: tokens, targets or the state don't fit.
+        """
+        self._check(tokens, state, targets)
+        if state is None:
+            state = self.initial_state(tokens.shape[0])
+        x = self.embedding(tokens)
+        rotary = self.rotary(state.position, tokens.shape[1])
+        layers, stats = [], []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, layer, layer_stats = self._run_block(block, x, rotary, layer, state.restart, with_stats)
+            layers.append(layer)
+            stats.append(layer_stats)
+        after = ModelState(state.position + tokens.shape[1], tuple(layers))
+        out = self.head(self.norm(x), targets)
+        logits, loss_sum = (out, None) if targets is None else (None, out)
+        return ModelOutput(logits, after, loss_sum, stats if with_stats else None)
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """The state before the first token of `batch_size` rows."""
+        return ModelState.initial(batch_size, self.config.num_layers, self.norm.weight.device)
+
+    def rotary(self, position: Tensor, length: int) -> Rotary | None:
+        """Phases for `length` tokens from each row's position [B] on; None for a model without attention."""
+        if not self.config.has_attention:
+            return None
+        positions = position[:, None] + torch.arange(length, device=position.device)
+        return rotary_phases(positions, self.config.head_dim, self.config.rope_base, self.norm.weight.dtype)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Whether a block's activations are recomputed in backward instead of kept; values and gradients stay the same."""
+        self._activation_checkpointing = enabled
+
+    def num_parameters(self) -> int:
+        """Number of learned numbers, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def decay_parameters(self) -> set[str]:
+        """Names of the parameters that weight decay is meant for: the matrices of linear maps.
+
+        Left out: embeddings (and a head tied to them), norms, biases, convolutions, persistent tokens and W_0.
+        """
+        matrices = {
+            f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear | GateProjection)
+        }
+        return matrices if self.config.tie_embeddings else matrices | {"head.weight"}
+
+    def _run_block(
+        self, block: Block, x: Tensor, rotary: Rotary | None, state: LayerState, restart: Tensor | None, with_stats: bool
+    ) -> Mixed:
+        if self._activation_checkpointing and torch.is_grad_enabled():
+            # No dropout, so there is no random state to keep.
+            return checkpoint(
+                block, x, rotary, state, restart, with_stats, use_reentrant=False, preserve_rng_state=False
+            )
+        return block(x, rotary, state, restart, with_stats)
+
+    def _check(self, tokens: Tensor, state: ModelState | None, targets: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}: they must be int64 [B, T] with T >= 1")
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(f"targets are {list(targets.shape)}: they must have the shape of tokens, {list(tokens.shape)}")
+        if state is not None:
+            rows, layers = len(state.position), len(state.layers)
+            if rows != tokens.shape[0] or layers != self.config.num_layers:
+                raise ValueError(
+                    f"state has {rows} rows and {layers} layers, tokens {tokens.shape[0]} rows and the model "
+                    f"{self.config.num_layers} layers: hand on the state of the same batch and model"
+                )

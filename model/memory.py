@@ -1,0 +1,207 @@
+"""The memory layer: projections, gates, the neural memory, output (Titans, arXiv 2501.00663, sections 3.1 and 4.4)."""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from kernels.memory import MemoryState, memory_read, neural_memory
+from model.config import MemoryConfig, ModelConfig
+from model.gates import GateProjection, Gates
+from model.layers import CausalConvolution, HeadNorm, linear, unit
+from model.state import MemoryLayerState
+
+HEAD_NORM_EPS = 1e-3
+"""Inside the root of the reads' normalisation. Reads start near zero (the memory's last layer does), where a smaller number
+would multiply gradients by eps^-0.5; learned reads have a mean square well above it."""
+
+Stats = dict[str, Tensor]
+
+
+def activation_scale(config: MemoryConfig, hidden: int) -> float:
+    """What hidden activations are multiplied by, so that unit-norm inputs and N(0, 1) weights give unit-norm features.
+
+    From E[SiLU(z)^2] = 0.3557 and E[GELU(z)^2] = 0.4252 at z ~ N(0, 1), and sum of squares e / h for a softmax over many.
+    """
+    if config.parametrisation == "standard":
+        return 1.0
+    return {"silu": (0.3557 * hidden) ** -0.5, "gelu": (0.4252 * hidden) ** -0.5, "softmax": (hidden / math.e) ** 0.5}[
+        config.activation
+    ]
+
+
+class Write(NamedTuple):
+    """What the tokens write: keys and values [B, T, H, D], and their gates."""
+
+    k: Tensor
+    v: Tensor
+    gates: Gates
+
+
+class MemoryCore(nn.Module):
+    """Owns the learned W_0 and applies the neural memory from it; all uses of W_0 are inside this module's forward."""
+
+    def __init__(self, num_heads: int, head_dim: int, config: MemoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.expansion * head_dim
+        widths = [head_dim, *[hidden] * (config.depth - 1), head_dim]
+        self.scale = activation_scale(config, hidden)
+        # Registered on this module itself, not in a ParameterList: a list has no forward for ZeRO-3 to gather them at.
+        for layer in range(config.depth):
+            weight = torch.zeros(num_heads, widths[layer], widths[layer + 1])
+            if config.parametrisation == "standard":
+                nn.init.normal_(weight, std=widths[layer] ** -0.5)
+            elif layer < config.depth - 1:
+                nn.init.normal_(weight)
+            self.register_parameter(f"initial_{layer}", nn.Parameter(weight))
+
+    def forward(
+        self,
+        q: Tensor,
+        write: Write | None,
+        state: MemoryState | None,
+        segment_weights: tuple[Tensor, ...] | None,
+        restart: Tensor | None,
+        with_surprise: bool,
+    ) -> tuple[Tensor, MemoryState, tuple[Tensor, ...], Tensor | None]:
+        """Reads at q [B, T, H, D]: after each token's write, or, where `write` is None, at the segment's start.
+
+        Args:
+            state: None at the beginning of every row.
+            segment_weights: where a read without write reads; None for where the state stands.
+            restart: [B] bool, rows to start from W_0.
+
+        Returns:
+            y [B, T, H, D]; the state; the weights a read without write used; the surprise [B, T, H] if asked for.
+        """
+        weights = tuple(getattr(self, f"initial_{layer}") for layer in range(self.config.depth))
+        if state is None:
+            state = MemoryState.initial(weights, q.shape[0], q.dtype)
+        elif restart is not None:
+            state = state.reset_rows(restart, weights)
+            if segment_weights is not None:
+                segment_weights = tuple(
+                    torch.where(restart[:, None, None, None], start.to(now.dtype), now)
+                    for start, now in zip(weights, segment_weights, strict=True)
+                )
+        config = self.config
+        if write is None:
+            start = state.weights if segment_weights is None else segment_weights
+            y = memory_read(q, start, activation=config.activation, activation_scale=self.scale)
+            return y, state, start, None
+        y, state, *surprise = neural_memory(
+            q, write.k, write.v, *write.gates, weights, state,
+            chunk_size=config.chunk, activation=config.activation, forget_to=config.forget_to,
+            objective=config.objective, step_bound=config.step_bound, activation_scale=self.scale,
+            return_surprise=with_surprise,
+        )  # fmt: skip
+        return y, state, state.weights, surprise[0] if surprise else None
+
+
+class Stream(nn.Module):
+    """Queries, keys or values of a memory: linear, causal convolution, SiLU, and division by the l2 norm by choice."""
+
+    def __init__(self, dim: int, num_heads: int, width: int, normalize: bool) -> None:
+        super().__init__()
+        self.num_heads, self.normalize = num_heads, normalize
+        self.project = linear(dim, dim)
+        self.convolution = CausalConvolution(dim, width) if width > 1 else None
+
+    def forward(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, dim] and the convolution's tail to [B, T, H, D] and the next tail."""
+        x = self.project(x)
+        if self.convolution is not None:
+            x, tail = self.convolution(x, tail)
+        heads = silu(x).unflatten(-1, (self.num_heads, -1))
+        return unit(heads) if self.normalize else heads, tail
+
+
+class MemoryOutput(nn.Module):
+    """Reads to the model's width: normalised per head, gated by a linear of the tokens, projected.
+
+    In the mac and the mag the join does the gating: a second gate here would cost a matrix and add nothing.
+    """
+
+    def __init__(self, config: ModelConfig, scale: float) -> None:
+        super().__init__()
+        self.norm = HeadNorm(config.num_heads, config.head_dim, HEAD_NORM_EPS)
+        self.gate = None if config.variant in ("mac", "mag") else linear(config.dim, config.dim)
+        self.project = linear(config.dim, config.dim, scale)
+
+    def forward(self, reads: Tensor, x: Tensor) -> Tensor:
+        """Reads [B, T, H, D] at tokens x [B, T, dim] to [B, T, dim]."""
+        heads = self.norm(reads).flatten(2)
+        return self.project(heads if self.gate is None else heads * self.gate(x).sigmoid())
+
+
+class MemoryLayer(nn.Module):
+    """A neural memory on a stream of model-width tokens."""
+
+    def __init__(self, config: ModelConfig, scale: float) -> None:
+        super().__init__()
+        memory = config.memory
+        self.config = memory
+        for name, normalize in (("q", True), ("k", True), ("v", memory.normalize_values)):
+            self.add_module(name, Stream(config.dim, config.num_heads, memory.convolution, normalize))
+        self.gates = GateProjection(config.dim, config.num_heads, memory)
+        self.core = MemoryCore(config.num_heads, config.head_dim, memory)
+        self.output = MemoryOutput(config, scale)
+
+    def forward(
+        self, x: Tensor, state: MemoryLayerState | None, restart: Tensor | None, with_stats: bool
+    ) -> tuple[Tensor, MemoryLayerState, Stats]:
+        """Writes x [B, T, dim] and reads it back: [B, T, dim], the state, and means over tokens when asked for.
+
+        Tails beyond the first three (the mac's) pass through untouched.
+        """
+        tails = _tails(state, 3)
+        q, q_tail = self.q(x, tails[0])
+        k, k_tail = self.k(x, tails[1])
+        v, v_tail = self.v(x, tails[2])
+        gates = self.gates(x)
+        old = None if state is None else state.memory
+        reads, memory, _, surprise = self.core(q, Write(k, v, gates), old, None, restart, with_stats)
+        stats = _statistics(gates, surprise, memory) if with_stats else {}
+        new_tails = () if q_tail is None else (q_tail, k_tail, v_tail, *tails[3:])
+        start = None if state is None else state.segment_weights
+        return self.output(reads, x), MemoryLayerState(memory, new_tails, start), stats
+
+    def read_segment(
+        self, x: Tensor, state: MemoryLayerState | None, restart: Tensor | None
+    ) -> tuple[Tensor, MemoryLayerState]:
+        """The mac's h_i = M(q_i; W at the segment's start) for x [B, T, dim]: [B, T, dim], in the model's width.
+
+        Queries and output share the layer's own maps, and differ from them in the convolution's tail alone.
+        """
+        tails = _tails(state, 4)
+        q, tail = self.q(x, tails[3])
+        old, start = (None, None) if state is None else (state.memory, state.segment_weights)
+        reads, memory, start, _ = self.core(q, None, old, start, restart, False)
+        if tail is None:
+            return self.output(reads, x), MemoryLayerState(memory, (), start)
+        zeros = torch.zeros_like(tail)
+        new_tails = tuple(zeros if old_tail is None else old_tail for old_tail in tails[:3])
+        return self.output(reads, x), MemoryLayerState(memory, (*new_tails, tail), start)
+
+
+def _tails(state: MemoryLayerState | None, count: int) -> tuple[Tensor | None, ...]:
+    """The convolutions' tails, at least `count` entries, None where there is nothing before."""
+    tails = () if state is None else state.tails
+    return (*tails, *(None,) * (count - len(tails)))
+
+
+@torch.no_grad()
+def _statistics(gates: Gates, surprise: Tensor, memory: MemoryState) -> Stats:
+    """Means over rows, tokens and heads, fp32 0-d: the gates, the surprise, the norm of a row's and head's final weights."""
+    norm = torch.stack([weight.float().square().sum((-2, -1)) for weight in memory.weights]).sum(0).sqrt()
+    named = {**gates._asdict(), "surprise": surprise, "weight_norm": norm}
+    return {name: value.float().mean() for name, value in named.items()}
+
+
+def end_segment(state: MemoryLayerState) -> MemoryLayerState:
+    """The state when a segment is full: the next one starts from where the memory then stands."""
+    return replace(state, segment_weights=None)
