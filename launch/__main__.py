@@ -1,0 +1,25 @@
+"""`python -m launch`: start training processes. A subcommand for each kind of machine."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from launch import local
+from pretrain.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand and return its exit status; a user's mistake is one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(prog="python -m launch", description="Start the training processes of a recipe.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    local.add_parser(subparsers)
+    options = parser.parse_args(argv)
+    try:
+        return int(options.run(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""`python -m launch local`: all ranks of a run on this machine."""
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.processes import RankCommand, run_ranks
+from pretrain.errors import UserError
+
+HELP = """\
+Start one training process for each rank on this machine and wait for them.
+
+Rank 0 is shown here; every rank writes to <run folder>/logs/rankN.log. When a rank fails, its last lines are
+printed, the others are ended and its exit code is passed on. Ctrl-C and SIGTERM reach every rank."""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the subcommand."""
+    parser = subparsers.add_parser(
+        "local",
+        help="run all ranks on this machine",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="example: python -m launch local --nproc 2 launch/recipes/demo.yaml --optimizer.lr 0.001",
+    )
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes to start, one a rank (default 1)")
+    parser.add_argument("--port", type=int, default=None, help="port for the ranks to meet on (default: a free one)")
+    parser.add_argument(
+        "--grace", type=float, default=30.0, metavar="SECONDS", help="time between SIGTERM and SIGKILL (default 30)"
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe; this command's own options go before it")
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="for python -m pretrain: --section.field value, --resume, --dry-run",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check the options and the recipe once, then launch; returns the exit status. Raises UserError."""
+    check_options(options)
+    log_folder = recipe_folder(options.recipe, options.arguments) / "logs"
+    argv = [sys.executable, "-m", "pretrain", options.recipe, *options.arguments]
+    if "--dry-run" not in options.arguments:
+        return launch_local(argv, options.nproc, log_folder, port=options.port, grace_seconds=options.grace)
+    with tempfile.TemporaryDirectory(prefix="launch-dry-run-") as folder:  # a dry run leaves nothing in the run folder
+        return launch_local(argv, options.nproc, Path(folder), port=options.port, grace_seconds=options.grace)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse options that cannot work, before anything is started. Raises UserError."""
+    if options.nproc < 1:
+        raise UserError(f"--nproc {options.nproc}: at least one process is needed")
+    if options.port is not None and not 1 <= options.port <= 65535:
+        raise UserError(f"--port {options.port}: choose a port from 1 to 65535, or leave the option out for a free one")
+    if options.grace < 0:
+        raise UserError(f"--grace {options.grace:g}: give a number of seconds, 0 or more")
+    for name in ("--nproc", "--port", "--grace"):
+        if any(argument == name or argument.startswith(f"{name}=") for argument in options.arguments):
+            raise UserError(
+                f"{name} stands after the recipe, where options are training's: write it before {options.recipe}"
+            )
+
+
+def launch_local(
+    argv: Sequence[str], nproc: int, log_folder: Path, *, port: int | None = None, grace_seconds: float = 30.0
+) -> int:
+    """Run `argv` once for each of `nproc` ranks and return the exit status (see run_ranks)."""
+    port = port or free_port()
+    commands = [
+        RankCommand(
+            rank=rank,
+            argv=argv,
+            environment=rank_environment(rank, nproc, port),
+            log=log_folder / f"rank{rank}.log",
+        )
+        for rank in range(nproc)
+    ]
+    say(f"{nproc} {'process' if nproc == 1 else 'processes'} on this machine, port {port}, logs in {log_folder}")
+    started = time.monotonic()
+    status = run_ranks(commands, terminal=sys.stdout.buffer, say=say, grace_seconds=grace_seconds)
+    say(f"{'done' if status == 0 else f'ended with status {status}'} after {time.monotonic() - started:.0f} s")
+    return status
+
+
+def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """This process's environment with what torch.distributed reads, and no more threads in all than there are cores."""
+    environment = dict(os.environ)
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    environment.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(nproc),
+        LOCAL_WORLD_SIZE=str(nproc),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        PYTHONUNBUFFERED="1",  # a rank that is killed leaves its last lines in the log
+    )
+    return environment
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback interface now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def say(line: str) -> None:
+    """One line of the launcher's own, on stderr, apart from the training's output."""
+    print(f"launch: {line}", file=sys.stderr, flush=True)

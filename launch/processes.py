@@ -1,0 +1,286 @@
+"""Ranks as processes of one machine: start, follow, end together.
+
+Every rank writes to a log file of its own; the file of the rank to show is copied to the terminal as it grows. So no
+output is lost when the launcher dies, and a rank never blocks on a full pipe. All ranks share one process group, which
+launch/guard.py holds.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import BinaryIO
+
+POLL_SECONDS = 0.05
+TAIL_LINES = 40
+TAIL_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class RankCommand:
+    """One rank's process: what to run, with which environment, and where its output goes."""
+
+    rank: int
+    argv: Sequence[str]
+    environment: dict[str, str]
+    log: Path
+
+
+@dataclass
+class RankProcess:
+    """A started rank; `log_start` is where this launch's output begins in a log that may hold earlier ones."""
+
+    command: RankCommand
+    popen: subprocess.Popen[bytes]
+    log_start: int
+
+    @property
+    def rank(self) -> int:
+        """The rank's number in the whole job."""
+        return self.command.rank
+
+    def last_lines(self) -> list[str]:
+        """The last lines that this launch of the rank wrote; undecodable bytes are replaced."""
+        with self.command.log.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self.log_start, size - TAIL_BYTES))
+            return log.read().decode("utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+
+
+def exit_status(returncode: int) -> int:
+    """What a shell would show for a process's return code: 128 + n for one that died of signal n."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def describe_exit(returncode: int) -> str:
+    """A return code in words."""
+    if returncode < 0:
+        return f"killed by {signal.Signals(-returncode).name}"
+    return f"exit code {returncode}"
+
+
+@dataclass
+class ProcessGroup(AbstractContextManager["ProcessGroup"]):
+    """The ranks of this machine in one process group. Leaving the context ends whatever still runs."""
+
+    ranks: list[RankProcess] = field(default_factory=list)
+    guard: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "ProcessGroup":
+        self.guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        if self.guard.stdout is None or self.guard.stdout.readline() != "ready\n":
+            raise RuntimeError("the guard of the process group did not start")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+        for rank in self.ranks:
+            rank.popen.wait()
+
+    def start(self, command: RankCommand) -> RankProcess:
+        """Start a rank. Its log is appended to, so that the logs of a resumed run tell the whole story."""
+        if self.guard is None:
+            raise RuntimeError("start() outside of the context")
+        command.log.parent.mkdir(parents=True, exist_ok=True)
+        with command.log.open("ab") as log:
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            log.write(f"--- rank {command.rank} started {started}: {' '.join(command.argv)}\n".encode())
+            log.flush()
+            popen = subprocess.Popen(
+                list(command.argv),
+                env=command.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=self.guard.pid,
+            )
+            rank = RankProcess(command, popen, log.tell())
+        self.ranks.append(rank)
+        return rank
+
+    def running(self) -> list[RankProcess]:
+        """The ranks that have not ended."""
+        return [rank for rank in self.ranks if rank.popen.poll() is None]
+
+    def failed(self) -> list[RankProcess]:
+        """The ranks that ended with anything but 0. Of several, the one whose log fell silent first comes first:
+        it is the likely cause, the others lost their peer."""
+        failures = [rank for rank in self.ranks if rank.popen.poll() not in (None, 0)]
+        return sorted(failures, key=lambda rank: rank.command.log.stat().st_mtime_ns)
+
+    def send(self, number: int) -> None:
+        """Send a signal to the ranks themselves, not to their helpers: a rank that saves a checkpoint on SIGTERM still
+        needs its data workers to end in order."""
+        for rank in self.running():
+            rank.popen.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill the ranks and everything that they started, and the guard with them."""
+        if self.guard is None:
+            return
+        os.killpg(self.guard.pid, signal.SIGKILL)  # the guard is not reaped yet, so the group exists and is ours
+        self.guard.communicate()
+        self.guard = None
+
+
+class SignalRelay(AbstractContextManager["SignalRelay"]):
+    """Notes SIGINT, SIGTERM and SIGHUP while ranks run, so that the loop can hand them on instead of dying."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._pending: list[int] = []
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "SignalRelay":
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._pending.append(number)
+
+    def take(self) -> int | None:
+        """The oldest signal not handed on yet, or None."""
+        return self._pending.pop(0) if self._pending else None
+
+
+class LogFollower:
+    """Copies what is appended to a log file to a stream."""
+
+    def __init__(self, path: Path, start: int, stream: BinaryIO) -> None:
+        self._file = path.open("rb")
+        self._file.seek(start)
+        self._stream = stream
+
+    def copy(self) -> None:
+        """Copy all that was appended since the last call."""
+        while chunk := self._file.read(65536):
+            self._stream.write(chunk)
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Copy the rest and close the log."""
+        self.copy()
+        self._file.close()
+
+
+def run_ranks(
+    commands: Sequence[RankCommand],
+    *,
+    terminal: BinaryIO,
+    say: Callable[[str], None],
+    grace_seconds: float,
+) -> int:
+    """Run all ranks to their end and return the exit status of the launch.
+
+    The first command's log is shown on `terminal`; `say` gets the launcher's own lines. 0 when every rank ended with
+    0. When one fails, its last lines are said first, the others get SIGTERM, after `grace_seconds` SIGKILL, and its
+    exit status is returned. SIGINT, SIGTERM and SIGHUP are handed on to the ranks (SIGHUP as SIGTERM), with the same
+    grace; a second one kills at once.
+    """
+    # The relay goes in first: a signal between the start of a rank and the loop must not kill the launcher.
+    with SignalRelay() as relay, ProcessGroup() as group:
+        for command in commands:
+            group.start(command)
+        follower = LogFollower(commands[0].log, group.ranks[0].log_start, terminal)
+        watch = _Watch(group, say, grace_seconds)
+        try:
+            while group.running() and not watch.overdue():
+                follower.copy()
+                watch.hand_on(relay.take())
+                watch.look_for_failure()
+                time.sleep(POLL_SECONDS)
+        finally:
+            group.kill()
+            follower.close()
+        watch.look_for_failure()  # the ranks may all have ended between two looks
+        return watch.status()
+
+
+@dataclass
+class _Watch:
+    """What went wrong so far, and until when the ranks may end by themselves."""
+
+    group: ProcessGroup
+    say: Callable[[str], None]
+    grace_seconds: float
+    cause: RankProcess | None = None
+    interrupted: bool = False
+    deadline: float = float("inf")
+    started: float = field(default_factory=time.monotonic)
+
+    def hand_on(self, number: int | None) -> None:
+        """Hand a signal to the ranks; the second one means that the user will not wait."""
+        if number is None:
+            return
+        name = signal.Signals(number).name
+        if self.interrupted:
+            self.say(f"{name} again")
+            self.deadline = time.monotonic()
+            return
+        self.interrupted = True
+        self.say(f"{name}: handing it on to the ranks; they have {self.grace_seconds:g} s to end")
+        self.group.send(signal.SIGTERM if number == signal.SIGHUP else number)
+        self.deadline = time.monotonic() + self.grace_seconds
+
+    def look_for_failure(self) -> None:
+        """At the first failing rank: report it, and ask the others to end. Ranks that were told to end do not fail."""
+        if self.cause is not None or self.interrupted:
+            return
+        failures = self.group.failed()
+        if not failures:
+            return
+        self.cause = failures[0]
+        _report(failures, len(self.group.ranks), time.monotonic() - self.started, self.say)
+        self.group.send(signal.SIGTERM)
+        self.deadline = time.monotonic() + self.grace_seconds
+
+    def overdue(self) -> bool:
+        """Whether the grace time is over; says whom it ends."""
+        if time.monotonic() < self.deadline:
+            return False
+        late = ", ".join(str(rank.rank) for rank in self.group.running())
+        self.say(f"killing rank {late}: still running after the grace time")
+        return True
+
+    def status(self) -> int:
+        """The exit status of the launch, once every rank has ended: the cause's, or the first that is not 0."""
+        if self.cause is not None:
+            return exit_status(self.cause.popen.returncode)
+        codes = [rank.popen.wait() for rank in self.group.ranks]
+        return next((exit_status(code) for code in codes if code != 0), 0)
+
+
+def _report(failures: list[RankProcess], total: int, seconds: float, say: Callable[[str], None]) -> None:
+    first, others = failures[0], failures[1:]
+    say(
+        f"rank {first.rank} of {total} failed after {seconds:.0f} s: {describe_exit(first.popen.returncode)}. "
+        f"Its last lines (all of them: {first.command.log}):"
+    )
+    for line in first.last_lines() or ["(it wrote nothing)"]:
+        say(f"  [rank {first.rank}] {line}")
+    for rank in others:
+        say(f"rank {rank.rank} ended too: {describe_exit(rank.popen.returncode)} ({rank.command.log})")
+    if total > len(failures):
+        say("ending the other ranks")

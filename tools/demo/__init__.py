@@ -1,0 +1,1 @@
+"""The whole way on one machine without a GPU, from source text to a generated sample."""

@@ -1,0 +1,226 @@
+"""`python -m tools.demo`: from source text to a trained, killed, resumed, exported and measured model on a CPU.
+
+Everything runs through the commands that a user would type, and each is printed before it runs.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.config import Recipe, load_recipe
+from pretrain.data import ShardSet
+from pretrain.errors import UserError
+from tools.demo.bigram import bits_per_byte, fit_bigram
+from tools.demo.corpus import own_text, standard_library
+from tools.demo.training import (
+    Kill,
+    Replay,
+    compare_replay,
+    launch_command,
+    newest_checkpoint,
+    step_losses,
+    train_killed,
+)
+
+RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml"
+MARKER = ".demo"
+VOCABULARY = 4096
+VALIDATION_FRACTION = 0.03
+PROCESSES = 2
+PROMPT = "def read_file(path):\n"
+
+
+@dataclass
+class Demo:
+    """What the steps share, and what they found out for the closing table."""
+
+    folder: Path
+    overrides: list[str]
+    console: Console
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """A heading, and the time that the step took."""
+        self.console.rule(f"[bold]{len(self.seconds) + 1}. {title}", align="left")
+        started = time.monotonic()
+        yield
+        self.seconds[title] = time.monotonic() - started
+
+    def show(self, command: Sequence[str]) -> None:
+        """Print a command as a user would type it."""
+        words = ["python" if word == sys.executable else word for word in command]
+        self.console.print(f"$ {shlex.join(words)}", style="cyan", highlight=False, markup=False, soft_wrap=True)
+
+    def command(self, *arguments: str, capture: bool = False) -> str:
+        """Run `python -m arguments`; returns its output if it is captured. Raises UserError when it fails."""
+        command = [sys.executable, "-m", *arguments]
+        self.show(command)
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if capture else None, text=True, check=False
+        )
+        if result.returncode != 0:
+            raise UserError(f"python -m {arguments[0]} ended with status {result.returncode}; its message is above")
+        return result.stdout or ""
+
+    def row(self, name: str, value: str) -> None:
+        """A row of the closing table."""
+        self.rows.append((name, value))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo: 0 when the resume was exact and the model beats the bigram model, 1 when not, 2 for an error."""
+    options = parse_arguments(argv)
+    demo = Demo(options.folder, options.overrides, Console(highlight=False))
+    try:
+        prepare_folder(options.folder)
+        return run(demo, options.data)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what follows `--` overrides the recipe."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.demo",
+        description="The whole way on a CPU: tokenizer, shards, MAC pretraining on two processes, a SIGKILL half-way, "
+        "the resume, export, held-out bits per byte against a bigram model, a sample. Minutes on two cores.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--data", type=Path, help="your own text, a file or folder (default: the source of Python's standard library)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/demo"), help="where everything goes; a demo there is replaced"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="-- --section.field value", help=f"changes to {RECIPE.name}, after --"
+    )
+    return parser.parse_args(argv)
+
+
+def prepare_folder(folder: Path) -> None:
+    """An empty folder for the demo; one that an earlier demo made is replaced. Raises UserError for any other."""
+    if folder.exists():
+        if not (folder / MARKER).is_file():
+            raise UserError(f"--folder {folder}: exists and was not made by the demo; name another, or remove it")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+
+
+def run(demo: Demo, data: Path | None) -> int:
+    """All steps, top to bottom."""
+    started = time.monotonic()
+    train, validation = prepare_data(demo, data)
+    recipe_overrides = [
+        *("--folder", str(demo.folder / "run")),
+        *("--data.train", str(train.folder), "--data.validation", str(validation.folder)),
+        *demo.overrides,
+    ]
+    recipe = load_recipe(RECIPE, recipe_overrides)
+    kill, replay = train_with_a_kill(demo, recipe, recipe_overrides)
+    checkpoint = newest_checkpoint(recipe.folder)
+    if checkpoint is None:
+        raise UserError(f"{recipe.folder}: the training left no checkpoint")
+    model = demo.folder / "model"
+    with demo.step("Export"):
+        demo.command("tools.export", str(checkpoint), "--output", str(model))
+    ours, baseline = measure(demo, model, train, validation)
+    with demo.step("A sample"):
+        sample = demo.command("tools.generate", str(model), "--prompt", PROMPT, "--max-new-tokens", "80", capture=True)
+        demo.console.print(sample, style="green", markup=False)
+    close(demo, kill, replay, ours, baseline, time.monotonic() - started)
+    return 0 if ours < baseline and replay.equal == replay.steps else 1
+
+
+def prepare_data(demo: Demo, data: Path | None) -> tuple[ShardSet, ShardSet]:
+    """Tokenizer and shards; the training and the held-out set."""
+    corpus = standard_library() if data is None else own_text(data, demo.folder)
+    tokenizer, shards = demo.folder / "tokenizer.model", demo.folder / "shards"
+    with demo.step("Tokenizer"):
+        demo.command(
+            *("tools.tokenizer", "train", *corpus.options),
+            *("--vocab-size", str(VOCABULARY), "--output", str(tokenizer)),
+        )
+    with demo.step("Shards"):
+        demo.command(
+            *("tools.shards", "build", *corpus.options, "--tokenizer", str(tokenizer), "--output", str(shards)),
+            *("--validation-fraction", str(VALIDATION_FRACTION)),
+        )
+    train, validation = ShardSet.open(shards / "train"), ShardSet.open(shards / "validation")
+    demo.row("text", corpus.name)
+    for name, part in (("training set", train), ("held-out set", validation)):
+        demo.row(name, f"{part.documents:,} documents, {part.text_bytes / 1e6:.2f} MB, {part.tokens:,} tokens")
+    return train, validation
+
+
+def train_with_a_kill(demo: Demo, recipe: Recipe, overrides: Sequence[str]) -> tuple[Kill, Replay]:
+    """Train to the middle, SIGKILL, resume to the end."""
+    command = launch_command(RECIPE, PROCESSES, overrides)
+    half = recipe.training.tokens // recipe.training.batch_tokens // 2
+    with demo.step(f"Pretraining on {PROCESSES} processes, until SIGKILL half-way"):
+        demo.show(command)
+        kill = train_killed(command, recipe.folder, half)
+        demo.console.print(
+            f"killed {kill.processes} processes with SIGKILL after step {kill.step}; "
+            f"the newest checkpoint is that of step {kill.checkpoint_step}",
+            style="bold red",
+        )
+    with demo.step("The same command again: resume and finish"):
+        demo.show(command)
+        if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode != 0:
+            raise UserError(f"the resumed training failed; its logs are in {recipe.folder / 'logs'}")
+    losses = step_losses(recipe.folder / "run.jsonl")
+    return kill, compare_replay(losses)
+
+
+def measure(demo: Demo, model: Path, train: ShardSet, validation: ShardSet) -> tuple[float, float]:
+    """Held-out bits per byte of the exported model and of a bigram model of the same training tokens."""
+    report = demo.folder / "evaluation.json"
+    with demo.step("Held-out bits per byte"):
+        demo.command("tools.evaluate", str(model), "--shards", str(validation.folder), "--json", str(report))
+        ours = float(json.loads(report.read_text(encoding="utf-8"))["bits_per_byte"])
+        bigram = fit_bigram(train)
+        baseline = bits_per_byte(bigram, validation)
+        smoothing = bigram.smoothing
+        demo.console.print(
+            f"a bigram model of the {train.tokens:,} training tokens (absolute discount {smoothing.discount:g}, "
+            f"base: {smoothing.base}) needs {baseline:.4f} bits per byte, this model {ours:.4f}"
+        )
+    return ours, baseline
+
+
+def close(demo: Demo, kill: Kill, replay: Replay, ours: float, baseline: float, seconds: float) -> None:
+    """The closing table and what to look at next."""
+    run_folder = demo.folder / "run"
+    demo.row("killed", f"after step {kill.step}, {kill.processes} processes; resumed from step {kill.checkpoint_step}")
+    demo.row("resumed exactly", f"{replay.equal} of {replay.steps} steps that ran twice gave bitwise the same loss")
+    demo.row("held-out, this model", f"{ours:.4f} bits per byte")
+    demo.row("held-out, bigram", f"{baseline:.4f} bits per byte")
+    demo.row("better than the bigram", "yes" if ours < baseline else "NO")
+    for title, spent in demo.seconds.items():
+        demo.row(f"time: {title}", f"{spent:.0f} s")
+    demo.row("time: all", f"{seconds:.0f} s")
+    table = Table(title="Mnemosyne demo", show_header=False, title_justify="left")
+    for row in demo.rows:
+        table.add_row(*row)
+    demo.console.print(table)
+    demo.console.print(f"curves: tensorboard --logdir {run_folder / 'tensorboard'}; the model: {demo.folder / 'model'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
