@@ -1,0 +1,63 @@
+"""Where a run stands in its data: a few numbers that are enough to go on exactly."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from pretrain.data.packing import Order
+from pretrain.errors import UserError
+
+
+class Cursor(BaseModel):
+    """The position in the order of rows, and what that order depends on.
+
+    World size, batch size and number of workers are no part of it: any of them may change at a resume.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    position: NonNegativeInt
+    """Global samples (rows) consumed by all ranks together."""
+    sequence_length: PositiveInt
+    """Tokens a row."""
+    seed: int
+    """Seed of the order."""
+    order: Order
+    """Kind of order (see DataConfig.order)."""
+    fingerprint: str
+    """ShardSet.fingerprint of the training set."""
+
+    def to_json(self) -> str:
+        """The cursor as JSON text."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> "Cursor":
+        """Reads what `to_json` wrote; raises UserError naming a field that is missing, unknown or wrong."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "JSON"
+            raise UserError(f"data cursor: {field}: {first['msg']}; the checkpoint that holds it is damaged") from None
+
+    def check(self, expected: "Cursor", folder: Path) -> None:
+        """Raises UserError when this cursor does not belong to the order of `expected` (whose position is ignored)."""
+        advice = {
+            "fingerprint": (
+                f"the data in {folder} changed: give the shards that the run began with as data.train, "
+                "or start a new run on these"
+            ),
+            "sequence_length": (
+                "its position counts rows of that length: set training.sequence_length back, or start a new run"
+            ),
+            "seed": "set data.seed (or the run's seed) back, or start a new run",
+            "order": "set data.order back, or start a new run",
+        }
+        problems = [
+            f"{name} {getattr(self, name)} in the checkpoint, {getattr(expected, name)} now ({fix})"
+            for name, fix in advice.items()
+            if getattr(self, name) != getattr(expected, name)
+        ]
+        if problems:
+            raise UserError("the checkpoint's data cursor does not fit this run: " + "; ".join(problems))

@@ -1,0 +1,134 @@
+"""The training loader: this rank's part of every step, read ahead by threads.
+
+Global sample of (step s, micro-batch m, rank r, row j), with mb rows a micro-batch and G = mb * accumulation *
+world_size:
+
+    position at the start + s * G + (m * world_size + r) * mb + j
+
+Each step is computed on its own from its number, so workers need no order among themselves: any number of them gives
+the same steps.
+"""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pretrain.data.cursor import Cursor
+from pretrain.data.packing import Order, Packing
+from pretrain.data.shards import ShardSet
+from pretrain.errors import UserError
+
+# Enough that a worker is never idle while another's step waits to be taken.
+STEPS_AHEAD_PER_WORKER = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank: `tokens` and `targets`, int64 [micro_batch_size, sequence_length] on the CPU."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+
+
+def open_loader(
+    shards: ShardSet,
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    num_workers: int = 0,
+    cursor: Cursor | None = None,
+    order: Order = "rows",
+) -> "Loader":
+    """The endless iterator over a rank's steps, from `cursor` or from the beginning.
+
+    Raises UserError for a size that is not positive, a set too small for one row, and a cursor of other data, length,
+    seed or order.
+    """
+    sizes = {
+        "sequence_length": sequence_length,
+        "micro_batch_size": micro_batch_size,
+        "accumulation": accumulation,
+        "world_size": world_size,
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name} {value}: must be at least 1")
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank {rank}: must be at least 0 and below world_size {world_size}")
+    if num_workers < 0:
+        raise UserError(f"data.num_workers {num_workers}: must be at least 0")
+    packing = Packing(shards, sequence_length=sequence_length, seed=seed, order=order)
+    start = Cursor(position=0, sequence_length=sequence_length, seed=seed, order=order, fingerprint=shards.fingerprint)
+    if cursor is not None:
+        cursor.check(start, shards.folder)
+        start = cursor
+    return Loader(packing, start, (accumulation, world_size, micro_batch_size), rank, num_workers)
+
+
+class Loader:
+    """Iterates over steps: each `next()` gives the list, `accumulation` long, of this rank's Batches. Never ends.
+
+    Use it as a context manager, or call `close()`: either ends its workers. One consumer at a time.
+    """
+
+    def __init__(
+        self, packing: Packing, start: Cursor, layout: tuple[int, int, int], rank: int, num_workers: int
+    ) -> None:
+        """`layout`: (accumulation, world_size, micro_batch_size), the shape in which a step's samples are dealt out."""
+        self._packing = packing
+        self._start = start
+        self._layout = layout
+        self._rank = rank
+        self._step_samples = int(np.prod(layout))
+        self._taken = 0  # steps handed out
+        self._pool = ThreadPoolExecutor(num_workers, "data") if num_workers else None
+        self._ahead: deque[Future[list[Batch]]] = deque()
+        self._num_ahead = num_workers * STEPS_AHEAD_PER_WORKER
+        self._closed = False
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """The next step; raises what reading it raised, again at each call: a step is never left out."""
+        if self._closed:
+            raise RuntimeError("the data loader is closed")
+        if self._pool is None:
+            batches = self._read_step(self._taken)
+        else:
+            while len(self._ahead) < self._num_ahead:
+                self._ahead.append(self._pool.submit(self._read_step, self._taken + len(self._ahead)))
+            batches = self._ahead[0].result()
+            self._ahead.popleft()
+        self._taken += 1
+        return batches
+
+    def cursor(self) -> Cursor:
+        """The place after the steps handed out so far; what was only read ahead does not count."""
+        return self._start.model_copy(update={"position": self._start.position + self._taken * self._step_samples})
+
+    def close(self) -> None:
+        """Ends the workers and waits for them; may be called twice."""
+        self._closed = True
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_step(self, step: int) -> list[Batch]:
+        first = self._start.position + step * self._step_samples
+        samples = np.arange(first, first + self._step_samples).reshape(self._layout)[:, self._rank]
+        rows = torch.from_numpy(self._packing.rows(samples.ravel())).view(*samples.shape, -1)
+        return [Batch(piece[:, :-1].contiguous(), piece[:, 1:].contiguous()) for piece in rows]

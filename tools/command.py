@@ -1,0 +1,109 @@
+"""What the commands of this folder share: exit codes, progress lines, and errors of writing."""
+
+import argparse
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pretrain.errors import UserError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs `command` and returns its exit code: 0, or 2 after printing the message of a UserError."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough; python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1; underscores are allowed."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError of writing to `path` into a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise UserError(
+                f"{path}: no space left on its disk ({error.strerror}); free space or choose another"
+            ) from error
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+class Progress:
+    """A line on stderr with the share done, counts, speed and time left.
+
+    Rewritten in place on a terminal, else a new line every 10 s.
+    """
+
+    def __init__(self, total: int) -> None:
+        """`total`: in the unit that `update` is given."""
+        self._total = total
+        self._start = self._shown = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        self._interval = 0.2 if self._terminal else 10.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    def update(self, done: int, text: str) -> None:
+        """Shows `text` and the time left if it is time to."""
+        now = time.monotonic()
+        if now - self._shown < self._interval:
+            return
+        self._shown = now
+        left = f", {duration((now - self._start) * (self._total - done) / done)} left" if done else ""
+        line = f"{100 * done // max(self._total, 1):3d} %  {text}{left}"
+        print(
+            f"\r{line}\x1b[K" if self._terminal else line,
+            end="" if self._terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Clears the line on a terminal."""
+        if self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text: 42 s, 3 min 05 s, 2 h 07 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def count(value: float) -> str:
+    """A count as text with three digits: 950, 12.3 k, 4.56 M, 7.89 G."""
+    for unit in ("", " k", " M"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} G"

@@ -1,0 +1,90 @@
+"""Checks and describes finished shard sets."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.data.format import MANIFEST_NAME, TOKENS_SUFFIX, Manifest
+from pretrain.data.shards import ShardSet, check_file
+from pretrain.errors import UserError
+
+
+def verify_set(folder: Path) -> list[str]:
+    """Everything that is wrong with a set, a line each; empty when it is whole.
+
+    Reads all of it: sizes and sha256 of each file, each tar's members against the index, token ids against the
+    vocabulary, EOS at each document's end.
+    """
+    try:
+        manifest = Manifest.read(folder)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    for entry in (manifest.index, manifest.token_bytes, manifest.tokenizer, *manifest.shards):
+        try:
+            check_file(folder, entry, hashes=True)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        return problems
+    try:
+        shards = ShardSet.open(folder)
+        for document in range(shards.documents):
+            _check_document(shards, document)
+    except UserError as error:
+        problems.append(str(error))
+    else:
+        problems += [f"{path}: does not belong to the set" for path in _foreign_files(folder, manifest)]
+        shards.close()
+    return problems
+
+
+def _check_document(shards: ShardSet, document: int) -> None:
+    tokens = shards.read(document)
+    record = shards.record(document)
+    shard = shards.manifest.shards[record.shard]
+    path = shards.folder / shard.name
+    if tokens[-1] != shards.tokenizer.eos_id:
+        raise UserError(f"{path}: document {document} does not end with EOS")
+    with open(path, "rb") as file:
+        file.seek(record.offset - tarfile.BLOCKSIZE)
+        try:
+            header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+        except tarfile.HeaderError as error:
+            raise UserError(f"{path}: no tar header before document {document}: {error}") from None
+    if header.size != tokens.nbytes or not header.name.endswith(TOKENS_SUFFIX):
+        raise UserError(
+            f"{path}: document {document}: the tar's member {header.name!r} has {header.size} bytes, "
+            f"the index {tokens.nbytes}"
+        )
+
+
+def _foreign_files(folder: Path, manifest: Manifest) -> list[Path]:
+    entries = (manifest.index, manifest.token_bytes, manifest.tokenizer, *manifest.shards)
+    known = {MANIFEST_NAME, *(entry.name for entry in entries)}
+    return sorted(path for path in folder.iterdir() if path.name not in known)
+
+
+def describe_set(folder: Path) -> dict[str, object]:
+    """The numbers of a set by name, for people and as JSON."""
+    shards = ShardSet.open(folder)
+    manifest = shards.manifest
+    lengths = shards.document_tokens
+    quantiles = np.percentile(lengths, [0, 50, 90, 99, 100], method="lower")
+    return {
+        "folder": str(folder),
+        "part": manifest.split.part,
+        "documents": shards.documents,
+        "tokens": shards.tokens,
+        "text_bytes": shards.text_bytes,
+        "bytes_per_token": shards.text_bytes / shards.tokens,
+        "shards": len(manifest.shards),
+        "shard_bytes": sum(shard.bytes for shard in manifest.shards),
+        "dtype": manifest.dtype,
+        "mean_document_tokens": float(lengths.mean()),
+        "document_tokens_quantiles": dict(zip(("min", "50%", "90%", "99%", "max"), map(int, quantiles), strict=True)),
+        "vocab_size": shards.tokenizer.vocab_size,
+        "tokenizer_sha256": shards.tokenizer.sha256,
+        "fingerprint": shards.fingerprint,
+    }
