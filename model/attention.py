@@ -23,7 +23,9 @@ class AttentionLayer(nn.Module):
         self.output = linear(config.dim, config.dim, scale)
         # Vectors of the model's width through the layer's own maps, as the paper's section 3.3 has them; as large as a
         # normalised token, so that they start as keys and values of an ordinary size.
-        self.persistent = nn.Parameter(torch.randn(config.num_persistent, config.dim)) if config.num_persistent else None
+        self.persistent = (
+            nn.Parameter(torch.randn(config.num_persistent, config.dim)) if config.num_persistent else None
+        )
 
     def forward(
         self, x: Tensor, rotary: Rotary, cache: AttentionCache | None, context: Tensor | None = None
@@ -37,7 +39,9 @@ class AttentionLayer(nn.Module):
             [B, T, dim] and the cache for what follows.
         """
         plain_q = self._heads(self.q(x))
-        grown = _grow(cache, rotate(self._heads(self.k(x)), rotary), self._heads(self.v(x)), *self._context(context, rotary))
+        grown = _grow(
+            cache, rotate(self._heads(self.k(x)), rotary), self._heads(self.v(x)), *self._context(context, rotary)
+        )
         y = attention(
             rotate(plain_q, rotary), grown.k, grown.v,
             window=self.window,

@@ -82,7 +82,7 @@ class ModelConfig(BaseModel):
     num_persistent: int = Field(default=0, ge=0)
     """Learned tokens per layer that attention always sees."""
     join: Literal["sum", "product"] = "sum"
-    """mac, mag: how attention and memory meet: a gated sum of both normalised, or one times sigmoid of the other (paper)."""
+    """mac, mag: how attention and memory meet: a gated sum of both, or one times sigmoid of the other (paper)."""
     rope_base: float = Field(default=10_000.0, gt=1)
     """Base of the rotary phases of the attention."""
     tie_embeddings: bool = True
@@ -150,7 +150,9 @@ class ModelConfig(BaseModel):
             if self.segment is not None:
                 raise ValueError(f"segment is {self.segment}, but only variant mac has segments: remove it")
         elif self.segment is None:
-            raise ValueError(f"segment is missing: variant mac needs it, a multiple of memory.chunk {self.memory.chunk}")
+            raise ValueError(
+                f"segment is missing: variant mac needs it, a multiple of memory.chunk {self.memory.chunk}"
+            )
         elif self.segment % self.memory.chunk:
             nearest = max(1, round(self.segment / self.memory.chunk)) * self.memory.chunk
             raise ValueError(

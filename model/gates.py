@@ -21,8 +21,8 @@ class Gates(NamedTuple):
 class GateProjection(nn.Module):
     """alpha = sigmoid, eta = sigmoid, theta = c (1 - eta) with c = step_ceiling * sigmoid, of linears of x per head.
 
-    The configured starting values are fixed offsets, and weights and biases start at zero: every token starts from exactly
-    those values, and none of their bits go to a bf16 parameter. A gate that is switched off has no parameters.
+    The configured starting values are fixed offsets, and weights and biases start at zero: every token starts from
+    exactly those values, and none of their bits go to a bf16 parameter. A gate that is switched off has no parameters.
     """
 
     def __init__(self, dim: int, num_heads: int, config: MemoryConfig) -> None:
@@ -43,7 +43,8 @@ class GateProjection(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = linear(x.to(wide), self.weight.to(wide), self.bias.to(wide)).unflatten(-1, (-1, self.num_heads))
         squashed = {
-            name: (logits[..., index, :] + offset).sigmoid() for index, (name, offset) in enumerate(self.offsets.items())
+            name: (logits[..., index, :] + offset).sigmoid()
+            for index, (name, offset) in enumerate(self.offsets.items())
         }
         step = self.config.step_ceiling * squashed["step"]
         nothing = torch.zeros_like(step)

@@ -9,8 +9,8 @@ from model.layers import RMSNorm, linear
 class Join(nn.Module):
     """Joins attention y and memory m after a learned normalisation of each.
 
-    `sum`: norm(y) * sigmoid(G_y x) + norm(m) * sigmoid(G_m x). `product`: norm(y) * sigmoid(norm(m)), the paper's letter
-    (sections 4.1 and 4.2). The weights of the norms start at `scale`, the size of a residual branch.
+    `sum`: norm(y) * sigmoid(G_y x) + norm(m) * sigmoid(G_m x). `product`: norm(y) * sigmoid(norm(m)), the paper's
+    letter (sections 4.1 and 4.2). The weights of the norms start at `scale`, the size of a residual branch.
     """
 
     def __init__(self, config: ModelConfig, scale: float) -> None:

@@ -29,7 +29,7 @@ class ModelOutput(NamedTuple):
     loss_sum: Tensor | None
     """Sum of -log p over the targets that count, in nats: a scalar, fp32 (float64 for a float64 model)."""
     stats: list[Stats] | None
-    """A dictionary per layer if asked for: means of alpha, eta, theta, surprise and weight_norm; empty without memory."""
+    """A dictionary per layer if asked for: means of alpha, eta, theta, surprise, weight_norm; empty without memory."""
 
 
 class Block(nn.Module):
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Logits, or the loss without ever holding all logits. It registers its weight, also when that is the embedding's."""
+    """Logits, or the loss without holding all logits. It registers its weight, also when that is the embedding's."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -67,8 +67,9 @@ class LMHead(nn.Module):
 class TitansLM(nn.Module):
     """A language model whose layers learn while they read (Titans, arXiv 2501.00663).
 
-    Initial weights come from torch's global generator. Parameters may be fp32, bf16 or float64; memory states, gates and
-    norms are fp32 or better. Every parameter is used in the forward of the module that owns it only, as ZeRO-3 needs.
+    Initial weights come from torch's global generator. Parameters may be fp32, bf16 or float64; memory states, gates
+    and norms are fp32 or better. Every parameter is used in the forward of the module that owns it only, as ZeRO-3
+    needs.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -83,12 +84,17 @@ class TitansLM(nn.Module):
         self._activation_checkpointing = False
 
     def forward(
-        self, tokens: Tensor, state: ModelState | None = None, *, targets: Tensor | None = None, with_stats: bool = False
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        targets: Tensor | None = None,
+        with_stats: bool = False,
     ) -> ModelOutput:
         """Reads tokens after what `state` has seen.
 
-        Pieces of any lengths, run in turn with the state handed on, give the logits of the whole. The state that comes back
-        is differentiable; detach it to stop the gradient there.
+        Pieces of any lengths, run in turn with the state handed on, give the logits of the whole. The state that comes
+        back is differentiable; detach it to stop the gradient there.
 
         Args:
             tokens: [B, T] int64, T >= 1.
@@ -126,7 +132,7 @@ class TitansLM(nn.Module):
         return rotary_phases(positions, self.config.head_dim, self.config.rope_base, self.norm.weight.dtype)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Whether a block's activations are recomputed in backward instead of kept; values and gradients stay the same."""
+        """Whether backward recomputes a block's activations instead of keeping them; gradients stay the same."""
         self._activation_checkpointing = enabled
 
     def num_parameters(self) -> int:
@@ -144,7 +150,13 @@ class TitansLM(nn.Module):
         return matrices if self.config.tie_embeddings else matrices | {"head.weight"}
 
     def _run_block(
-        self, block: Block, x: Tensor, rotary: Rotary | None, state: LayerState, restart: Tensor | None, with_stats: bool
+        self,
+        block: Block,
+        x: Tensor,
+        rotary: Rotary | None,
+        state: LayerState,
+        restart: Tensor | None,
+        with_stats: bool,
     ) -> Mixed:
         if self._activation_checkpointing and torch.is_grad_enabled():
             # No dropout, so there is no random state to keep.
@@ -157,7 +169,9 @@ class TitansLM(nn.Module):
         if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}: they must be int64 [B, T] with T >= 1")
         if targets is not None and targets.shape != tokens.shape:
-            raise ValueError(f"targets are {list(targets.shape)}: they must have the shape of tokens, {list(tokens.shape)}")
+            raise ValueError(
+                f"targets are {list(targets.shape)}: they must have the shape of tokens, {list(tokens.shape)}"
+            )
         if state is not None:
             rows, layers = len(state.position), len(state.layers)
             if rows != tokens.shape[0] or layers != self.config.num_layers:

@@ -21,7 +21,7 @@ def residual_scale(branches: int) -> float:
 
 
 def unit(x: Tensor) -> Tensor:
-    """x [..., D] divided by its l2 norm; 1e-6 under the root keeps the gradient finite at zero. Computed in fp32 or better."""
+    """x [..., D] over its l2 norm, in fp32 or better; 1e-6 under the root keeps the gradient finite at zero."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
 

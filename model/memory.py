@@ -15,8 +15,8 @@ from model.layers import CausalConvolution, HeadNorm, linear, unit
 from model.state import MemoryLayerState
 
 HEAD_NORM_EPS = 1e-3
-"""Inside the root of the reads' normalisation. Reads start near zero (the memory's last layer does), where a smaller number
-would multiply gradients by eps^-0.5; learned reads have a mean square well above it."""
+"""Inside the root of the reads' normalisation. Reads start near zero (the memory's last layer does), where a smaller
+number would multiply gradients by eps^-0.5; learned reads have a mean square well above it."""
 
 Stats = dict[str, Tensor]
 
@@ -24,7 +24,8 @@ Stats = dict[str, Tensor]
 def activation_scale(config: MemoryConfig, hidden: int) -> float:
     """What hidden activations are multiplied by, so that unit-norm inputs and N(0, 1) weights give unit-norm features.
 
-    From E[SiLU(z)^2] = 0.3557 and E[GELU(z)^2] = 0.4252 at z ~ N(0, 1), and sum of squares e / h for a softmax over many.
+    From E[SiLU(z)^2] = 0.3557 and E[GELU(z)^2] = 0.4252 at z ~ N(0, 1), and sum of squares e / h for a softmax over
+    many.
     """
     if config.parametrisation == "standard":
         return 1.0
@@ -196,7 +197,7 @@ def _tails(state: MemoryLayerState | None, count: int) -> tuple[Tensor | None, .
 
 @torch.no_grad()
 def _statistics(gates: Gates, surprise: Tensor, memory: MemoryState) -> Stats:
-    """Means over rows, tokens and heads, fp32 0-d: the gates, the surprise, the norm of a row's and head's final weights."""
+    """Means over rows, tokens and heads, fp32 0-d: gates, surprise, norm of a row's and head's final weights."""
     norm = torch.stack([weight.float().square().sum((-2, -1)) for weight in memory.weights]).sum(0).sqrt()
     named = {**gates._asdict(), "surprise": surprise, "weight_norm": norm}
     return {name: value.float().mean() for name, value in named.items()}

@@ -87,9 +87,9 @@ class MagMixer(nn.Module):
 class MacMixer(nn.Module):
     """MAC: attention over the running segment and what the memory recalls for it (section 4.1).
 
-    Within a segment, token i attends to [persistent | h_j, j <= i | x_j, j <= i], where h_j = M(q_j) at the segment's start;
-    its output y_i is written to the memory and read back at token i, and both are joined. The paper writes the segment as
-    a whole and lets every token see every h_j: both would show a token its future.
+    Within a segment, token i attends to [persistent | h_j, j <= i | x_j, j <= i], where h_j = M(q_j) at the segment's
+    start; its output y_i is written to the memory and read back at token i, and both are joined. The paper writes the
+    segment as a whole and lets every token see every h_j: both would show a token its future.
     """
 
     def __init__(self, config: ModelConfig, scale: float) -> None:
@@ -97,7 +97,7 @@ class MacMixer(nn.Module):
         self.segment = config.segment
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = AttentionLayer(config, 1.0)
-        # Attention averages: its output is many times smaller than a token, and with it what the memory would be taught.
+        # Attention averages: its output is many times smaller than a token, and so would be what the memory is taught.
         self.written = RMSNorm(config.dim, config.norm_eps)
         self.memory = MemoryLayer(config, 1.0)
         self.join = Join(config, scale)
@@ -113,7 +113,9 @@ class MacMixer(nn.Module):
         while start < x.shape[1]:
             filled = 0 if state.attention is None else state.attention.k.shape[1]
             stop = min(x.shape[1], start + self.segment - filled)
-            y, m, state, stats = self._piece(tokens[:, start:stop], rotary.piece(start, stop), state, restart, with_stats)
+            y, m, state, stats = self._piece(
+                tokens[:, start:stop], rotary.piece(start, stop), state, restart, with_stats
+            )
             outputs.append((y, m))
             parts.append((stop - start, stats))
             start, restart = stop, None

@@ -20,7 +20,7 @@ class Rotary(NamedTuple):
 def rotary_phases(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotary:
     """Phases for positions [B, T] int64.
 
-    Computed in float64: at position 2^21 an fp32 phase is off by tenths of a radian; in float64 it is good to 1e-6 at 2^31.
+    In float64: at position 2^21 an fp32 phase is off by tenths of a radian; a float64 one is good to 1e-6 at 2^31.
 
     Args:
         dtype: of the model; the result is fp32, or float64 for a float64 model.

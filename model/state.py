@@ -16,7 +16,7 @@ _Tree = TypeVar("_Tree")
 
 @dataclass(frozen=True)
 class AttentionCache:
-    """Keys and values that later queries can still see: the last window - 1 tokens, the running segment, or everything."""
+    """Keys and values that later queries can see: the last window - 1 tokens, the running segment, or everything."""
 
     k: Tensor
     """[B, c, H, D], rotated to the tokens' absolute positions."""
@@ -55,8 +55,8 @@ class LayerState:
 class ModelState:
     """The state of a model: all that the future of a sequence depends on (beside the weights).
 
-    Its size doesn't depend on how many tokens it has seen, but for full attention's cache. Chunks and segments are counted
-    from the state's beginning, alike for all rows; positions are each row's own.
+    Its size doesn't depend on how many tokens it has seen, but for full attention's cache. Chunks and segments are
+    counted from the state's beginning, alike for all rows; positions are each row's own.
     """
 
     position: Tensor
@@ -64,8 +64,8 @@ class ModelState:
     layers: tuple[LayerState, ...]
     """One entry per block."""
     restart: Tensor | None = None
-    """[B] bool: rows whose memory goes back to W_0 at the next call; there, because only the layer that owns W_0 may use it
-    (ZeRO-3 holds parameters together for their own module's forward only)."""
+    """[B] bool: rows whose memory goes back to W_0 at the next call; there, because only the layer that owns W_0 may
+    use it (ZeRO-3 holds parameters together for their own module's forward only)."""
 
     @classmethod
     def initial(cls, batch_size: int, num_layers: int, device: torch.device | str = "cpu") -> ModelState:
@@ -88,8 +88,8 @@ class ModelState:
     def reset_rows(self, rows: Tensor) -> ModelState:
         """The state with the rows where `rows` [B] bool is True back at a beginning, the others untouched.
 
-        The batch keeps its grid of chunks and segments: reset at a boundary of both, a row goes on exactly as a new sequence;
-        reset inside, its first chunk (and segment) is the rest of the running one.
+        The batch keeps its grid of chunks and segments: reset at a boundary of both, a row goes on exactly as a new
+        sequence; reset inside, its first chunk (and segment) is the rest of the running one.
 
         Raises:
             ValueError: rows isn't bool [B].
@@ -103,7 +103,7 @@ class ModelState:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor under its path, contiguous and detached, as safetensors takes them; `from_tensors` restores all."""
+        """Every tensor under its path, contiguous and detached, as safetensors takes them; see `from_tensors`."""
         flat = {path: tensor.detach().contiguous().clone() for path, tensor in _paths(self, "")}
         return {**flat, "num_layers": torch.tensor(len(self.layers))}
 

@@ -42,7 +42,12 @@ class AttentionInputs:
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, prefix: Prefix | None, context: tuple[Tensor, Tensor] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    prefix: Prefix | None,
+    context: tuple[Tensor, Tensor] | None,
     first_valid: Tensor | None,
 ) -> AttentionInputs:
     """Checks shapes and moves the heads forward.

@@ -32,8 +32,14 @@ def _run(tensors: dict[str, Tensor], window: int | None, first_valid: Tensor | N
     prefix = Prefix(tensors["plain_q"], tensors["prefix_k"], tensors["prefix_v"]) if "plain_q" in tensors else None
     context = (tensors["context_k"], tensors["context_v"]) if "context_k" in tensors else None
     return attention(
-        tensors["q"], tensors["k"], tensors["v"], window=window, prefix=prefix, context=context,
-        first_valid=first_valid, backend=backend,
+        tensors["q"],
+        tensors["k"],
+        tensors["v"],
+        window=window,
+        prefix=prefix,
+        context=context,
+        first_valid=first_valid,
+        backend=backend,
     )
 
 
