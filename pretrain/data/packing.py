@@ -115,13 +115,15 @@ class Packing:
             place += 1
 
     def _epoch(self, epoch: int) -> _Epoch:
-        # Two epochs are kept because threads read ahead across an epoch's end.
+        # Two epochs are kept, the latest used, because threads read ahead across an epoch's end.
         with self._lock:
-            if epoch not in self._epochs:
+            found = self._epochs.pop(epoch, None)
+            if found is None:
                 everything = np.arange(self.shards.documents)
                 documents = permute(everything, self.shards.documents, f"documents {self.seed} {epoch}")
                 starts = np.concatenate([[0], np.cumsum(self.shards.document_tokens[documents])])
-                self._epochs[epoch] = _Epoch(documents, starts)
-                for old in sorted(self._epochs)[:-2]:
-                    del self._epochs[old]
-            return self._epochs[epoch]
+                found = _Epoch(documents, starts)
+            self._epochs[epoch] = found
+            if len(self._epochs) > 2:
+                del self._epochs[next(iter(self._epochs))]
+            return found
