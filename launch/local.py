@@ -3,13 +3,15 @@
 import argparse
 import os
 import socket
+import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.processes import RankCommand, run_ranks
+from pretrain import command_line
+from pretrain.config import load_recipe
 from pretrain.errors import UserError
 
 HELP = """\
@@ -47,12 +49,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(options: argparse.Namespace) -> int:
     """Check the options and the recipe once, then launch; returns the exit status. Raises UserError."""
     check_options(options)
-    log_folder = recipe_folder(options.recipe, options.arguments) / "logs"
+    training = command_line.parse([options.recipe, *options.arguments])
+    recipe = load_recipe(training.recipe, training.overrides)
+    recipe.batches(options.nproc)
     argv = [sys.executable, "-m", "pretrain", options.recipe, *options.arguments]
-    if "--dry-run" not in options.arguments:
-        return launch_local(argv, options.nproc, log_folder, port=options.port, grace_seconds=options.grace)
-    with tempfile.TemporaryDirectory(prefix="launch-dry-run-") as folder:  # a dry run leaves nothing in the run folder
-        return launch_local(argv, options.nproc, Path(folder), port=options.port, grace_seconds=options.grace)
+    if training.dry_run:  # rank 0 alone speaks, and it starts no group
+        return subprocess.run(argv, env=rank_environment(0, options.nproc, options.port or free_port())).returncode
+    return launch_local(argv, options.nproc, recipe.folder / "logs", port=options.port, grace_seconds=options.grace)
 
 
 def check_options(options: argparse.Namespace) -> None:

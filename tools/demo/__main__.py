@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pretrain import command_line
 from pretrain.config import Recipe, load_recipe
 from pretrain.data import ShardSet
 from pretrain.errors import UserError
@@ -131,7 +132,7 @@ def run(demo: Demo, data: Path | None) -> int:
         *("--data.train", str(train.folder), "--data.validation", str(validation.folder)),
         *demo.overrides,
     ]
-    recipe = load_recipe(RECIPE, recipe_overrides)
+    recipe = load_recipe(RECIPE, command_line.parse([str(RECIPE), *recipe_overrides]).overrides)
     kill, replay = train_with_a_kill(demo, recipe, recipe_overrides)
     checkpoint = newest_checkpoint(recipe.folder)
     if checkpoint is None:
@@ -171,7 +172,7 @@ def prepare_data(demo: Demo, data: Path | None) -> tuple[ShardSet, ShardSet]:
 def train_with_a_kill(demo: Demo, recipe: Recipe, overrides: Sequence[str]) -> tuple[Kill, Replay]:
     """Train to the middle, SIGKILL, resume to the end."""
     command = launch_command(RECIPE, PROCESSES, overrides)
-    half = recipe.training.tokens // recipe.training.batch_tokens // 2
+    half = recipe.batches(PROCESSES).steps // 2
     with demo.step(f"Pretraining on {PROCESSES} processes, until SIGKILL half-way"):
         demo.show(command)
         kill = train_killed(command, recipe.folder, half)

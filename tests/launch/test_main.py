@@ -1,0 +1,44 @@
+"""`python -m launch`: help, what is refused, and that a recipe's errors come once, before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+
+DEMO = str(Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["local", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 0
+    assert "local" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nproc", "0", DEMO], "--nproc 0"),
+        (["--port", "70000", DEMO], "--port 70000"),
+        (["--grace", "-1", DEMO], "--grace -1"),
+        ([DEMO, "--nproc", "2"], "write it before"),
+        (["no-such.yaml"], "no-such.yaml"),
+        ([DEMO, "--training.batch_tokenz", "4096"], "batch_tokens"),
+        (["--nproc", "3", DEMO], "training.batch_tokens"),
+    ],
+)
+def test_mistakes_are_one_message_and_start_nothing(arguments, message, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["local", *arguments]) == 2
+    output = capfd.readouterr()
+    assert output.err.startswith("error: ") and message in output.err
+    assert output.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_what_would_run_and_leaves_nothing_behind(capfd, tmp_path):
+    folder = tmp_path / "run"
+    assert main(["local", "--nproc", "2", DEMO, "--dry-run", "--folder", str(folder)]) == 0
+    assert "mac" in capfd.readouterr().out
+    assert not folder.exists()
