@@ -1,0 +1,67 @@
+"""`python -m pretrain RECIPE.yaml`: one rank of a training run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from parallel import process
+from pretrain.agreement import SharedUserError
+from pretrain.command_line import parse
+from pretrain.config import Recipe, load_recipe
+from pretrain.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank. Returns the exit code: 0 done, 2 a user's error, whose message is printed once. Anything else
+    raises.
+    """
+    try:
+        options = parse(argv)
+        recipe = load_recipe(options.recipe, options.overrides)
+        if options.dry_run:
+            if process.rank_from_environment() == 0:
+                from pretrain.plan import describe
+
+                print(describe(recipe, options.ranks or int(os.environ.get("WORLD_SIZE", "1"))))
+            return 0
+    except UserError as error:
+        return _refuse_before_start(error)
+    return _train(recipe, options.resume)
+
+
+def _train(recipe: Recipe, resume: str) -> int:
+    from pretrain.loop import train  # late: --help and --dry-run need no DeepSpeed
+
+    try:
+        world = process.initialize(recipe.parallel.device, timeout_minutes=recipe.parallel.timeout_minutes)
+    except ValueError as error:
+        return _refuse_before_start(UserError(str(error)))
+    try:
+        train(recipe, world, resume=resume)
+    except UserError as error:
+        if world.is_main or not isinstance(error, SharedUserError):
+            rank = "" if world.size == 1 or isinstance(error, SharedUserError) else f"rank {world.rank}: "
+            print(f"error: {rank}{error}", file=sys.stderr)
+        if not isinstance(error, SharedUserError):
+            process.exit_now(2)  # the other ranks are waiting in a collective, and the launcher ends them
+        process.shutdown()
+        return 2
+    process.shutdown()
+    return 0
+
+
+def _refuse_before_start(error: UserError) -> int:
+    # Every rank finds the same error. Rank 0 says it; the others give it the time to, as launchers end all ranks
+    # with the first.
+    if process.rank_from_environment() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+    return 2
+
+
+if __name__ == "__main__":
+    process.exit_now(main())

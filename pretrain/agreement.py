@@ -1,0 +1,28 @@
+"""A user's error that one rank meets becomes every rank's: the job ends in step, with one message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from parallel import process
+from pretrain.errors import UserError
+
+
+class SharedUserError(UserError):
+    """Raised on every rank alike, so that rank 0 alone prints it."""
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Run a block that holds no collective. When any rank raises UserError in it, every rank raises the first
+    one's message.
+    """
+    caught: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        caught = error
+    message = process.first_error(None if caught is None else str(caught))
+    if message is not None:
+        raise SharedUserError(message) from caught

@@ -1,0 +1,125 @@
+"""The command line of `python -m pretrain`: options, overrides of any field, and help written from the fields' own
+docs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pretrain.config import Recipe
+from pretrain.errors import UserError
+from pretrain.recipe_errors import section_class
+
+_DESCRIPTION = """Train a model as a recipe says.
+
+Every field of the recipe can be set with --section.field VALUE (or --section.field=VALUE), VALUE being YAML:
+--optimizer.lr 3e-4,
+--model.preset mag-340m, --data.validation null. Numbers of tokens may be written 15B, 0.5M or 4Ki. A run that was
+stopped goes on from its newest whole checkpoint when the same command is given again.
+
+Exit codes: 0 done; 2 something in the recipe, the data, a checkpoint or the disk has to be mended first; 1 a crash."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    recipe: Path
+    resume: str
+    dry_run: bool
+    ranks: int | None
+    overrides: list[tuple[str, str]]
+
+
+def parse(arguments: Sequence[str] | None) -> Options:
+    """Read the command line. Exits with help (0) or an error (2) as argparse does; raises UserError for a stray
+    option.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain",
+        description=_DESCRIPTION,
+        epilog=fields_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the run's recipe (see launch/recipes)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: the newest whole checkpoint of the run's folder, if it has any; never: start over, refused where "
+        "there are checkpoints; PATH: this checkpoint (default: auto)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe, sizes, FLOPs and memory, and do nothing"
+    )
+    parser.add_argument("--ranks", type=int, help="with --dry-run: for how many ranks (default: as launched, or 1)")
+    known, rest = parser.parse_known_args(arguments)
+    if known.ranks is not None and not known.dry_run:
+        raise UserError("--ranks belongs to --dry-run: how many ranks train is the launcher's to say")
+    if known.ranks is not None and known.ranks < 1:
+        raise UserError(f"--ranks {known.ranks}: give a number above 0")
+    return Options(known.recipe, known.resume, known.dry_run, known.ranks, _overrides(rest))
+
+
+def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    words = iter(rest)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise UserError(f"unexpected argument {word!r}: options are --section.field VALUE; see --help")
+        if not equals:
+            following = next(words, None)
+            if following is None or (following.startswith("--") and len(following) > 2):
+                raise UserError(f"{word} has no value: give --{name} VALUE")
+            value = following
+        pairs.append((name, value))
+    return pairs
+
+
+def fields_help() -> str:
+    """Each field of the recipe: its name, what it takes, its default, and its docstring."""
+    lines = ["recipe fields:"]
+    _add_fields(Recipe, "", lines)
+    return "\n".join(lines)
+
+
+def _add_fields(section: type[BaseModel], prefix: str, lines: list[str]) -> None:
+    for name, field in section.model_fields.items():
+        inner = section_class(section, (name,))
+        text = " ".join((field.description or "").split())
+        if inner is None:
+            lines.append(f"  --{prefix}{name} {_kind(field)}{_default(field)}")
+            lines.append(f"      {text}")
+        else:
+            lines.append(f"\n{prefix}{name}: {text}")
+            if inner.__name__ == "ModelConfig":
+                lines.append(
+                    "  --model.preset NAME\n      {mac|mag|mal|lmm|transformer}-{tiny|170m|340m|400m|760m|1.3b}"
+                )
+            _add_fields(inner, f"{prefix}{name}.", lines)
+
+
+def _kind(field: FieldInfo) -> str:
+    annotation = field.annotation
+    choices = [value for value in typing.get_args(annotation) if isinstance(value, str | int)]
+    if typing.get_origin(annotation) is typing.Literal and choices:
+        return "|".join(str(choice) for choice in choices)
+    name = getattr(annotation, "__name__", str(annotation)) if not typing.get_args(annotation) else str(annotation)
+    for text in ("typing.Annotated", "typing.", "pathlib.", "pathlib._local.", "<class '", "'>"):
+        name = name.replace(text, "")
+    return name.split("[int, BeforeValidator")[0].upper() if "BeforeValidator" not in name else "TOKENS"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "  (required)"
+    return f"  (default: {'none' if field.default is None else field.default})"

@@ -1,0 +1,242 @@
+"""A run as one readable file: the recipe, its overrides on the command line, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from model import ModelConfig
+from parallel.config import ParallelConfig
+from pretrain.data.config import DataConfig
+from pretrain.errors import UserError
+from pretrain.optimizer import OptimizerConfig
+from pretrain.quantities import Tokens
+from pretrain.recipe_errors import explain
+from pretrain.schedule import ScheduleConfig
+
+
+class TrainingConfig(BaseModel):
+    """How much is learned from, in pieces of what size."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tokens: Tokens
+    """Tokens to train on; the last step may go a part of a batch beyond."""
+
+    sequence_length: Tokens
+    """Tokens of a row: the memory starts anew at each."""
+
+    batch_tokens: Tokens
+    """Tokens of one optimizer step over all ranks; how many backward passes that takes on a rank is derived."""
+
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Rows that a rank takes through one backward pass. It changes memory and speed, not what is learned."""
+
+
+class CheckpointConfig(BaseModel):
+    """When checkpoints are written and how many are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    every_tokens: Tokens | None = None
+    """Tokens between checkpoints; none: only at the end."""
+
+    keep: int = Field(default=3, ge=1)
+    """How many of the newest stay; older ones are removed once a newer one is whole."""
+
+
+class EvaluationConfig(BaseModel):
+    """Loss on the held-out shards (data.validation) during the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    every_tokens: Tokens | None = None
+    """Tokens between evaluations; none: only at the end."""
+
+    tokens: Tokens | None = 1_000_000
+    """How many held-out tokens are scored, from the first on; none: all."""
+
+
+class LoggingConfig(BaseModel):
+    """What is written while the run goes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    every_steps: int = Field(default=10, ge=1)
+    """Steps between records of loss, speed and gradient norm (TensorBoard, run.jsonl, the progress line)."""
+
+    memory_every_steps: int = Field(default=50, ge=1)
+    """Steps between records of each layer's memory gates, surprise and weight norm: a multiple of every_steps."""
+
+    @model_validator(mode="after")
+    def _memory_records_are_among_the_records(self) -> LoggingConfig:
+        if "memory_every_steps" in self.model_fields_set and self.memory_every_steps % self.every_steps:
+            raise ValueError(
+                f"memory_every_steps {self.memory_every_steps} is not a multiple of every_steps {self.every_steps}"
+            )
+        return self
+
+    @property
+    def memory_interval(self) -> int:
+        """memory_every_steps, brought up to a multiple of every_steps where only the default does not fit."""
+        return -(-self.memory_every_steps // self.every_steps) * self.every_steps
+
+
+class Batches(BaseModel):
+    """The division of a step, derived from the recipe and the number of ranks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int
+    accumulation: int
+    steps: int
+    total_tokens: int
+
+
+class Recipe(BaseModel):
+    """Everything about a run. Every field can be set as `--section.field value` too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    name: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+    """What the run is called in its logs."""
+
+    folder: Path
+    """Where checkpoints, TensorBoard logs and run.jsonl go."""
+
+    seed: int = 0
+    """Seed of the initial weights, and of the data's order unless data.seed says otherwise."""
+
+    model: ModelConfig
+    """The model: `preset` (such as mac-340m) and any field to change."""
+
+    data: DataConfig
+    """The shards."""
+
+    training: TrainingConfig
+    """Tokens and batch."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """Ranks, devices, precision."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out evaluation."""
+
+    logging: LoggingConfig = LoggingConfig()
+    """Logs."""
+
+    @model_validator(mode="after")
+    def _phases_of_the_schedule_fit(self) -> Recipe:
+        warmup, decay = self.schedule.warmup_tokens, self.schedule.decay_tokens or 0
+        if warmup + decay > self.training.tokens:
+            parts = f"schedule.warmup_tokens {warmup}" + (f" and schedule.decay_tokens {decay}" if decay else "")
+            raise ValueError(f"{parts} exceed training.tokens {self.training.tokens}: shorten them, or train longer")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_data(self) -> Recipe:
+        if self.evaluation.every_tokens is not None and self.data.validation is None:
+            raise ValueError("evaluation.every_tokens is set but data.validation is not: name the held-out shards")
+        return self
+
+    def data_seed(self) -> int:
+        """The seed of the data's order."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    def batches(self, ranks: int) -> Batches:
+        """How a step is divided over `ranks`.
+
+        Raises:
+            UserError: batch_tokens is not a whole number of rounds of micro-batches; the message has sizes that are.
+        """
+        training = self.training
+        rounds = training.sequence_length * training.micro_batch_size * ranks
+        if training.batch_tokens % rounds:
+            below = training.batch_tokens // rounds * rounds
+            fitting = f"{below} or {below + rounds}" if below else f"{rounds}"
+            raise UserError(
+                f"training.batch_tokens {training.batch_tokens} is not a multiple of training.sequence_length "
+                f"{training.sequence_length} x training.micro_batch_size {training.micro_batch_size} x {ranks} rank"
+                f"{'s' if ranks > 1 else ''} = {rounds} tokens; {fitting} would fit, or another micro_batch_size"
+            )
+        steps = -(-training.tokens // training.batch_tokens)
+        return Batches(
+            rows=training.batch_tokens // training.sequence_length,
+            accumulation=training.batch_tokens // rounds,
+            steps=steps,
+            total_tokens=steps * training.batch_tokens,
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe with every default and preset written out; loading it gives the same recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """Read a recipe and put the overrides (dotted name, text) over it.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown name (with the nearest known one), or a value that does not fit;
+            all that is wrong is listed at once.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror or error}; give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is no YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path}: expected sections such as `model:` and `training:`, found {raw!r:.60}")
+    for name, text in overrides:
+        _put(raw, name, text)
+    _apply_preset(raw)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"recipe {path}:\n{explain(error, Recipe)}") from None
+
+
+def _put(raw: dict[str, Any], name: str, text: str) -> None:
+    *sections, field = name.split(".")
+    place = raw
+    for section in sections:
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise UserError(f"--{name}: {section} is a value, not a section")
+    try:
+        place[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{name} {text}: not a value that YAML can read; quote it") from error
+
+
+def _apply_preset(raw: dict[str, Any]) -> None:
+    section = raw.get("model")
+    if not isinstance(section, dict) or "preset" not in section:
+        return
+    changes = {name: value for name, value in section.items() if name != "preset"}
+    try:
+        fields = ModelConfig.preset(section["preset"]).model_dump()
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
+    for name, value in changes.items():
+        if isinstance(value, dict) and isinstance(fields.get(name), dict):
+            fields[name] = {**fields[name], **value}
+        else:
+            fields[name] = value
+    raw["model"] = fields

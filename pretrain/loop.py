@@ -1,0 +1,281 @@
+"""The training loop, from a recipe to its last checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from model import TitansLM
+from model.flops import flops_per_token
+from parallel.engine import Engine, StepResult
+from parallel.process import World
+from pretrain import data as data_module
+from pretrain.agreement import agreed
+from pretrain.checkpoints import Checkpoints, loud
+from pretrain.config import Batches, Recipe
+from pretrain.data import Loader, ShardSet
+from pretrain.devices import peak_flops, peak_memory_bytes
+from pretrain.errors import UserError
+from pretrain.evaluation import evaluate
+from pretrain.metrics import RunLog, Stopwatch
+from pretrain.optimizer import build_optimizer
+from pretrain.resume import TrainerState, choose_checkpoint, restore, write_checkpoint
+from pretrain.rng import seed_rank
+from pretrain.schedule import learning_rate
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
+    """Train as the recipe says, going on from where an earlier attempt stopped. Every rank calls it.
+
+    Args:
+        resume: "auto" (the newest whole checkpoint of the folder, if any), "never", or a checkpoint's folder.
+
+    Raises:
+        UserError: sizes that do not fit, shards or checkpoints that are missing, damaged or of another run, no
+            disk space.
+        FloatingPointError: the loss is not finite; the checkpoints from before are there.
+    """
+    batches = recipe.batches(world.size)
+    torch.use_deterministic_algorithms(recipe.parallel.deterministic)
+    with agreed():
+        shards, held_out = data_module.open_data(recipe.data)
+        check_vocabulary(recipe, shards)
+    checkpoints = Checkpoints(recipe.folder / CHECKPOINTS_FOLDER, recipe.checkpoint.keep, world)
+    warnings: list[str] = []
+    start_from = choose_checkpoint(checkpoints, resume, warnings.append)
+    engine = build_engine(recipe, batches, world)
+    if start_from is not None:
+        state = restore(start_from, engine, recipe, shards.tokenizer, world)
+    else:
+        seed_rank(recipe.seed, world.rank)
+        state = TrainerState(tokenizer_sha256=shards.tokenizer.sha256, ranks=world.size)
+    with ExitStack() as stack:
+        with agreed():
+            log = stack.enter_context(open_log(recipe, batches, world, state.step))
+            loader = stack.enter_context(open_training_data(recipe, batches, world, shards, state))
+        announce(log, recipe, batches, world, start_from, state, warnings)
+        run = Run(recipe, world, batches, engine, shards, held_out, checkpoints, log)
+        run.steps(loader, state)
+    engine.destroy()
+
+
+def check_vocabulary(recipe: Recipe, shards: ShardSet) -> None:
+    """Raise UserError when the shards hold tokens that the model has no row for."""
+    have, need = recipe.model.vocab_size, shards.tokenizer.vocab_size
+    if need > have:
+        raise UserError(
+            f"model.vocab_size {have} is smaller than the {need} pieces of the tokenizer of {shards.folder}: "
+            f"set model.vocab_size to {need}"
+        )
+
+
+def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
+    """The model with its initial weights (from the seed alone, whatever the layout), its optimizer, and the engine."""
+    torch.manual_seed(recipe.seed)
+    model = TitansLM(recipe.model)
+    model.set_activation_checkpointing(recipe.parallel.activation_checkpointing)
+    return Engine(
+        model,
+        build_optimizer(model, recipe.optimizer, world.device),
+        recipe.parallel,
+        world,
+        micro_batch_size=recipe.training.micro_batch_size,
+        accumulation=batches.accumulation,
+        gradient_clip=recipe.optimizer.gradient_clip,
+    )
+
+
+def open_training_data(recipe: Recipe, batches: Batches, world: World, shards: ShardSet, state: TrainerState) -> Loader:
+    """The loader, standing where `state` left off. Raises UserError for a cursor of other data."""
+    return data_module.open_loader(
+        shards,
+        sequence_length=recipe.training.sequence_length,
+        micro_batch_size=recipe.training.micro_batch_size,
+        accumulation=batches.accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        seed=recipe.data_seed(),
+        num_workers=recipe.data.num_workers,
+        cursor=state.cursor,
+        order=recipe.data.order,
+    )
+
+
+@contextmanager
+def open_log(recipe: Recipe, batches: Batches, world: World, step: int) -> Iterator[RunLog]:
+    """The run's log; an error that ends the run is its last event."""
+    log = RunLog(recipe.folder, name=recipe.name, is_main=world.is_main, start_step=step, total_steps=batches.steps)
+    try:
+        yield log
+    except Exception as error:
+        log.event("error", kind=type(error).__name__, message=str(error))
+        raise
+    finally:
+        log.close()
+
+
+def announce(
+    log: RunLog,
+    recipe: Recipe,
+    batches: Batches,
+    world: World,
+    start_from: Path | None,
+    state: TrainerState,
+    warnings: list[str],
+) -> None:
+    """Write and print how the run begins, and what was wrong with the checkpoints that it does not begin from."""
+    for warning in warnings:
+        log.event("damaged", message=warning)
+        if world.is_main:
+            loud(warning)
+    where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": batches.steps}
+    if start_from is None:
+        log.event("start", **where, recipe=recipe.model_dump(mode="json"))
+        log.say(
+            f"{recipe.name}: {batches.steps} steps of {recipe.training.batch_tokens:,} tokens on {world.size} rank(s)"
+        )
+    else:
+        log.event("resume", **where, checkpoint=str(start_from), recipe=recipe.model_dump(mode="json"))
+        log.say(f"{recipe.name}: resumed from {start_from} at step {state.step} of {batches.steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run, put together; `steps` is the loop."""
+
+    recipe: Recipe
+    world: World
+    batches: Batches
+    engine: Engine
+    shards: ShardSet
+    held_out: ShardSet | None
+    checkpoints: Checkpoints
+    log: RunLog
+
+    def steps(self, loader: Loader, state: TrainerState) -> None:
+        """Take the steps that are left, evaluating and saving on the way and at the end."""
+        recipe, batch_tokens = self.recipe, self.recipe.training.batch_tokens
+        watch = Stopwatch()
+        while state.tokens < recipe.training.tokens:
+            step, tokens = state.step + 1, state.tokens + batch_tokens
+            last = tokens >= recipe.training.tokens
+            record = last or step % recipe.logging.every_steps == 0
+            with_stats = record and (last or step % recipe.logging.memory_interval == 0)
+            watch.start()
+            rate = learning_rate(recipe.schedule, recipe.optimizer.lr, tokens, self.batches.total_tokens)
+            result = self.engine.train_step(next(loader), rate, with_stats=with_stats)
+            watch.stop()
+            state = state.model_copy(update={"step": step, "tokens": tokens, "cursor": loader.cursor()})
+            save = last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens)
+            if record or save:
+                self.require_finite(result, step)
+            if record:
+                self.record(result, rate, state, watch)
+            if last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens):
+                self.evaluate(state)
+            if save:
+                self.save(state)
+        self.log.event("done", step=state.step, tokens=state.tokens, seconds_per_step=watch.mean)
+        self.log.say(f"{recipe.name}: done, {state.tokens:,} tokens; checkpoint in {self.checkpoints.folder}")
+
+    def record(self, result: StepResult, rate: float, state: TrainerState, watch: Stopwatch) -> None:
+        """Write a step's loss, speed and memory, and the layers' statistics where the step took them."""
+        watch.start()
+        loss, norm = (
+            float(result.loss),
+            float(result.grad_norm),
+        )  # waits for the device, which belongs to the steps' time
+        watch.stop(steps=0)
+        seconds = watch.lap()
+        speed = self.recipe.training.batch_tokens / seconds
+        flops = flops_per_token(self.recipe.model, self.recipe.training.sequence_length)
+        peak = peak_flops(self.world.device, self.recipe.parallel.precision)
+        capacity = None if peak is None else peak * self.world.size
+        values = {
+            "train/loss": loss,
+            "train/learning_rate": rate,
+            "train/gradient_norm": norm,
+            "train/tokens": float(state.tokens),
+            "speed/tokens_per_second": speed,
+            "speed/seconds_per_step": seconds,
+            "speed/flops": speed * flops.total,
+            "speed/flops_without_memory": speed * flops.model,
+            "speed/mfu": None if capacity is None else speed * flops.total / capacity,
+            "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
+            "memory/peak_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
+        }
+        self.log.scalars(state.step, values)
+        if result.stats is not None:
+            layers = [{name: float(value) for name, value in layer.items()} for layer in result.stats]
+            self.log.layers(state.step, layers)
+        self.log.event(
+            "step",
+            step=state.step,
+            tokens=state.tokens,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens_per_second=speed,
+        )
+        left = (self.batches.steps - state.step) * watch.mean
+        self.log.progress(state.step, loss, rate, speed, left)
+
+    def evaluate(self, state: TrainerState) -> None:
+        """Score the held-out shards, if the recipe names any."""
+        if self.held_out is None:
+            return
+        result = evaluate(
+            self.engine,
+            self.held_out,
+            self.world,
+            sequence_length=self.recipe.training.sequence_length,
+            batch_size=self.recipe.training.micro_batch_size,
+            max_tokens=self.recipe.evaluation.tokens,
+        )
+        values = {"evaluation/loss": result.loss, "evaluation/bits_per_byte": result.bits_per_byte}
+        self.log.scalars(state.step, values)
+        self.log.event(
+            "eval",
+            step=state.step,
+            tokens=state.tokens,
+            loss=result.loss,
+            bits_per_byte=result.bits_per_byte,
+            scored_tokens=result.tokens,
+            text_bytes=result.text_bytes,
+        )
+        self.log.say(
+            f"held out: loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens)"
+        )
+
+    def save(self, state: TrainerState) -> None:
+        """Write a checkpoint of the run as it stands."""
+        write = partial(
+            write_checkpoint,
+            engine=self.engine,
+            state=state,
+            recipe=self.recipe,
+            tokenizer=self.shards.tokenizer,
+            world=self.world,
+        )
+        folder = self.checkpoints.save(state.step, write)
+        self.log.event("save", step=state.step, tokens=state.tokens, checkpoint=str(folder))
+
+    def require_finite(self, result: StepResult, step: int) -> None:
+        """Raise FloatingPointError for a loss or gradient that is not finite, before it is written anywhere."""
+        if not bool(torch.isfinite(result.loss)) or not bool(torch.isfinite(result.grad_norm)):
+            raise FloatingPointError(
+                f"step {step}: loss {float(result.loss)}, gradient norm {float(result.grad_norm)}: not finite. The "
+                "checkpoints from before are whole; lower optimizer.lr or optimizer.gradient_clip and resume"
+            )
+
+
+def is_due(every: int | None, tokens: int, batch_tokens: int) -> bool:
+    """Whether the step that ended at `tokens` crossed a multiple of `every`."""
+    return every is not None and tokens // every > (tokens - batch_tokens) // every

@@ -1,0 +1,140 @@
+"""What a run writes while it goes: run.jsonl events, TensorBoard curves, and a line of progress. Rank 0 alone
+writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.errors import UserError
+
+EVENTS_FILE = "run.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class RunLog:
+    """The run's logs. On other ranks than 0 every method does nothing.
+
+    Args:
+        folder: the run's folder.
+        start_step: where the run goes on: TensorBoard drops what an earlier attempt wrote beyond it.
+
+    Raises UserError when the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, *, name: str, is_main: bool, start_step: int, total_steps: int) -> None:
+        self._name, self._total_steps, self._main = name, total_steps, is_main
+        self._width = 0
+        if not is_main:
+            return
+        path = folder / EVENTS_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+            self._events = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close())
+            if cut:  # a killed run's last line must not swallow the first of this one
+                self._events.write("\n")
+            self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
+        except OSError as error:
+            raise UserError(
+                f"folder {folder}: {error.strerror or error}; give a --folder that can be written"
+            ) from error
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one event to run.jsonl: its kind, the time, and its fields. Floats are written in full."""
+        if self._main:
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self._events.write(json.dumps({"event": kind, "time": now, **fields}) + "\n")
+            self._events.flush()
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Add a point to each curve; None (not known on this device) adds none."""
+        if self._main:
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
+
+    def layers(self, step: int, stats: Sequence[Mapping[str, float]]) -> None:
+        """Add each layer's statistics: curves `memory/<statistic>/layer<number>`."""
+        self.scalars(
+            step, {f"memory/{key}/layer{n:02d}": v for n, layer in enumerate(stats) for key, v in layer.items()}
+        )
+
+    def progress(self, step: int, loss: float, rate: float, tokens_per_second: float, seconds_left: float) -> None:
+        """Show where the run stands: one line that is written over on a terminal, a line each time elsewhere."""
+        if not self._main:
+            return
+        line = (
+            f"{self._name}  step {step}/{self._total_steps} ({100 * step / self._total_steps:.1f} %)  loss {loss:.4f}  "
+            f"lr {rate:.2e}  {tokens_per_second:,.0f} tokens/s  {duration(seconds_left)} left"
+        )
+        if sys.stdout.isatty():
+            print(f"\r{line.ljust(self._width)}", end="", flush=True)
+            self._width = len(line)
+        else:
+            print(line, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        if self._main:
+            print(f"\n{text}" if self._width else text, flush=True)
+            self._width = 0
+
+    def close(self) -> None:
+        """Write out what is buffered and close the files."""
+        if self._main:
+            self._board.close()
+            self._events.close()
+
+
+class Stopwatch:
+    """Seconds spent in steps since the last reading, and on average; evaluations and checkpoints are left out."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._seconds = self._all_seconds = 0.0
+        self._steps = self._all_steps = 0
+
+    def start(self) -> None:
+        """A step begins."""
+        self._since = time.perf_counter()
+
+    def stop(self, steps: int = 1) -> None:
+        """The step is over (0 steps: only the time counts)."""
+        if self._since is None:
+            raise RuntimeError("the stopwatch was not started")
+        self._seconds += time.perf_counter() - self._since
+        self._steps += steps
+        self._since = None
+
+    def lap(self) -> float:
+        """Mean seconds of a step since the last lap; starts the next lap."""
+        self._all_seconds, self._all_steps = self._all_seconds + self._seconds, self._all_steps + self._steps
+        mean = self._seconds / max(self._steps, 1)
+        self._seconds, self._steps = 0.0, 0
+        return mean
+
+    @property
+    def mean(self) -> float:
+        """Mean seconds of a step over all laps."""
+        return self._all_seconds / max(self._all_steps, 1)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 42s, 12m 05s, 3h 20m, 2d 04h."""
+    whole = max(0, math.ceil(seconds))
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d {hours:02d}h"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"

@@ -1,0 +1,133 @@
+"""What a run would be, without running it: sizes, arithmetic, and an estimate of the memory of each rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import ModelConfig, TitansLM
+from model.flops import flops_per_token
+from pretrain.config import Recipe
+from pretrain.data import open_data
+from pretrain.loop import check_vocabulary
+
+_LOSS_CHUNK_TOKENS = 1024  # rows of logits that the chunked cross-entropy holds at a time
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank. Parameters, gradients and optimizer are counted; activations are an estimate from the
+    shapes.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, counted without allocating them."""
+    with torch.device("meta"):
+        return TitansLM(config).num_parameters()
+
+
+def estimate_memory(recipe: Recipe, parameters: int, ranks: int) -> MemoryEstimate:
+    """The memory of one rank of `ranks`."""
+    parallel = recipe.parallel
+    width = 2 if parallel.precision == "bf16" else 4
+
+    def share(first_stage: int) -> int:
+        return ranks if parallel.zero_stage >= first_stage else 1
+
+    # The fp32 copy that the optimizer steps, and its two moments; without ZeRO in fp32 the parameters are that copy.
+    copies = 2 if parallel.zero_stage == 0 else 3
+    return MemoryEstimate(
+        parameters=width * parameters // share(3),
+        gradients=4 * parameters // share(2),
+        optimizer=4 * copies * parameters // share(1),
+        activations=_activation_bytes(recipe, width),
+    )
+
+
+def _activation_bytes(recipe: Recipe, width: int) -> int:
+    model, tokens = recipe.model, recipe.training.micro_batch_size * recipe.training.sequence_length
+    # Inputs and outputs of norms, projections and gates of a mixer and of the feed-forward, in units of their widths.
+    layer = width * tokens * ((14 if model.memory else 0) * model.dim + (10 if model.has_attention else 0) * model.dim)
+    layer += width * tokens * (3 * model.ffn_dim + 3 * model.dim)
+    if model.memory is not None:  # fp32 features of keys and queries, and the gradients at them, in each memory layer
+        layer += 4 * tokens * 4 * model.dim * (1 + model.memory.expansion * (model.memory.depth - 1))
+    loss = 2 * 4 * min(tokens, _LOSS_CHUNK_TOKENS) * model.vocab_size
+    if recipe.parallel.activation_checkpointing:
+        return width * tokens * model.dim * model.num_layers + layer + loss
+    return layer * model.num_layers + loss
+
+
+def describe(recipe: Recipe, ranks: int) -> str:
+    """The dry run's text: the resolved recipe as YAML, then what follows from it as YAML comments.
+
+    Raises UserError for sizes that do not fit, and for shards that are there and damaged or too large for the
+    vocabulary.
+    """
+    batches = recipe.batches(ranks)
+    parameters = num_parameters(recipe.model)
+    context = recipe.training.sequence_length
+    flops = flops_per_token(recipe.model, context)
+    memory = estimate_memory(recipe, parameters, ranks)
+    lines = [
+        f"parameters          {parameters:,}",
+        f"tokens              {batches.total_tokens:,} in {batches.steps:,} steps of {recipe.training.batch_tokens:,}",
+        f"a step              {batches.rows} rows of {context:,} = {ranks} rank(s) x {batches.accumulation} "
+        f"micro-batch(es) x {recipe.training.micro_batch_size} row(s)",
+        f"FLOPs a token       {flops.total:,.0f} (memory's inner updates: {flops.memory:,.0f})",
+        f"FLOPs of the run    {flops.total * batches.total_tokens:.3g}",
+        *_data_lines(recipe, batches.total_tokens),
+        *_rank_lines(recipe, ranks),
+        f"memory of a rank    {_size(memory.total)} (estimate)",
+        f"  parameters        {_size(memory.parameters)}",
+        f"  gradients         {_size(memory.gradients)}",
+        f"  optimizer         {_size(memory.optimizer)}",
+        f"  activations       {_size(memory.activations)}, one micro-batch, estimated from the shapes",
+        f"a checkpoint        {_size(12 * parameters)}; {recipe.checkpoint.keep} are kept",
+    ]
+    return recipe.to_yaml() + "\n" + "\n".join(f"# {line}" for line in lines)
+
+
+def _data_lines(recipe: Recipe, total_tokens: int) -> list[str]:
+    folder: Path = recipe.data.train
+    if not folder.exists():
+        return [f"data                {folder} is not there yet"]
+    shards, held_out = open_data(recipe.data)
+    check_vocabulary(recipe, shards)
+    lines = [
+        f"data                {shards.documents:,} documents, {shards.tokens:,} tokens: "
+        f"{total_tokens / shards.tokens:.2f} passes over them"
+    ]
+    if held_out is not None:
+        lines.append(f"held-out data       {held_out.documents:,} documents, {held_out.tokens:,} tokens")
+    return lines
+
+
+def _rank_lines(recipe: Recipe, ranks: int) -> list[str]:
+    kept = ("nothing", "optimizer", "optimizer, gradients", "optimizer, gradients, parameters")
+    stage = recipe.parallel.zero_stage
+    return [
+        f"ranks               {ranks}, all data-parallel; ZeRO {stage}, {recipe.parallel.precision}",
+        f"  rank r            rows {recipe.training.micro_batch_size} x ({ranks} m + r) and on for micro-batch m; "
+        f"holds 1/{ranks} of: {kept[stage]}",
+    ]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.1f} TB"

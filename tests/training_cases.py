@@ -1,0 +1,96 @@
+"""A small corpus, a small MAC, and whole runs of `python -m pretrain`, for the tests of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.data_cases import documents, make_tokenizer, write_jsonl
+from tests.distributed_helper import Finished, run_ranks
+from tools.documents import DocumentReader
+from tools.shards.build import build
+
+VOCABULARY = 400
+MODEL = {
+    "preset": "mac-tiny",
+    "vocab_size": VOCABULARY,
+    "dim": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "ffn_dim": 48,
+    "segment": 16,
+    "num_persistent": 2,
+    "memory": {"chunk": 8},
+}
+
+
+def make_data(folder: Path, number: int = 300) -> Path:
+    """Training and validation shards below `folder`; returns the folder that holds both."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(folder, VOCABULARY)
+    reader = DocumentReader([write_jsonl(folder / "input.jsonl", documents(number))])
+    build(reader, tokenizer, folder / "shards", shard_tokens=8000, validation_fraction=0.1)
+    return folder / "shards"
+
+
+def recipe_fields(data: Path, folder: Path, *, steps: int = 12, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe of `steps` steps of 4 rows of 32 tokens, sections updated by `sections`."""
+    fields: dict[str, Any] = {
+        "name": "test",
+        "folder": str(folder),
+        "model": dict(MODEL),
+        "data": {"train": str(data / "train"), "validation": str(data / "validation"), "num_workers": 1},
+        "training": {"tokens": 128 * steps, "sequence_length": 32, "batch_tokens": 128, "micro_batch_size": 2},
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"kind": "cosine", "warmup_tokens": 256},
+        "parallel": {"zero_stage": 1, "precision": "fp32", "device": "cpu"},
+        "checkpoint": {"every_tokens": 512, "keep": 2},
+        "evaluation": {"every_tokens": 1024, "tokens": 500},
+        "logging": {"every_steps": 1},
+    }
+    for name, changes in sections.items():
+        fields[name] = {**fields[name], **changes}
+    return fields
+
+
+def write_recipe(data: Path, folder: Path, *, steps: int = 12, **sections: Mapping[str, Any]) -> Path:
+    """The recipe as a file beside the run's folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe_fields(data, folder, steps=steps, **sections)))
+    return path
+
+
+def pretrain(
+    recipe: Path,
+    *options: str,
+    ranks: int = 1,
+    check: bool = True,
+    timeout: float = 180.0,
+    kill_when: Callable[[], bool] | None = None,
+) -> Finished:
+    """`python -m pretrain RECIPE OPTIONS` on `ranks` processes."""
+    arguments = ["-m", "pretrain", str(recipe), *options]
+    return run_ranks(arguments, ranks=ranks, check=check, timeout=timeout, kill_when=kill_when)
+
+
+def events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The whole lines of a run's run.jsonl, of one kind or all."""
+    path = folder / "run.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    parsed = []
+    for line in lines:
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that a killed run did not finish
+            continue
+    return [event for event in parsed if kind is None or event["event"] == kind]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step, as last written."""
+    return {event["step"]: event["loss"] for event in events(folder, "step")}
