@@ -76,12 +76,12 @@ def test_equal_calls_give_equal_results_and_change_nothing(case, small_model, dr
 
 def _loss(model: TitansLM, tokens: Tensor, targets: Tensor) -> Tensor:
     """Over two pieces, so that gradients also pass through the state."""
-    first = model(tokens[:, :11], targets=targets[:, :11])
-    return first.loss_sum + model(tokens[:, 11:], first.state, targets=targets[:, 11:]).loss_sum
+    first = model(tokens[:, :9], targets=targets[:, :9])
+    return first.loss_sum + model(tokens[:, 9:], first.state, targets=targets[:, 9:]).loss_sum
 
 
 def test_every_parameter_has_the_gradient_of_finite_differences(case, small_model, draw_tokens) -> None:
-    model, tokens, targets = small_model(case), draw_tokens(2, 18), draw_tokens(2, 18, seed=3)
+    model, tokens, targets = small_model(case), draw_tokens(2, 14), draw_tokens(2, 14, seed=3)
     targets[0, 4] = -100
     _loss(model, tokens, targets).backward()
     generator, step = torch.Generator().manual_seed(4), 1e-5
@@ -102,7 +102,7 @@ def test_every_parameter_has_the_gradient_of_finite_differences(case, small_mode
 
 
 def test_a_split_has_the_gradients_of_the_whole(case, small_model, draw_tokens) -> None:
-    model, tokens, targets = small_model(case), draw_tokens(2, 18), draw_tokens(2, 18, seed=3)
+    model, tokens, targets = small_model(case), draw_tokens(2, 14), draw_tokens(2, 14, seed=3)
     parameters = list(model.parameters())
     split = torch.autograd.grad(_loss(model, tokens, targets), parameters)
     whole = torch.autograd.grad(model(tokens, targets=targets).loss_sum, parameters)
@@ -111,7 +111,7 @@ def test_a_split_has_the_gradients_of_the_whole(case, small_model, draw_tokens) 
 
 
 def test_activation_checkpointing_changes_no_gradient(case, small_model, draw_tokens) -> None:
-    model, tokens, targets = small_model(case), draw_tokens(2, 18), draw_tokens(2, 18, seed=3)
+    model, tokens, targets = small_model(case), draw_tokens(2, 14), draw_tokens(2, 14, seed=3)
     results = []
     for enabled in (False, True):
         model.set_activation_checkpointing(enabled)
