@@ -15,12 +15,15 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Runs `command` and returns its exit code: 0, or 2 after printing the message of a UserError."""
+    """Runs `command` and returns its exit code: 0, 2 after a UserError, 130 after Ctrl-C."""
     try:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has seen enough; python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

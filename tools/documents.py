@@ -209,13 +209,13 @@ def _checked_text(value: object, source: str) -> str:
     return value
 
 
-def add_document_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --input and the options of `DocumentOptions` to a command."""
+def add_document_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds --input (`required` or not) and the options of `DocumentOptions` to a command."""
     group = parser.add_argument_group("documents")
     group.add_argument(
         "--input",
         nargs="+",
-        required=True,
+        required=required,
         type=Path,
         metavar="PATH",
         help="text files, .jsonl, .jsonl.gz, .parquet, or folders (read recursively, in the order of their paths)",

@@ -100,12 +100,14 @@ class Packing:
             if self.order == "rows":
                 numbers = permute(numbers, self.rows_per_epoch, f"rows {self.seed} {epoch}")
             stream = self._epoch(int(epoch))
-            for place, number in zip(places, numbers, strict=True):
-                self._fill(out[place], stream, int(number) * self.sequence_length)
+            positions = numbers * self.sequence_length
+            first = np.searchsorted(stream.starts, positions, side="right") - 1
+            for place, position, document in zip(places, positions.tolist(), first.tolist(), strict=True):
+                self._fill(out[place], stream, position, document)
         return out
 
-    def _fill(self, out: np.ndarray, epoch: _Epoch, position: int) -> None:
-        place = int(np.searchsorted(epoch.starts, position, side="right")) - 1
+    def _fill(self, out: np.ndarray, epoch: _Epoch, position: int, place: int) -> None:
+        """Fills `out` from `position` of the epoch's stream, which lies in the document at `place`."""
         filled = 0
         while filled < len(out):
             start = position + filled - int(epoch.starts[place])

@@ -1,14 +1,13 @@
 """One folder of tokenised shards, opened and checked: documents by number, tokens by position."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from pretrain.data.files import OpenFiles
-from pretrain.data.format import DTYPES, INDEX_DTYPE, FileEntry, Manifest, ShardEntry, file_sha256
+from pretrain.data.format import DTYPES, INDEX_DTYPE, FileEntry, Manifest, file_sha256
 from pretrain.errors import UserError
 
 Verify = Literal["sizes", "hashes"]
@@ -27,8 +26,7 @@ class TokenizerInfo:
     pad_id: int | None
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """Where a document is: the number of its shard, and its first token's offset in bytes from the tar's start."""
 
     shard: int
@@ -52,9 +50,10 @@ class ShardSet:
         self.tokenizer = TokenizerInfo(
             folder / entry.name, entry.sha256, entry.vocab_size, entry.unk_id, entry.bos_id, entry.eos_id, entry.pad_id
         )
-        self._index = index
+        # The view skips np.memmap's own indexing, which takes longer than reading a short document.
+        self._index = index.view(np.ndarray)
         self._dtype = DTYPES[manifest.dtype]
-        self._files = OpenFiles()
+        self._files = OpenFiles([str(folder / shard.name) for shard in manifest.shards])
 
     @classmethod
     def open(cls, folder: str | Path, verify: Verify = "sizes") -> "ShardSet":
@@ -108,16 +107,15 @@ class ShardSet:
         stop = record.tokens if stop is None else stop
         if not 0 <= start <= stop <= record.tokens:
             raise IndexError(f"tokens {start}..{stop} of document {document}, which has {record.tokens}")
-        shard = self.manifest.shards[record.shard]
         width = self._dtype.itemsize
-        data = self._pread(shard, (stop - start) * width, record.offset + start * width)
+        data = self._pread(record.shard, (stop - start) * width, record.offset + start * width)
         tokens = np.frombuffer(data, self._dtype)
         # An id out of range would surface as a device-side assertion of the embedding, far from its cause.
         if tokens.size and int(tokens.max()) >= self.tokenizer.vocab_size:
+            path = self.folder / self.manifest.shards[record.shard].name
             raise UserError(
-                f"{self.folder / shard.name}: damaged: document {document} holds token {int(tokens.max())}, the "
-                f"vocabulary has {self.tokenizer.vocab_size}; find all damage with "
-                f"`python -m tools.shards verify {self.folder}`"
+                f"{path}: damaged: document {document} holds token {int(tokens.max())}, the vocabulary has "
+                f"{self.tokenizer.vocab_size}; find all damage with `python -m tools.shards verify {self.folder}`"
             )
         return tokens
 
@@ -125,20 +123,17 @@ class ShardSet:
         """Closes the open files; reading again opens them again."""
         self._files.close()
 
-    def _pread(self, shard: ShardEntry, size: int, offset: int) -> bytes:
-        path = self.folder / shard.name
-        data = b""
+    def _pread(self, number: int, size: int, offset: int) -> bytes:
         try:
-            with self._files.open(path) as descriptor:
-                data = os.pread(descriptor, size, offset)
-                while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-                    data += more
+            data = self._files.read(number, size, offset)
         except OSError as error:
+            path = self.folder / self.manifest.shards[number].name
             raise UserError(f"{path}: cannot be read: {error.strerror}; restore the shard and resume") from error
         if len(data) < size:
+            shard = self.manifest.shards[number]
             raise UserError(
-                f"{path}: was cut while in use: {size} bytes expected at offset {offset}, found {len(data)}; "
-                f"the whole file should have {shard.bytes}; restore the shard and resume"
+                f"{self.folder / shard.name}: was cut while in use: {size} bytes expected at offset {offset}, found "
+                f"{len(data)}; the whole file should have {shard.bytes}; restore the shard and resume"
             )
         return data
 

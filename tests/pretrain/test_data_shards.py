@@ -178,12 +178,13 @@ def test_open_files_are_bounded_and_never_closed_in_use(tmp_path):
     paths = [tmp_path / str(number) for number in range(20)]
     for path in paths:
         path.write_text(path.name)
-    files = OpenFiles(limit=3)
-    with files.open(paths[0]) as first:
-        for path in paths[1:] * 2:
-            with files.open(path) as descriptor:
-                assert os.pread(descriptor, 9, 0) == path.name.encode()
-        assert os.pread(first, 9, 0) == b"0"
-        assert len(files._descriptors) <= 4
+    files = OpenFiles([str(path) for path in paths], limit=3)
+    held = files._acquire(0)
+    for number in [*range(1, 20)] * 2:
+        assert files.read(number, 9, 0) == str(number).encode()
+        assert len(files) <= 3
+    assert os.pread(held, 9, 0) == b"0"
+    files._release(0)
     files.close()
-    assert not files._descriptors
+    assert len(files) == 0
+    assert files.read(7, 1, 0) == b"7"

@@ -196,7 +196,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, command, capsys):
 
 def test_a_killed_build_leaves_no_set_and_the_next_one_works(tmp_path, command):
     big = write_jsonl(tmp_path / "big.jsonl", documents(20) * 3000)
-    arguments = [*command, "--input", str(big), "--shard-tokens", "10000"]
+    arguments = [*command, "--input", str(big), "--shard-tokens", "10000", "--validation-fraction", "0.3"]
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.shards", *arguments], env={**os.environ, "PYTHONPATH": "."}
     )

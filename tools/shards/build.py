@@ -57,13 +57,13 @@ def build(
         raise UserError(
             f"{tokenizer_path}: has no EOS token, which ends every document; train one with tools.tokenizer"
         )
+    _check_parts(reader, validation_fraction)
     progress = Progress(reader.bytes_total)
     with _building(output) as folder:
         parts = PARTS if validation_fraction else PARTS[:1]
         writers = {part: SetWriter(folder / part, tokenizer, shard_tokens) for part in parts}
         try:
             _write_documents(reader, tokenizer, writers, validation_fraction, progress)
-            _check_parts(reader, writers, validation_fraction)
             manifests = {
                 part: writer.finish(SplitEntry(part=part, validation_fraction=validation_fraction))
                 for part, writer in writers.items()
@@ -106,16 +106,21 @@ def _batches(reader: DocumentReader) -> Iterator[list[Document]]:
         yield batch
 
 
-def _check_parts(reader: DocumentReader, writers: dict[str, SetWriter], fraction: float) -> None:
-    documents = sum(writer.documents for writer in writers.values())
+def _check_parts(reader: DocumentReader, fraction: float) -> None:
+    """Reads until each part has a document, so that an empty part is known before hours of encoding, not after."""
+    empty = set(PARTS if fraction else PARTS[:1])
+    documents = 0
+    for document in reader:
+        documents += 1
+        empty.discard("validation" if belongs_to_validation(document.text.encode(), fraction) else "train")
+        if not empty:
+            return
     if not documents:
         raise UserError(f"{', '.join(map(str, reader.inputs))}: no document with text")
-    for part, writer in writers.items():
-        if not writer.documents:
-            raise UserError(
-                f"--validation-fraction {fraction}: none of the {documents} documents fell into {part}; give 0 for no "
-                "validation set, another fraction, or divide text files into documents with --separator"
-            )
+    raise UserError(
+        f"--validation-fraction {fraction}: none of the {documents} documents fell into {' or '.join(empty)}; give 0 for "
+        "no validation set, another fraction, or divide text files into documents with --separator"
+    )
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,8 +31,7 @@ def verify_set(folder: Path) -> list[str]:
         return problems
     try:
         shards = ShardSet.open(folder)
-        for document in range(shards.documents):
-            _check_document(shards, document)
+        _check_documents(shards)
     except UserError as error:
         problems.append(str(error))
     else:
@@ -40,22 +40,28 @@ def verify_set(folder: Path) -> list[str]:
     return problems
 
 
-def _check_document(shards: ShardSet, document: int) -> None:
+def _check_documents(shards: ShardSet) -> None:
+    """Raises UserError for the first document whose tar member, tokens and index entry do not fit each other."""
+    document = 0
+    for shard in shards.manifest.shards:
+        with open(shards.folder / shard.name, "rb") as file:
+            for _ in range(shard.documents):
+                _check_document(shards, document, file)
+                document += 1
+
+
+def _check_document(shards: ShardSet, document: int, file: BinaryIO) -> None:
     tokens = shards.read(document)
-    record = shards.record(document)
-    shard = shards.manifest.shards[record.shard]
-    path = shards.folder / shard.name
     if tokens[-1] != shards.tokenizer.eos_id:
-        raise UserError(f"{path}: document {document} does not end with EOS")
-    with open(path, "rb") as file:
-        file.seek(record.offset - tarfile.BLOCKSIZE)
-        try:
-            header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
-        except tarfile.HeaderError as error:
-            raise UserError(f"{path}: no tar header before document {document}: {error}") from None
+        raise UserError(f"{file.name}: document {document} does not end with EOS")
+    file.seek(shards.record(document).offset - tarfile.BLOCKSIZE)
+    try:
+        header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+    except tarfile.HeaderError as error:
+        raise UserError(f"{file.name}: no tar header before document {document}: {error}") from None
     if header.size != tokens.nbytes or not header.name.endswith(TOKENS_SUFFIX):
         raise UserError(
-            f"{path}: document {document}: the tar's member {header.name!r} has {header.size} bytes, "
+            f"{file.name}: document {document}: the tar's member {header.name!r} has {header.size} bytes, "
             f"the index {tokens.nbytes}"
         )
 
