@@ -33,8 +33,8 @@ class MemoryConfig(BaseModel):
     """Whether the memory forgets; without it alpha is 0."""
     parametrisation: Literal["unit", "standard"] = "unit"
     """Initial memory network: unit-norm features with a last layer of zeros, or N(0, 1/d_in) in every layer."""
-    step_bound: float | None = Field(default=4.0, gt=0)
-    """Bound b on the steps from the chunk's Gram matrix; none for the paper's plain steps, which can diverge."""
+    step_bound: float | None = Field(default=8.0, gt=0)
+    """Bound b on the steps from the chunk's Gram matrix: stable when above 1 + 1/2 + ... + 1/chunk; none: plain steps."""
     step_ceiling: float = Field(default=1.0, gt=0)
     """Largest step c = theta / (1 - eta) that the gate can ask for."""
     initial_step: float = Field(default=0.12, gt=0)
