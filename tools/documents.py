@@ -172,17 +172,22 @@ def find_files(path: Path, options: DocumentOptions) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder; give an existing path to --input")
-    files = []
-    for folder, _, names in os.walk(path):
-        files += [Path(folder, name) for name in names]
+    files = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_unreadable_folder) for name in names]
     found = sorted(
-        (file for file in files if file.is_file() and _selected(file.relative_to(path), options)),
+        (file for file in files if _selected(file.relative_to(path), options)),
         key=lambda file: file.relative_to(path).parts,
     )
+    if strange := [file for file in found if not file.is_file()]:
+        raise UserError(f"{strange[0]}: is no file that can be read, or a link to nothing; leave it out with --exclude")
     if not found:
         wanted = options.globs or tuple(f"*{suffix}" for suffix in KNOWN_SUFFIXES)
         raise UserError(f"{path}: holds no file that matches {', '.join(wanted)}; choose others with --glob")
     return found
+
+
+def _unreadable_folder(error: OSError) -> None:
+    # os.walk leaves out what it cannot list unless it is stopped here.
+    raise UserError(f"{error.filename}: cannot be listed: {error.strerror}") from error
 
 
 def _selected(path: Path, options: DocumentOptions) -> bool:

@@ -29,6 +29,7 @@ INDEX_NAME = "index.npy"
 TOKEN_BYTES_NAME = "token_bytes.npy"
 TOKENIZER_NAME = "tokenizer.model"
 TOKENS_SUFFIX = ".tokens"
+PARTS = ("train", "validation")
 
 # shard: position in Manifest.shards; offset: of the first token, in bytes from the tar's start; text_bytes: UTF-8.
 INDEX_DTYPE = np.dtype([("shard", "<i8"), ("offset", "<i8"), ("tokens", "<i8"), ("text_bytes", "<i8")])
@@ -152,18 +153,22 @@ def file_sha256(path: Path) -> str:
 
 
 def find_sets(folder: Path) -> list[Path]:
-    """The shard sets at `folder`: itself, or its folders train and validation; raises UserError when there is none."""
-    candidates = [folder, folder / "train", folder / "validation"]
-    found = [path for path in candidates if (path / MANIFEST_NAME).is_file()]
-    if not found:
+    """The shard sets at `folder`: itself, or its folders train and validation; raises UserError when there is none.
+
+    A part that has lost its manifest is among them, so that opening it tells.
+    """
+    if (folder / MANIFEST_NAME).is_file():
+        return [folder]
+    parts = [folder / part for part in PARTS if (folder / part).is_dir()]
+    if not any((part / MANIFEST_NAME).is_file() for part in parts):
         raise UserError(_no_manifest(folder))
-    return found
+    return parts
 
 
 def _no_manifest(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: no such folder; build it with `python -m tools.shards build --output ...`"
-    parts = [part for part in ("train", "validation") if (folder / part / MANIFEST_NAME).is_file()]
+    parts = [part for part in PARTS if (folder / part / MANIFEST_NAME).is_file()]
     if parts:
         return f"{folder}: holds no {MANIFEST_NAME} itself; give one of its shard sets: " + ", ".join(
             str(folder / part) for part in parts

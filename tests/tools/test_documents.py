@@ -1,7 +1,9 @@
 """Reading documents: every format gives the same texts, in a fixed order, and what cannot be read is named."""
 
+import errno
 import gzip
 import json
+import os
 
 import pyarrow
 import pytest
@@ -124,3 +126,18 @@ def test_missing_and_unreadable_inputs_are_named(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"a\.tar: cannot be read; inputs are text"):
         read(tmp_path / "a.tar")
+
+
+def test_nothing_in_a_folder_is_left_out_silently(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"b\.txt: is no file that can be read, or a link to nothing"):
+        read(tmp_path)
+    assert read(tmp_path, excludes=("b.*",)) == ["text"]
+    monkeypatch.setattr(os, "scandir", refuse)  # root may list any folder
+    with pytest.raises(UserError, match="cannot be listed: Permission denied"):
+        read(tmp_path)
+
+
+def refuse(path):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))

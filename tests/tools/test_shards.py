@@ -157,6 +157,14 @@ def test_verify_names_files_that_do_not_belong(tmp_path, model, capsys):
     assert "shards-000099.tar: does not belong" in capsys.readouterr().err
 
 
+def test_verify_names_a_part_without_its_manifest(tmp_path, command, capsys):
+    assert main([*command, "--validation-fraction", "0.3"]) == 0
+    (tmp_path / "out" / "train" / "manifest.json").unlink()
+    for check in ("verify", "stats"):
+        assert main([check, str(tmp_path / "out")]) == 2
+        assert "train: holds no manifest.json" in capsys.readouterr().err
+
+
 def test_output_is_never_replaced_unasked(tmp_path, command, capsys):
     out = tmp_path / "out"
     assert main([*command, "--shard-tokens", "2000"]) == 0

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.data.format import MANIFEST_NAME, Manifest, SplitEntry
+from pretrain.data.format import MANIFEST_NAME, PARTS, Manifest, SplitEntry
 from pretrain.errors import UserError
 from tools.command import Progress, count, writing
 from tools.documents import Document, DocumentReader
@@ -22,7 +22,6 @@ from tools.shards.writer import SetWriter, sync
 
 DEFAULT_SHARD_TOKENS = 1 << 26
 DEFAULT_VALIDATION_FRACTION = 0.01
-PARTS = ("train", "validation")
 # Characters encoded in one call: enough that the call's cost vanishes, little enough that progress is seen.
 BATCH_CHARACTERS = 1 << 20
 
@@ -118,8 +117,8 @@ def _check_parts(reader: DocumentReader, fraction: float) -> None:
     if not documents:
         raise UserError(f"{', '.join(map(str, reader.inputs))}: no document with text")
     raise UserError(
-        f"--validation-fraction {fraction}: none of the {documents} documents fell into {' or '.join(empty)}; give 0 for "
-        "no validation set, another fraction, or divide text files into documents with --separator"
+        f"--validation-fraction {fraction}: none of the {documents} documents fell into {' or '.join(empty)}; give 0 "
+        "for no validation set, another fraction, or divide text files into documents with --separator"
     )
 
 
