@@ -26,6 +26,7 @@ from tools.shards.build import belongs_to_validation
 from tools.tokenizer import TRAINER_OPTIONS
 from tools.tokenizer import main as tokenizer_main
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [text for text in [*AWKWARD, *documents(80)] if text]
 
 
@@ -205,9 +206,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, command, capsys):
 def test_a_killed_build_leaves_no_set_and_the_next_one_works(tmp_path, command):
     big = write_jsonl(tmp_path / "big.jsonl", documents(20) * 3000)
     arguments = [*command, "--input", str(big), "--shard-tokens", "10000", "--validation-fraction", "0.3"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools.shards", *arguments], env={**os.environ, "PYTHONPATH": "."}
-    )
+    process = subprocess.Popen([sys.executable, "-m", "tools.shards", *arguments], cwd=ROOT)
     building = tmp_path / "out.building"
     try:
         deadline = time.monotonic() + 60
@@ -270,7 +269,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, command, capsys):
 
 
 def test_real_text_when_present(tmp_path):
-    path = Path("../shared/data/tinyshakespeare.txt")
+    path = ROOT.parent / "shared/data/tinyshakespeare.txt"
     if not path.is_file():
         pytest.skip("no shared data here")
     model = tmp_path / "t.model"
