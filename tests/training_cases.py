@@ -49,7 +49,7 @@ def recipe_fields(data: Path, folder: Path, *, steps: int = 12, **sections: Mapp
         "schedule": {"kind": "cosine", "warmup_tokens": 256},
         "parallel": {"zero_stage": 1, "precision": "fp32", "device": "cpu"},
         "checkpoint": {"every_tokens": 512, "keep": 2},
-        "evaluation": {"every_tokens": 1024, "tokens": 500},
+        "evaluation": {"every_tokens": 1024, "tokens": 250},
         "logging": {"every_steps": 1},
     }
     for name, changes in sections.items():

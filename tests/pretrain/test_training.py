@@ -1,0 +1,127 @@
+"""Whole training runs of a small MAC on real shards: layouts agree, killed runs go on bit for bit, bf16, logs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain.config import load_recipe
+from pretrain.schedule import learning_rate
+from tests.distributed_helper import run_ranks
+from tests.training_cases import events, losses, make_data, pretrain, write_recipe
+
+STEPS = 20
+STAGES = (1, 2, 3)
+WORKER = "tests/pretrain/train_worker.py"
+BF16 = {"precision": "bf16"}
+CONSTANT = {"kind": "constant", "warmup_tokens": 0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two launches: on one process zero0; on two zero1, zero2, zero3, and bf16 ones in one go and stopped half-way."""
+    folder = tmp_path_factory.mktemp("runs")
+    alone = [write_recipe(data, folder / "zero0", steps=STEPS, parallel={"zero_stage": 0})]
+    alone.append(write_recipe(data, folder / "one-row", steps=STEPS, training={"micro_batch_size": 1}))
+    run_ranks([WORKER, *map(str, alone)], ranks=1)
+    together = [write_recipe(data, folder / f"zero{s}", steps=STEPS, parallel={"zero_stage": s}) for s in STAGES]
+    for stage in (1, 3):
+        layout = BF16 | {"zero_stage": stage}
+        whole = write_recipe(data, folder / f"bf16-{stage}", steps=6, parallel=layout, schedule=CONSTANT)
+        half = folder / f"bf16-{stage}-resumed"
+        first = write_recipe(data, half, steps=3, parallel=layout, schedule=CONSTANT).rename(half.with_suffix(".1.yaml"))
+        together += [whole, first, write_recipe(data, half, steps=6, parallel=layout, schedule=CONSTANT)]
+    run_ranks([WORKER, *map(str, together)], ranks=2)
+    return folder
+
+
+@pytest.mark.parametrize("run", ["zero1", "zero2", "zero3", "one-row"])
+def test_every_layout_follows_one_process(runs: Path, run: str) -> None:
+    expected = losses(runs / "zero0")
+    assert len(expected) == STEPS
+    assert losses(runs / run) == pytest.approx(expected, rel=1e-5)
+    norms = {e["step"]: e["gradient_norm"] for e in events(runs / "zero0", "step")}
+    assert {e["step"]: e["gradient_norm"] for e in events(runs / run, "step")} == pytest.approx(norms, rel=1e-3)
+
+
+def test_the_loss_falls(runs: Path) -> None:
+    seen = losses(runs / "zero0")
+    assert seen[STEPS] < seen[1] - 0.3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_goes_on_bit_for_bit(data: Path, runs: Path, tmp_path: Path, stage: int) -> None:
+    folder = tmp_path / "run"
+    recipe = write_recipe(data, folder, steps=STEPS, parallel={"zero_stage": stage})
+    killed = pretrain(recipe, ranks=2, check=False, kill_when=lambda: len(losses(folder)) >= 10)
+    assert set(killed.codes) == {-9}
+    assert not events(folder, "done")
+    # Another number of loader workers as well: the order of the data must not depend on it.
+    resumed = pretrain(recipe, "--data.num_workers", str(stage - 1), ranks=2)
+    assert resumed.codes == [0, 0]
+    (resume,) = events(folder, "resume")
+    assert 4 <= resume["step"] <= 12
+    assert losses(folder) == losses(runs / f"zero{stage}")
+    assert evaluations(folder) == evaluations(runs / f"zero{stage}")
+
+
+def evaluations(folder: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in events(folder, "eval")}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_runs_and_resumes_bit_for_bit(runs: Path, stage: int) -> None:
+    whole = losses(runs / f"bf16-{stage}")
+    assert losses(runs / f"bf16-{stage}-resumed") == whole
+    assert whole[6] < whole[1]
+
+
+def test_another_layout_goes_on_from_the_same_checkpoint(data: Path, runs: Path, tmp_path: Path) -> None:
+    """Saved by ZeRO 3 on two ranks, continued by ZeRO 1 on one."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "zero3" / "checkpoints" / "step-00000016", folder / "checkpoints" / "step-00000016")
+    pretrain(write_recipe(data, folder, steps=STEPS, parallel={"zero_stage": 1}))
+    expected = {step: loss for step, loss in losses(runs / "zero0").items() if step > 16}
+    assert losses(folder) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rate_follows_the_schedule(data: Path, runs: Path) -> None:
+    recipe = load_recipe(runs / "zero0.yaml")
+    expected = [learning_rate(recipe.schedule, 3e-3, 128 * step, 128 * STEPS) for step in range(1, STEPS + 1)]
+    assert [e["learning_rate"] for e in events(runs / "zero1", "step")] == expected
+
+
+def test_only_the_newest_checkpoints_are_kept(runs: Path) -> None:
+    folder = runs / "zero1" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000016", "step-00000020"]
+    assert (folder / "latest").read_text() == "step-00000020\n"
+
+
+def test_events_tell_the_run(runs: Path) -> None:
+    kinds = [event["event"] for event in events(runs / "zero1") if event["event"] != "step"]
+    assert kinds == ["start", "save", "eval", "save", "save", "eval", "save", "eval", "save", "done"]
+
+
+def test_tensorboard_has_the_curves(runs: Path) -> None:
+    curves = read_curves(runs / "zero1")
+    assert len(curves["train/loss"]) == STEPS
+    names = {"train/learning_rate", "train/gradient_norm", "speed/tokens_per_second", "speed/flops"}
+    assert names | {"memory/peak_gigabytes", "evaluation/loss", "evaluation/bits_per_byte"} <= curves.keys()
+    for layer in ("layer00", "layer01"):
+        for statistic in ("alpha", "eta", "theta", "surprise", "weight_norm"):
+            assert f"memory/{statistic}/{layer}" in curves
+    assert not any("mfu" in name for name in curves), "a CPU has no peak that is known"
+
+
+def read_curves(folder: Path) -> dict[str, Any]:
+    reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {name: reader.Scalars(name) for name in reader.Tags()["scalars"]}
