@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from model.presets import preset_fields
+
 Variant = Literal["mac", "mag", "mal", "lmm", "transformer"]
 _MAX_DEPTH = 4
 
@@ -34,7 +36,7 @@ class MemoryConfig(BaseModel):
     parametrisation: Literal["unit", "standard"] = "unit"
     """Initial memory network: unit-norm features with a last layer of zeros, or N(0, 1/d_in) in every layer."""
     step_bound: float | None = Field(default=8.0, gt=0)
-    """Bound b on the steps from the chunk's Gram matrix: stable when above 1 + 1/2 + ... + 1/chunk; none: plain steps."""
+    """Bound b on the steps from the chunk's Gram matrix: stable above 1 + 1/2 + ... + 1/chunk; none for plain steps."""
     step_ceiling: float = Field(default=1.0, gt=0)
     """Largest step c = theta / (1 - eta) that the gate can ask for."""
     initial_step: float = Field(default=0.12, gt=0)
@@ -109,8 +111,6 @@ class ModelConfig(BaseModel):
         Raises:
             ValueError: an unknown name, or what the fields' validation raises.
         """
-        from model.presets import preset_fields  # presets are written in terms of this class
-
         fields = preset_fields(name)
         memory = overrides.pop("memory", {})
         if isinstance(memory, MemoryConfig):
@@ -168,6 +168,8 @@ class ModelConfig(BaseModel):
             raise ValueError(f"window is {self.window}, but variant is {self.variant}: {why}; remove it")
         if self.variant == "transformer" and self.segment is not None:
             raise ValueError(f"segment is {self.segment}, but only variant mac has segments: remove it")
+        if not self.has_attention and self.rope_base != type(self).model_fields["rope_base"].default:
+            raise ValueError(f"rope_base is {self.rope_base}, but variant lmm has no attention to turn: remove it")
         if not self.has_attention and self.num_persistent:
             raise ValueError(
                 f"num_persistent is {self.num_persistent}, but variant lmm has no attention to see them: set it to 0"

@@ -75,15 +75,23 @@ class ModelState:
 
     def detach(self) -> ModelState:
         """The same values, cut from the graph that made them."""
-        return _map(self, Tensor.detach)
+        return self.map(Tensor.detach)
 
     def clone(self) -> ModelState:
         """A copy that shares no storage; still differentiable."""
-        return _map(self, Tensor.clone)
+        return self.map(Tensor.clone)
 
     def to(self, device: torch.device | str) -> ModelState:
         """The state on another device."""
-        return _map(self, lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ModelState:
+        """The state with `function` applied to every tensor, integer ones included."""
+        return _map(self, function)
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its path, in a fixed order and in its graph: what gradients are asked for or fed to."""
+        return _paths(self, "")
 
     def reset_rows(self, rows: Tensor) -> ModelState:
         """The state with the rows where `rows` [B] bool is True back at a beginning, the others untouched.
@@ -104,7 +112,7 @@ class ModelState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under its path, contiguous and detached, as safetensors takes them; see `from_tensors`."""
-        flat = {path: tensor.detach().contiguous().clone() for path, tensor in _paths(self, "")}
+        flat = {path: tensor.detach().contiguous().clone() for path, tensor in self.named_tensors()}
         return {**flat, "num_layers": torch.tensor(len(self.layers))}
 
     @classmethod

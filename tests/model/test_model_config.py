@@ -58,6 +58,7 @@ _SMALL = {"vocab_size": 31, "dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim
         ({"variant": "mal", "window": 8, "join": "product", "memory": {}}, ["join is product", "remove"]),
         ({"variant": "lmm", "window": 8, "memory": {}}, ["window is 8", "no attention"]),
         ({"variant": "lmm", "num_persistent": 2, "memory": {}}, ["num_persistent is 2", "set it to 0"]),
+        ({"variant": "lmm", "rope_base": 5e5, "memory": {}}, ["rope_base is 500000.0", "remove"]),
         ({"variant": "transformer", "memory": {}}, ["memory is set", "remove memory"]),
         ({"variant": "transformer", "segment": 64}, ["segment is 64"]),
         ({"variant": "transformer", "num_heads": 3}, ["dim is 16", "num_heads 3", "multiple of 3"]),

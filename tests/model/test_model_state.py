@@ -111,6 +111,25 @@ def test_detach_cuts_the_graph_and_clone_shares_nothing(small_model, draw_tokens
     assert state.to("meta").position.device.type == "meta"
 
 
+def test_gradients_can_be_handed_over_at_a_cut_state(case, small_model, draw_tokens) -> None:
+    """What training by segments does: a leaf copy of the state in between, its gradient fed to the piece before."""
+    model, tokens, targets = small_model(case), draw_tokens(2, 20), draw_tokens(2, 20, seed=2)
+    parameters = list(model.parameters())
+    first = model(tokens[:, :11], targets=targets[:, :11])
+    leaves = first.state.map(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()))
+    second = model(tokens[:, 11:], leaves, targets=targets[:, 11:])
+    second.loss_sum.backward()
+    carried = {path: leaf.grad for path, leaf in leaves.named_tensors() if leaf.grad is not None}
+    # A momentum that is always zero has no graph to feed.
+    fed = [(tensor, carried[path]) for path, tensor in first.state.named_tensors() if path in carried]
+    outgoing, slopes = zip(*((tensor, slope) for tensor, slope in fed if tensor.requires_grad), strict=True)
+    torch.autograd.backward([first.loss_sum, *outgoing], [None, *slopes])
+    by_hand = [parameter.grad for parameter in parameters]
+    whole = torch.autograd.grad(model(tokens, targets=targets).loss_sum, parameters)
+    for got, expected in zip(by_hand, whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_reset_rows_takes_one_flag_a_row(small_model, draw_tokens) -> None:
     state = small_model("lmm")(draw_tokens(2, 4)).state
     for wrong in (torch.ones(3, dtype=torch.bool), torch.ones(2)):
