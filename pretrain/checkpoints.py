@@ -57,15 +57,16 @@ def problems(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
     Args:
         share, shares: check only every `shares`-th file from the `share`-th on, so that ranks can divide the reading.
     """
+    manifest = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files: FileEntries = manifest["files"]
+        text = manifest.read_text(encoding="utf-8")
+        files: FileEntries = json.loads(text)["files"]
+        if text != _manifest_text(files):
+            return [f"{manifest} is altered (it does not have the sha256 that it names)"]
     except FileNotFoundError:
-        return [f"{folder / MANIFEST} is missing"]
+        return [f"{manifest} is missing"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{folder / MANIFEST} is damaged ({error})"]
-    if manifest.get("version") != _VERSION:
-        return [f"{folder / MANIFEST} has version {manifest.get('version')}, this program reads {_VERSION}"]
+        return [f"{manifest} is damaged ({error})"]
     found = []
     for name in sorted(files)[share::shares]:
         path, expected = folder / name, files[name]
@@ -151,8 +152,7 @@ class Checkpoints:
         partial.mkdir(parents=True)
 
     def _publish(self, partial: Path, final: Path, files: FileEntries) -> None:
-        manifest = {"version": _VERSION, "files": files}
-        _write_durable(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        _write_durable(partial / MANIFEST, _manifest_text(files))
         _make_durable(partial)
         partial.rename(final)
         _make_durable(self.folder)
@@ -191,6 +191,13 @@ def loud(message: str) -> None:
     """Print a message that nobody should miss to the error stream."""
     line = "!" * 100
     print(f"{line}\n{message}\n{line}", file=sys.stderr, flush=True)
+
+
+def _manifest_text(files: FileEntries) -> str:
+    # It vouches for itself too: any altered byte of it makes it differ from this text of what it says.
+    body = {"version": _VERSION, "files": files}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n"
 
 
 def _explain(failure: OSError | SafetensorError, folder: Path) -> str:

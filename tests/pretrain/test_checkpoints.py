@@ -1,0 +1,153 @@
+"""Checkpoints are whole or not there: every kind of damage is found and named, and a failed save harms nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel import process
+from parallel.process import World
+from pretrain.agreement import SharedUserError
+from pretrain.checkpoints import Checkpoints, list_checkpoints, problems
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[World]:
+    alone = process.initialize("cpu")
+    yield alone
+    process.shutdown()
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, world: World) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", 3, world)
+
+
+def write(folder: Path) -> Sequence[Path]:
+    paths = [folder / "weights.bin", folder / "trainer.json"]
+    paths[0].write_bytes(os.urandom(1000))
+    paths[1].write_text("{}")
+    return paths
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_saved_checkpoint_is_whole(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.save(7, write)
+    assert problems(folder) == []
+    assert names(checkpoints) == ["latest", "step-00000007"]
+    assert checkpoints.newest_whole(pytest.fail) == folder
+
+
+def test_a_run_without_checkpoints_has_no_newest(checkpoints: Checkpoints) -> None:
+    assert checkpoints.newest_whole(pytest.fail) is None
+
+
+def test_only_the_newest_are_kept(checkpoints: Checkpoints) -> None:
+    for step in range(1, 6):
+        checkpoints.save(step, write)
+    assert names(checkpoints) == ["latest", "step-00000003", "step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "trainer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_newest_is_named_and_the_one_before_taken(checkpoints: Checkpoints, name: str, damage: str) -> None:
+    before = checkpoints.save(1, write)
+    newest = checkpoints.save(2, write)
+    path = newest / name
+    if damage == "flip":
+        flip(path)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    said: list[str] = []
+    assert checkpoints.newest_whole(said.append) == before
+    assert len(said) == 1
+    assert "step-00000002 is damaged and not used" in said[0]
+    assert name in said[0]
+    assert "damaged-step-00000002" in names(checkpoints), "what may still be of use is not removed"
+    checkpoints.save(2, write)
+    assert names(checkpoints)[-2:] == ["step-00000001", "step-00000002"]
+
+
+def test_a_flipped_manifest_never_passes(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.save(1, write)
+    manifest = folder / "manifest.json"
+    original = manifest.read_bytes()
+    for position in range(len(original)):
+        changed = bytearray(original)
+        changed[position] ^= 1
+        manifest.write_bytes(changed)
+        assert problems(folder), f"byte {position}"
+    manifest.write_bytes(original)
+    assert problems(folder) == []
+
+
+def test_nothing_whole_is_an_error_not_a_fresh_start(checkpoints: Checkpoints) -> None:
+    flip(checkpoints.save(1, write) / "weights.bin")
+    with pytest.raises(SharedUserError, match="no checkpoint in .* is whole"):
+        checkpoints.newest_whole(lambda _: None)
+
+
+def test_what_a_dead_save_left_is_no_checkpoint_and_goes_with_the_next(checkpoints: Checkpoints) -> None:
+    whole = checkpoints.save(1, write)
+    left = checkpoints.folder / ".partial-step-00000002"
+    left.mkdir()
+    write(left)
+    assert list_checkpoints(checkpoints.folder) == [whole]
+    checkpoints.save(3, write)
+    assert not left.exists()
+
+
+def test_an_error_of_the_disk_leaves_the_earlier_ones(checkpoints: Checkpoints) -> None:
+    whole = checkpoints.save(1, write)
+
+    def fail(folder: Path) -> Sequence[Path]:
+        write(folder)
+        raise OSError(5, "Input/output error", str(folder / "weights.bin"))
+
+    with pytest.raises(SharedUserError, match=r"weights\.bin: Input/output error; the earlier .* step-00000001"):
+        checkpoints.save(2, fail)
+    assert names(checkpoints) == ["latest", "step-00000001"]
+    assert checkpoints.newest_whole(pytest.fail) == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small tmpfs is not allowed here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_reported_and_nothing_is_lost(small_disk: Path, world: World) -> None:
+    from safetensors.torch import save_file
+
+    def large(folder: Path) -> Sequence[Path]:
+        save_file({"weights": torch.zeros(150_000)}, folder / "weights.safetensors")
+        return [folder / "weights.safetensors"]
+
+    checkpoints = Checkpoints(small_disk / "checkpoints", 3, world)
+    whole = checkpoints.save(1, large)
+    with pytest.raises(SharedUserError, match=r"no space left for .* MB free\); free some"):
+        checkpoints.save(2, large)
+    assert names(checkpoints) == ["latest", "step-00000001"]
+    assert checkpoints.newest_whole(pytest.fail) == whole

@@ -1,0 +1,155 @@
+"""Recipes: what is read, what overrides do, and that every mistake is named with its fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.config import Recipe, load_recipe
+from pretrain.errors import UserError
+from tests.training_cases import recipe_fields, write_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    return write_recipe(Path("shards"), tmp_path / "run")
+
+
+def refused(path: Path, *overrides: tuple[str, str]) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides).batches(1)
+    return str(caught.value)
+
+
+def test_a_recipe_written_out_is_the_same_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(again) == recipe
+
+
+def test_overrides_reach_every_depth(recipe_file: Path) -> None:
+    overrides = [
+        ("optimizer.lr", "4e-4"),
+        ("training.tokens", "15B"),
+        ("training.batch_tokens", "0.064Mi".replace("0.064Mi", "64Ki")),
+        ("model.memory.depth", "3"),
+        ("model.preset", "mac-170m"),
+        ("data.validation", "null"),
+        ("evaluation.every_tokens", "null"),
+        ("name", "17"),
+    ]
+    recipe = load_recipe(recipe_file, overrides)
+    assert recipe.optimizer.lr == 4e-4
+    assert recipe.training.tokens == 15_000_000_000
+    assert recipe.training.batch_tokens == 65536
+    assert recipe.model.memory is not None
+    assert recipe.model.memory.depth == 3
+    assert recipe.model.memory.chunk == 8, "the recipe's own change to the preset stays"
+    assert recipe.data.validation is None
+    assert recipe.name == "17"
+
+
+def test_a_misspelt_field_gets_its_nearest_name_and_the_list(recipe_file: Path) -> None:
+    message = refused(recipe_file, ("training.mirco_batch_size", "2"))
+    assert "training.mirco_batch_size: unknown; did you mean micro_batch_size?" in message
+    assert "known: tokens, sequence_length, batch_tokens, micro_batch_size" in message
+
+
+def test_a_misspelt_section_and_a_misspelt_memory_field_are_found(recipe_file: Path) -> None:
+    message = refused(recipe_file, ("optimiser.lr", "1"), ("model.memory.chunk_size", "4"))
+    assert "optimiser: unknown; did you mean optimizer?" in message
+    assert "model.memory.chunk_size: unknown; did you mean chunk?" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("optimizer.lr", "fast", "optimizer.lr: 'fast' does not fit"),
+        ("optimizer.lr", "-1", "optimizer.lr: -1 does not fit"),
+        ("optimizer.betas", "[0.9, 2]", "optimizer.betas.1: 2 does not fit"),
+        ("training.tokens", "many", "training.tokens: 'many' does not fit: write a whole number of tokens"),
+        ("parallel.zero_stage", "4", "parallel.zero_stage: 4 does not fit"),
+        ("schedule.kind", "linear", "schedule.kind: 'linear' does not fit"),
+        ("schedule.warmup_tokens", "1M", "schedule.warmup_tokens 1000000 exceed training.tokens 1536"),
+        ("model.segment", "20", "segment is 20, memory.chunk 8"),
+        ("model.num_heads", "5", "num_heads 5: heads must divide"),
+        ("model.preset", "mac-12b", "model.preset is 'mac-12b'"),
+        ("data.validation", "null", "data.validation is not"),
+        ("logging.memory_every_steps", "7", None),
+        ("training", "4", "training: 4 does not fit"),
+        ("training.tokens.x", "4", "tokens is a value, not a section"),
+        ("name", "[", "quote it"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value: str, expected: str | None) -> None:
+    if expected is None:  # 7 is a multiple of every_steps 1
+        assert load_recipe(recipe_file, [(field, value)]).logging.memory_interval == 7
+    else:
+        assert expected in refused(recipe_file, (field, value))
+
+
+def test_bf16_without_zero_is_refused_with_the_reason(recipe_file: Path) -> None:
+    message = refused(recipe_file, ("parallel.zero_stage", "0"), ("parallel.precision", "bf16"))
+    assert "parallel: zero_stage 0 with precision bf16" in message
+    assert "use zero_stage 1" in message
+
+
+def test_a_missing_field_is_named_with_what_it_is(tmp_path: Path) -> None:
+    fields = recipe_fields(Path("shards"), tmp_path / "run")
+    del fields["training"]["tokens"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    assert "training.tokens: missing; add it to the recipe or give --training.tokens" in refused(path)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("a: [", "is no YAML"), ("- 1", "expected sections"), ("", "expected")])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert expected in refused(path)
+    assert "No such file" in refused(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rows", "batch", "fits"),
+    [(1, 2, 100, "64 or 128 would fit"), (3, 2, 128, "; 192 would fit"), (8, 4, 1000, "; 1024 would fit")],
+)
+def test_a_batch_that_cannot_be_divided_says_what_would_fit(
+    recipe_file: Path, ranks: int, rows: int, batch: int, fits: str
+) -> None:
+    overrides = [("training.batch_tokens", str(batch)), ("training.micro_batch_size", str(rows))]
+    with pytest.raises(UserError, match=fits):
+        load_recipe(recipe_file, overrides).batches(ranks)
+
+
+def test_the_division_of_a_step_is_derived(recipe_file: Path) -> None:
+    overrides = [("training.batch_tokens", "256"), ("training.tokens", "1000"), ("training.micro_batch_size", "2")]
+    batches = load_recipe(recipe_file, overrides).batches(2)
+    assert (batches.rows, batches.accumulation, batches.steps, batches.total_tokens) == (8, 2, 4, 1024)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert isinstance(recipe, Recipe)
+    assert recipe.batches(2).accumulation >= 1
+
+
+def test_every_field_has_a_docstring() -> None:
+    from pretrain.recipe_errors import section_class
+
+    def undocumented(section: type, prefix: str) -> list[str]:
+        missing = []
+        for name, field in section.model_fields.items():
+            if not field.description:
+                missing.append(prefix + name)
+            inner = section_class(section, (name,))
+            missing += undocumented(inner, f"{prefix}{name}.") if inner else []
+        return missing
+
+    assert undocumented(Recipe, "") == []
