@@ -5,16 +5,19 @@ docs.
 from __future__ import annotations
 
 import argparse
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pretrain.config import Recipe
 from pretrain.errors import UserError
+from pretrain.quantities import parse_tokens
 from pretrain.recipe_errors import section_class
 
 _DESCRIPTION = """Train a model as a recipe says.
@@ -109,14 +112,17 @@ def _add_fields(section: type[BaseModel], prefix: str, lines: list[str]) -> None
 
 
 def _kind(field: FieldInfo) -> str:
-    annotation = field.annotation
-    choices = [value for value in typing.get_args(annotation) if isinstance(value, str | int)]
-    if typing.get_origin(annotation) is typing.Literal and choices:
-        return "|".join(str(choice) for choice in choices)
-    name = getattr(annotation, "__name__", str(annotation)) if not typing.get_args(annotation) else str(annotation)
-    for text in ("typing.Annotated", "typing.", "pathlib.", "pathlib._local.", "<class '", "'>"):
-        name = name.replace(text, "")
-    return name.split("[int, BeforeValidator")[0].upper() if "BeforeValidator" not in name else "TOKENS"
+    annotation: Any = field.annotation
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return "|".join(str(part) for part in parts)
+    if parse_tokens.__name__ in f"{field.metadata} {annotation}":
+        return "TOKENS | none" if type(None) in parts else "TOKENS"
+    if typing.get_origin(annotation) is types.UnionType:
+        return " | ".join("none" if part is type(None) else part.__name__.upper() for part in parts)
+    if typing.get_origin(annotation) is tuple:
+        return f"[{', '.join('FLOAT' for _ in parts)}]"
+    return annotation.__name__.upper()
 
 
 def _default(field: FieldInfo) -> str:

@@ -115,7 +115,10 @@ def open_log(recipe: Recipe, batches: Batches, world: World, step: int) -> Itera
     try:
         yield log
     except Exception as error:
-        log.event("error", kind=type(error).__name__, message=str(error))
+        try:
+            log.event("error", type=type(error).__name__, message=str(error))
+        except UserError as second:  # the disk is full, say: the first error is the one to show
+            error.add_note(str(second))
         raise
     finally:
         log.close()

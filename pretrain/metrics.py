@@ -50,11 +50,18 @@ class RunLog:
             ) from error
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one event to run.jsonl: its kind, the time, and its fields. Floats are written in full."""
-        if self._main:
-            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        """Append one event to run.jsonl: its kind, the time, and its fields. Floats are written in full.
+
+        Raises UserError when it cannot be written.
+        """
+        if not self._main:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        try:
             self._events.write(json.dumps({"event": kind, "time": now, **fields}) + "\n")
             self._events.flush()
+        except OSError as error:
+            raise UserError(f"{self._events.name}: {error.strerror or error}; make room and resume") from error
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add a point to each curve; None (not known on this device) adds none."""
