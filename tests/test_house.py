@@ -42,7 +42,8 @@ FOREIGN_PATHS = re.compile(
             r"(?<![\w.])/(?:wo" + r"rk|farm|root|opt/py" + r"pi|opt/wh" + r"eels|tmp/ve" + r"nv)\b",
             r"(?<![\w.])/home/\w",
             r"(?<![\w.])/Us" + r"ers/\w",
-            r"\bpy" + r"pi\.org|pytho" + r"nhosted|download\.pyto" + r"rch|--(?:extra-)?ind" + r"ex-url|--find-" + r"links",
+            r"\bpy" + r"pi\.org|pytho" + r"nhosted|download\.pyto" + r"rch",
+            r"--(?:extra-)?ind" + r"ex-url|--find-" + r"links",
         )
     )
 )
@@ -212,9 +213,9 @@ BAD = [
     (loose_requirements, "requirements.txt", "torch @ file:///x"),
 ]
 GOOD = [
-    (import_violations, "kernels/a.py", "import math\nimport triton.language as tl\nfrom kernels.memory import x\ntorch.zeros(1)"),
+    (import_violations, "kernels/a.py", "import math\nimport triton.language as tl\nfrom kernels import x\ntorch.zeros(1)"),
     (import_violations, "kernels/sub/a.py", "from ..memory import x"),
-    (import_violations, "launch/a.py", "from pretrain.config import load_recipe\nfrom pretrain.errors import UserError"),
+    (import_violations, "launch/a.py", "from pretrain.config import load_recipe\nfrom pretrain import errors"),
     (import_violations, "parallel/a.py", "import deepspeed\nimport torch.distributed as dist"),
     (import_violations, "tools/a.py", "import launch.local\nimport torch.distributed as dist"),
     (length_violations, "model/a.py", 'def f():\n    """' + "text\n" * 70 + '"""\n    return 1\n'),
@@ -251,8 +252,8 @@ def test_every_module_says_what_it_is_for():
 
 
 def test_nothing_of_one_machine_and_nothing_unfinished_is_left():
-    texts = [path for path in tracked_files() if Path(path).suffix in (".py", ".md", ".txt", ".toml", ".yaml", ".json", "")]
-    apply(left_overs, texts)
+    suffixes = (".py", ".md", ".txt", ".toml", ".yaml", ".json", "")
+    apply(left_overs, [path for path in tracked_files() if Path(path).suffix in suffixes])
 
 
 def test_requirements_are_pinned():

@@ -13,6 +13,7 @@ from pretrain.config import load_recipe
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 OTHER_PROGRAMS = {"tensorboard"}
+WITH_SUBCOMMANDS = {"tools.tokenizer", "tools.shards", "launch"}
 
 
 def shell_commands(markdown: str) -> list[str]:
@@ -40,15 +41,14 @@ def options_of(words: list[str]) -> list[str]:
 def recipe_overrides(words: list[str]) -> list[tuple[str, str]]:
     """The (name, value) pairs after the recipe that are fields of it, not options of the command."""
     pairs = zip(words, [*words[1:], ""], strict=True)
-    return [(name[2:], value) for name, value in pairs if name.startswith("--") and name not in ("--dry-run", "--resume")]
+    own = ("--dry-run", "--resume")
+    return [(name[2:], value) for name, value in pairs if name.startswith("--") and name not in own]
 
 
 def check_python_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Raise AssertionError for `python -m words` with a module, subcommand, option or recipe that does not exist."""
     module, arguments = words[0], words[1:]
-    # What stands before the first option, as far as it is a bare word and not a file, is a subcommand.
-    subcommand = arguments[:1] if arguments and re.fullmatch(r"[a-z]+", arguments[0]) and "model" not in arguments[0] else []
-    shown = help_of(module, subcommand, capsys)
+    shown = help_of(module, arguments[:1] if module in WITH_SUBCOMMANDS else [], capsys)
     recipes = [word for word in arguments if word.endswith(".yaml")]
     if recipes:
         place = arguments.index(recipes[0])

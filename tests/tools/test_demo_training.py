@@ -9,7 +9,6 @@ import psutil
 import pytest
 
 from pretrain.errors import UserError
-from tools.demo.corpus import cut_at_lines, own_text, standard_library
 from tools.demo.training import compare_replay, newest_checkpoint, step_losses, train_killed
 
 TRAINING = """
@@ -62,23 +61,6 @@ def test_a_loss_that_moves_in_its_last_bit_is_not_equal():
     losses = [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.0), (3, 1.0000000000000002), (4, 0.5)]
     replay = compare_replay(losses)
     assert (replay.steps, replay.equal) == (2, 1)
-
-
-def test_text_is_cut_at_line_ends_and_nothing_is_lost():
-    text = "".join(f"line {number}\n" for number in range(1000)) + "the last one has no end"
-    pieces = cut_at_lines(text, 500)
-    assert "".join(pieces) == text
-    assert all(piece.endswith("\n") and len(piece) < 520 for piece in pieces[:-1])
-    assert cut_at_lines("", 500) == []
-
-
-def test_own_text_must_be_there(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        own_text(tmp_path / "missing.txt", tmp_path)
-
-
-def test_the_standard_library_is_found():
-    assert "--input" in standard_library().options
 
 
 def test_a_folder_that_the_demo_did_not_make_is_left_alone(tmp_path):

@@ -23,7 +23,7 @@ from pretrain.config import Recipe, load_recipe
 from pretrain.data import ShardSet
 from pretrain.errors import UserError
 from tools.demo.bigram import bits_per_byte, fit_bigram
-from tools.demo.corpus import own_text, standard_library
+from tools.demo.corpus import make_corpus
 from tools.demo.training import (
     Kill,
     Replay,
@@ -36,8 +36,8 @@ from tools.demo.training import (
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml"
 MARKER = ".demo"
-VOCABULARY = 4096
-VALIDATION_FRACTION = 0.03
+VOCABULARY = 1024
+VALIDATION_FRACTION = 0.07
 PROCESSES = 2
 PROMPT = "def read_file(path):\n"
 
@@ -150,17 +150,19 @@ def run(demo: Demo, data: Path | None) -> int:
 
 def prepare_data(demo: Demo, data: Path | None) -> tuple[ShardSet, ShardSet]:
     """Tokenizer and shards; the training and the held-out set."""
-    corpus = standard_library() if data is None else own_text(data, demo.folder)
     tokenizer, shards = demo.folder / "tokenizer.model", demo.folder / "shards"
+    with demo.step("Text"):
+        corpus = make_corpus(data, demo.folder / "corpus.jsonl")
+        demo.console.print(f"{corpus.documents} documents, {corpus.bytes / 1e6:.2f} MB of {corpus.name}: {corpus.path}")
     with demo.step("Tokenizer"):
         demo.command(
-            *("tools.tokenizer", "train", *corpus.options),
+            *("tools.tokenizer", "train", "--input", str(corpus.path)),
             *("--vocab-size", str(VOCABULARY), "--output", str(tokenizer)),
         )
     with demo.step("Shards"):
         demo.command(
-            *("tools.shards", "build", *corpus.options, "--tokenizer", str(tokenizer), "--output", str(shards)),
-            *("--validation-fraction", str(VALIDATION_FRACTION)),
+            *("tools.shards", "build", "--input", str(corpus.path), "--tokenizer", str(tokenizer)),
+            *("--output", str(shards), "--validation-fraction", str(VALIDATION_FRACTION)),
         )
     train, validation = ShardSet.open(shards / "train"), ShardSet.open(shards / "validation")
     demo.row("text", corpus.name)

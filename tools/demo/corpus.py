@@ -1,62 +1,84 @@
-"""The demo's text: the source of Python's standard library on this machine, or the user's own."""
+"""The demo's text: the source of Python's standard library on this machine, or the user's own.
 
+As much as the training reads once, so that the model and the bigram model that it is compared with know the same.
+"""
+
+import hashlib
 import json
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from pretrain.errors import UserError
+from tools.documents import DocumentOptions, DocumentReader
 
-# Third-party packages, and files that are tables or generated rather than written.
+# Not third-party packages, nor files that are tables or generated rather than written.
 LEFT_OUT = (
-    "site-packages/*",
-    "dist-packages/*",
-    "*/site-packages/*",
-    "test/*",
-    "*/test/*",
-    "*/tests/*",
-    "idlelib/*",
-    "lib2to3/*",
-    "encodings/*",
-    "config-*/*",
-    "pydoc_data/*",
-    "_sysconfigdata*.py",
+    *("site-packages/*", "dist-packages/*", "*/site-packages/*"),
+    *("test/*", "*/test/*", "*/tests/*"),
+    *("idlelib/*", "lib2to3/*", "encodings/*", "pydoc_data/*", "config-*/*", "_sysconfigdata*.py"),
 )
-DOCUMENT_BYTES = 16384
+BUDGET_BYTES = 2_700_000
+LOOKED_AT_BYTES = 64_000_000  # of a large corpus of the user's, only the beginning is chosen from
+PIECE_CHARACTERS = 16_384
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A name for the closing table, and the options that hand the text to `tools.tokenizer` and `tools.shards`."""
+    """Where the text is from, and the jsonl file that it was put into."""
 
     name: str
-    options: tuple[str, ...]
+    path: Path
+    documents: int
+    bytes: int
 
 
-def standard_library() -> Corpus:
-    """The .py files of Python's standard library. Raises UserError where there are none (a zipped Python)."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    if not any(folder.glob("*.py")):
-        raise UserError(f"{folder}: holds no .py files of the standard library; give text of your own with --data PATH")
-    options = ("--input", str(folder), "--glob", "*.py", "--exclude", *LEFT_OUT, "--invalid-utf8", "skip")
-    return Corpus(f"Python's standard library ({folder})", options)
+def make_corpus(data: Path | None, path: Path) -> Corpus:
+    """Write the demo's documents to `path` as jsonl: of `data`, or of the standard library for None.
+
+    Raises UserError when there is no text.
+    """
+    if data is None:
+        folder = Path(sysconfig.get_path("stdlib"))
+        options = DocumentOptions(globs=("*.py",), excludes=LEFT_OUT, invalid_utf8="skip")
+        name = f"Python's standard library, {folder}"
+    else:
+        folder, options, name = data, DocumentOptions(invalid_utf8="skip"), str(data)
+    texts = (document.text for document in DocumentReader([folder], options))
+    beginning = list(islice(texts, 2))
+    if len(beginning) == 1:  # a single text is cut, so that some of it can be held out
+        beginning = cut_at_lines(beginning[0], PIECE_CHARACTERS)
+    chosen = choose(chain(beginning, texts), BUDGET_BYTES)
+    if len(chosen) < 2:
+        raise UserError(f"{folder}: not enough text for a demo; name a file or folder of some 100 KB with --data PATH")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen), encoding="utf-8")
+    return Corpus(name, path, len(chosen), sum(len(text.encode()) for text in chosen))
 
 
-def own_text(path: Path, folder: Path) -> Corpus:
-    """The user's file or folder. A single text file is cut at line ends into documents below `folder`, so that some of
-    it can be held out. Raises UserError for what is not there."""
-    if not path.exists():
-        raise UserError(f"--data {path}: there is no such file or folder")
-    if path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        return Corpus(str(path), ("--input", str(path), "--invalid-utf8", "skip"))
-    cut = folder / "corpus.jsonl"
-    documents = cut_at_lines(path.read_text(encoding="utf-8", errors="replace"), DOCUMENT_BYTES)
-    cut.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    return Corpus(str(path), ("--input", str(cut)))
+def choose(texts: Iterable[str], budget: int) -> list[str]:
+    """Texts of about `budget` bytes in all, in an order that follows from their content alone: the same files give the
+    same corpus wherever they lie."""
+    looked_at = 0
+    known: dict[bytes, str] = {}
+    for text in texts:
+        known[hashlib.blake2b(text.encode(), digest_size=16).digest()] = text
+        looked_at += len(text)
+        if looked_at > LOOKED_AT_BYTES:
+            break
+    chosen: list[str] = []
+    size = 0
+    for digest in sorted(known):
+        if size >= budget:
+            break
+        chosen.append(known[digest])
+        size += len(known[digest].encode())
+    return chosen
 
 
 def cut_at_lines(text: str, size: int) -> list[str]:
-    """`text` in pieces of whole lines that end at the first line end after `size` characters."""
+    """`text` in pieces of whole lines, each ending with the first line that brings it to `size` characters."""
     pieces: list[str] = []
     current: list[str] = []
     length = 0
