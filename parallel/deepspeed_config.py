@@ -56,6 +56,7 @@ def deepspeed_config(
         "gradient_clipping": clip_inside,
         "prescale_gradients": False,
         "zero_optimization": zero,
+        # Each bf16 gradient goes into its fp32 sum as it comes: none is kept, or counted, twice.
         "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

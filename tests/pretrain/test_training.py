@@ -38,7 +38,9 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         layout = BF16 | {"zero_stage": stage}
         whole = write_recipe(data, folder / f"bf16-{stage}", steps=6, parallel=layout, schedule=CONSTANT)
         half = folder / f"bf16-{stage}-resumed"
-        first = write_recipe(data, half, steps=3, parallel=layout, schedule=CONSTANT).rename(half.with_suffix(".1.yaml"))
+        first = write_recipe(data, half, steps=3, parallel=layout, schedule=CONSTANT).rename(
+            half.with_suffix(".1.yaml")
+        )
         together += [whole, first, write_recipe(data, half, steps=6, parallel=layout, schedule=CONSTANT)]
     run_ranks([WORKER, *map(str, together)], ranks=2)
     return folder

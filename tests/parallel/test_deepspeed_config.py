@@ -1,0 +1,52 @@
+"""What DeepSpeed is told, where its defaults would change the training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from parallel.config import ParallelConfig
+from parallel.deepspeed_config import deepspeed_config
+
+
+def settings(config: ParallelConfig, clip: float = 0.7) -> dict[str, Any]:
+    return deepspeed_config(
+        config,
+        micro_batch_size=2,
+        accumulation=3,
+        data_ranks=4,
+        gradient_clip=clip,
+        num_parameters=1000,
+        on_gpu=False,
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_clipping_is_always_said(stage: int) -> None:
+    assert settings(ParallelConfig(zero_stage=stage), 0.7)["gradient_clipping"] == 0.7
+    assert settings(ParallelConfig(zero_stage=stage), 0.0)["gradient_clipping"] == 0.0
+
+
+def test_without_zero_the_engine_clips_itself() -> None:
+    assert settings(ParallelConfig(zero_stage=0, precision="fp32"))["gradient_clipping"] == 0.0
+
+
+def test_gradients_are_summed_in_fp32() -> None:
+    made = settings(ParallelConfig(zero_stage=2, precision="bf16"))
+    assert made["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert made["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert made["communication_data_type"] == "fp32"
+
+
+def test_the_batch_is_derived_and_buckets_are_no_larger_than_the_model() -> None:
+    made = settings(ParallelConfig(zero_stage=3))
+    assert made["train_batch_size"] == 24
+    assert made["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert made["zero_optimization"]["stage3_max_live_parameters"] == 2000
+
+
+def test_bf16_without_zero_is_refused() -> None:
+    with pytest.raises(ValidationError, match="use zero_stage 1 or more"):
+        ParallelConfig(zero_stage=0, precision="bf16")
