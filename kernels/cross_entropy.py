@@ -13,10 +13,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_tokens: int
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        chunk_tokens: int,
+        with_gradients: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        # Under no_grad ctx says that parameters need gradients all the same, and grad mode is off in here.
+        needs_hidden, needs_weight = (with_gradients and needs for needs in ctx.needs_input_grad[:2])
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
@@ -38,13 +45,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,7 +90,7 @@ def linear_cross_entropy(
         ValueError: shapes or dtypes that don't fit.
     """
     _check(hidden, weight, targets, chunk_tokens)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk_tokens)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk_tokens, torch.is_grad_enabled())
 
 
 @torch.no_grad()

@@ -1,13 +1,17 @@
 """Sampling from a model, a token at a time, on its state."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from model.language_model import TitansLM
 from model.state import ModelState
 
+PREFILL_TOKENS = 1024
+"""Tokens of a prompt that are read at a time: bounds the logits and activations of a long one."""
 
-@torch.no_grad()
+
 def generate(
     model: TitansLM,
     tokens: Tensor,
@@ -37,20 +41,57 @@ def generate(
     Raises:
         ValueError: an option out of its range.
     """
+    return torch.stack(
+        list(
+            generate_stream(
+                model,
+                tokens,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                generator=generator,
+                state=state,
+                stop_token=stop_token,
+            )
+        ),
+        dim=1,
+    )
+
+
+def generate_stream(
+    model: TitansLM,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    state: ModelState | None = None,
+    stop_token: int | None = None,
+) -> Iterator[Tensor]:
+    """`generate`, giving each new token [B] as soon as it is chosen; options are checked before the first."""
     _check(max_new_tokens, temperature, top_k, top_p)
-    stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    made: list[Tensor] = []
-    while True:
-        output = model(tokens, state)
-        state = output.state
-        chosen = _choose(output.logits[:, -1].float(), temperature, top_k, top_p, generator)
-        if stop_token is not None:
-            chosen = chosen.masked_fill(stopped, stop_token)
-            stopped |= chosen == stop_token
-        made.append(chosen)
-        if len(made) == max_new_tokens or (stop_token is not None and bool(stopped.all())):
-            return torch.stack(made, 1)
-        tokens = chosen[:, None]
+
+    @torch.no_grad()
+    def stream(state: ModelState | None) -> Iterator[Tensor]:
+        unread = tokens
+        stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for _ in range(max_new_tokens):
+            for piece in unread.split(PREFILL_TOKENS, dim=1):
+                output = model(piece, state)
+                state = output.state
+            chosen = _choose(output.logits[:, -1].float(), temperature, top_k, top_p, generator)
+            if stop_token is not None:
+                chosen = chosen.masked_fill(stopped, stop_token)
+                stopped |= chosen == stop_token
+            yield chosen
+            if stop_token is not None and bool(stopped.all()):
+                return
+            unread = chosen[:, None]
+
+    return stream(state)
 
 
 def _choose(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from torch.utils.checkpoint import checkpoint
 
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import linear_cross_entropy, token_losses
 from model.config import ModelConfig
 from model.gates import GateProjection
 from model.layers import RMSNorm, SwiGLU, linear, residual_scale
@@ -57,10 +57,12 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
-        """x [B, T, dim] to logits [B, T, V], or with targets [B, T] int64 (-100: doesn't count) to the loss's sum."""
+    def forward(self, x: Tensor, targets: Tensor | None, each: bool = False) -> Tensor:
+        """x [B, T, dim] to logits [B, T, V]; with targets [B, T] (-100: not counted) to the loss's sum, or to `each`."""
         if targets is None:
             return apply_linear(x, self.weight)
+        if each:
+            return token_losses(x.flatten(0, 1), self.weight, targets.flatten()).view_as(targets)
         return linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten())
 
 
@@ -105,6 +107,26 @@ class TitansLM(nn.Module):
         Raises:
             ValueError: tokens, targets or the state don't fit.
         """
+        x, after, stats = self._read(tokens, state, targets, with_stats)
+        out = self.head(x, targets)
+        logits, loss_sum = (out, None) if targets is None else (None, out)
+        return ModelOutput(logits, after, loss_sum, stats if with_stats else None)
+
+    @torch.no_grad()
+    def token_losses(
+        self, tokens: Tensor, targets: Tensor, state: ModelState | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """-log p of each target, for evaluation: [B, T] in nats, fp32, 0 at targets of -100; and the state after them.
+
+        Arguments as in `forward`; logits of all tokens never exist at once.
+        """
+        x, after, _ = self._read(tokens, state, targets, False)
+        return self.head(x, targets, each=True), after
+
+    def _read(
+        self, tokens: Tensor, state: ModelState | None, targets: Tensor | None, with_stats: bool
+    ) -> tuple[Tensor, ModelState, list[Stats]]:
+        """Everything before the head: normalised features [B, T, dim], the state after the tokens, the statistics."""
         self._check(tokens, state, targets)
         if state is None:
             state = self.initial_state(tokens.shape[0])
@@ -115,10 +137,7 @@ class TitansLM(nn.Module):
             x, layer, layer_stats = self._run_block(block, x, rotary, layer, state.restart, with_stats)
             layers.append(layer)
             stats.append(layer_stats)
-        after = ModelState(state.position + tokens.shape[1], tuple(layers))
-        out = self.head(self.norm(x), targets)
-        logits, loss_sum = (out, None) if targets is None else (None, out)
-        return ModelOutput(logits, after, loss_sum, stats if with_stats else None)
+        return self.norm(x), ModelState(state.position + tokens.shape[1], tuple(layers)), stats
 
     def initial_state(self, batch_size: int) -> ModelState:
         """The state before the first token of `batch_size` rows."""

@@ -70,6 +70,7 @@ class _Plan(NamedTuple):
     options: MemoryOptions
     depth: int
     with_surprise: bool
+    keep_states: bool
 
     def slices(self, group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Chunked q, k, v, alpha, eta, theta of a group; q starts `num_open` tokens later than the keys."""
@@ -90,11 +91,10 @@ class _DualForm(torch.autograd.Function):
         tokens, depth = tensors[:6], plan.depth
         learned, weights, momentum = (list(tensors[6 + i * depth : 6 + (i + 1) * depth]) for i in range(3))
         first = (weights, momentum)
-        keep = any(ctx.needs_input_grad)
         y, surprise, boundaries = tokens[0].new_empty(tokens[0].shape), [], []
         for group in plan.groups:
             # The first group's state is an input, saved with the others; only later ones are stored.
-            boundaries.append((weights, momentum) if keep and boundaries else None)
+            boundaries.append((weights, momentum) if plan.keep_states and boundaries else None)
             out, new_weights, new_momentum, norm = run_group(
                 *plan.slices(group, tokens), learned, weights, momentum, plan.options, plan.with_surprise
             )
@@ -117,7 +117,8 @@ class _DualForm(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor, _: Tensor, *grad_state: Tensor
     ) -> tuple[Tensor | None, ...]:
         plan, depth = ctx.plan, ctx.plan.depth
-        tensors, stored = ctx.saved_tensors[: 6 + 3 * depth], list(ctx.saved_tensors[6 + 3 * depth :])
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        tensors, stored = saved[: 6 + 3 * depth], list(saved[6 + 3 * depth :])
         tokens, learned, first = tensors[:6], tensors[6 : 6 + depth], tensors[6 + depth :]
         grads = [torch.zeros_like(x) for x in tokens]
         grad_learned = [torch.zeros_like(w) for w in learned]
@@ -196,7 +197,7 @@ def neural_memory_dual(
             )
         )
     groups = tuple(plan_groups(num_open, num_tokens, options.chunk_size))
-    plan = _Plan(groups, num_open, options, depth, with_surprise)
+    plan = _Plan(groups, num_open, options, depth, with_surprise, keep_states=torch.is_grad_enabled())
     learned = [state_dtype(w) for w in weights]
     y, surprise, *end = _DualForm.apply(plan, q, k, v, alpha, eta, theta, *learned, *state.weights, *state.momentum)
     tail = k.shape[1] - k.shape[1] % options.chunk_size

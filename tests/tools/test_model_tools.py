@@ -1,0 +1,209 @@
+"""Export, evaluation and generation, on a checkpoint that `pretrain` wrote on two ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import ModelConfig, TitansLM
+from model.generation import generate as model_generate
+from parallel.state_files import load_parameters
+from pretrain.checkpoints import list_checkpoints
+from pretrain.data import ShardSet
+from tests.data_cases import documents, make_shards, make_tokenizer
+from tests.training_cases import events, make_data, pretrain, write_recipe
+from tools import evaluate, export, generate
+from tools.model_directory import load_model_directory
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of eight steps, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    pretrain(write_recipe(data, folder, steps=STEPS, parallel={"zero_stage": 2}, evaluation={"tokens": 10**9}), ranks=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("exported") / "model"
+    assert export.main([str(run), "--output", str(output)]) == 0
+    return output
+
+
+def trained(run: Path) -> TitansLM:
+    """The model of the newest checkpoint, put together without the exporter."""
+    checkpoint = list_checkpoints(run / "checkpoints")[0]
+    model = TitansLM(ModelConfig.model_validate_json((checkpoint / "model.json").read_text()))
+    load_parameters(model, checkpoint)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_exported_and_reloaded_logits_are_bit_equal(run: Path, exported: Path) -> None:
+    loaded = load_model_directory(exported)
+    tokens = torch.randint(loaded.config.model.vocab_size, (2, 75), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.model(tokens).logits, trained(run)(tokens).logits)
+    assert loaded.config.step == STEPS
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("memory 記憶")) == "memory 記憶"
+
+
+def test_bf16_export_rounds_the_weights(run: Path, exported: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    assert export.main([str(run), "--output", str(output), "--dtype", "bfloat16"]) == 0
+    whole, rounded = (load_file(folder / "model.safetensors") for folder in (exported, output))
+    assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in whole.items())
+    assert load_model_directory(output).config.step == STEPS
+
+
+def test_export_never_overwrites_unasked(run: Path, exported: Path, tmp_path: Path, capsys) -> None:
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    assert export.main([str(run), "--output", str(exported)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert export.main([str(run), "--output", str(exported), "--overwrite"]) == 0
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    (tmp_path / "mine").write_text("precious")
+    assert export.main([str(run), "--output", str(tmp_path), "--overwrite"]) == 2
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert "does not hold an exported model" in capsys.readouterr().err
+
+
+def test_export_skips_a_damaged_checkpoint_and_refuses_a_named_one(run: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest, before, *_ = list_checkpoints(copy / "checkpoints")
+    state = next(newest.glob("state-*.safetensors"))
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    assert export.main([str(newest), "--output", str(tmp_path / "a")]) == 2
+    assert state.name in capsys.readouterr().err
+    assert export.main([str(copy), "--output", str(tmp_path / "b")]) == 0
+    assert state.name in capsys.readouterr().err
+    assert load_model_directory(tmp_path / "b").config.step == int(before.name.removeprefix("step-"))
+
+
+def test_export_of_nothing_says_what_to_give(tmp_path: Path, capsys) -> None:
+    assert export.main([str(tmp_path), "--output", str(tmp_path / "a")]) == 2
+    assert "holds no checkpoints" in capsys.readouterr().err
+    assert export.main([str(tmp_path / "absent"), "--output", str(tmp_path / "a")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "config.json"])
+def test_a_damaged_or_missing_file_of_an_exported_model_is_named(
+    exported: Path, tmp_path: Path, name: str, capsys
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[: len(content) // 2])
+    assert generate.main([str(copy), "--prompt", "me"]) == 2
+    assert name in capsys.readouterr().err
+    (copy / name).unlink()
+    assert generate.main([str(copy), "--prompt", "me"]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_evaluation_agrees_with_the_training_loop(run: Path, exported: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    shards = data / "validation"
+    assert evaluate.main([str(exported), "--shards", str(shards), "--json", str(output), "--batch-size", "3"]) == 0
+    report = json.loads(output.read_text())
+    assert report["tokens"] == ShardSet.open(shards).tokens
+    in_loop = events(run, "eval")[-1]
+    assert in_loop["step"] == STEPS
+    assert report["loss"] == pytest.approx(in_loop["loss"], rel=1e-5)
+    assert report["bits_per_byte"] == pytest.approx(in_loop["bits_per_byte"], rel=1e-5)
+    assert report["perplexity"] == pytest.approx(math.exp(report["loss"]))
+    buckets = report["by_position"]
+    assert sum(row["tokens"] for row in buckets) == report["tokens"]
+    assert sum(row["tokens"] * row["loss"] for row in buckets) == pytest.approx(report["loss"] * report["tokens"])
+    assert [row["first"] for row in buckets] == [0, *(64 << n for n in range(len(buckets) - 1))]
+
+
+def test_evaluation_of_text_equals_that_of_its_shards(
+    exported: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reading a row in pieces changes nothing."""
+    shards = ShardSet.open(data / "validation")
+    tokenizer = load_model_directory(exported).tokenizer
+    texts = [tokenizer.decode(shards.read(number)[:-1]) for number in range(shards.documents)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    reports = []
+    for source, piece in (("--shards", 1024), ("--input", 1024), ("--input", 37)):
+        monkeypatch.setattr(evaluate, "PIECE", piece)
+        path = shards.folder if source == "--shards" else tmp_path / "text.jsonl"
+        command = [str(exported), source, str(path), "--context", "200", "--json", str(tmp_path / "out.json")]
+        assert evaluate.main(command) == 0
+        reports.append(json.loads((tmp_path / "out.json").read_text()))
+    assert reports[0] == reports[1]
+    assert reports[2]["loss"] == pytest.approx(reports[1]["loss"], rel=1e-5)
+    assert sum(len(text.encode()) for text in texts) == reports[1]["text_bytes"]
+
+
+def test_evaluation_needs_one_source_of_the_same_tokenizer(exported: Path, tmp_path: Path, capsys) -> None:
+    assert evaluate.main([str(exported)]) == 2
+    assert "either --shards or --input" in capsys.readouterr().err
+    other = make_shards(tmp_path, make_tokenizer(tmp_path, vocab_size=300), documents(3))
+    assert evaluate.main([str(exported), "--shards", str(other.folder)]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_generation_prints_the_prompt_and_goes_on_alike_for_a_seed(exported: Path, capsys) -> None:
+    command = [str(exported), "--prompt", "memory 記憶\n", "--max-new-tokens", "20", "--seed", "3"]
+    texts = []
+    for _ in range(2):
+        assert generate.main(command) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("memory 記憶\n")
+    assert len(texts[0]) > len("memory 記憶\n\n")
+    assert generate.main([*command[:-1], "4"]) == 0
+    assert capsys.readouterr().out != texts[0]
+
+
+def test_generation_streams_what_it_would_decode_at_once(exported: Path) -> None:
+    loaded = load_model_directory(exported)
+    arguments = generate.parser().parse_args([str(exported), "--prompt", "", "--max-new-tokens", "60", "--seed", "1"])
+    pieces = list(generate.continue_text(loaded, "ti 記", arguments))
+    assert len(pieces) > 5
+    prompt = [loaded.tokenizer.eos_id, *loaded.tokenizer.encode("ti 記")]
+    new = model_generate(
+        loaded.model,
+        torch.tensor([prompt]),
+        max_new_tokens=60,
+        temperature=0.8,
+        generator=torch.Generator().manual_seed(1),
+        stop_token=loaded.tokenizer.eos_id,
+    )
+    assert "ti 記" + "".join(pieces) == loaded.tokenizer.decode([*prompt, *new[0].tolist()])
+
+
+@pytest.mark.parametrize("option", [("--temperature", "-1"), ("--top-k", "0"), ("--top-p", "1.5")])
+def test_sampling_options_out_of_range_are_named(exported: Path, option: tuple[str, str], capsys) -> None:
+    assert generate.main([str(exported), "--prompt", "me", *option]) == 2
+    assert option[0] in capsys.readouterr().err
+
+
+def test_a_prompt_file_that_cannot_be_read_is_named(exported: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "prompt.txt"
+    assert generate.main([str(exported), "--prompt-file", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+    path.write_bytes(b"ok \xff")
+    assert generate.main([str(exported), "--prompt-file", str(path)]) == 2
+    assert "not UTF-8 at byte 3" in capsys.readouterr().err

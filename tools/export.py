@@ -1,0 +1,103 @@
+"""`python -m tools.export CHECKPOINT --output FOLDER`: a checkpoint's weights, whole, for use outside training.
+
+Any layout's checkpoint will do: the weights are put together from all ranks' files. Every byte is checked first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from model import ModelConfig
+from parallel.state_files import read_parameters
+from pretrain.checkpoints import MANIFEST, checkpoint_step, list_checkpoints, problems
+from pretrain.errors import UserError
+from pretrain.resume import MODEL_FILE, RECIPE_FILE, TOKENIZER_FILE, TRAINER_FILE, read_trainer_state
+from tools.command import run_command
+from tools.model_directory import CONFIG, WEIGHTS, write_model_directory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest whole one of a run's folder.
+
+    Raises:
+        UserError: there is none, or the one that was named is damaged.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a checkpoint, or the folder of a run")
+    if (path / MANIFEST).is_file() or checkpoint_step(path) is not None:
+        if found := problems(path):
+            raise UserError(f"{path} is not whole: {'; '.join(found)}; export another checkpoint")
+        return path
+    candidates = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not candidates:
+        raise UserError(f"{path}: holds no checkpoints; give a checkpoint, or the folder of a run")
+    for candidate in candidates:
+        if not (found := problems(candidate)):
+            return candidate
+        print(f"warning: {candidate} is not whole and not used: {'; '.join(found)}", file=sys.stderr)
+    raise UserError(f"{path}: no checkpoint in it is whole; restore one from a copy")
+
+
+def export(checkpoint: Path, output: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> Path:
+    """Writes the exported model of one whole checkpoint to `output` and returns `output`.
+
+    Raises:
+        UserError: the checkpoint can't be read, or the folder can't be written.
+    """
+    try:
+        config = ModelConfig.model_validate_json((checkpoint / MODEL_FILE).read_text(encoding="utf-8"))
+        weights = read_parameters(checkpoint)
+    except (OSError, ValidationError, ValueError) as error:
+        raise UserError(f"{checkpoint}: cannot be read: {error}") from error
+    state = read_trainer_state(checkpoint)
+    if state.cursor is None:
+        raise UserError(f"{checkpoint / TRAINER_FILE}: has seen no data; export a later checkpoint")
+    write_model_directory(
+        output,
+        {name: weight.to(dtype) for name, weight in weights.items()},
+        tokenizer=checkpoint / TOKENIZER_FILE,
+        recipe=checkpoint / RECIPE_FILE,
+        overwrite=overwrite,
+        model=config,
+        sequence_length=state.cursor.sequence_length,
+        step=state.step,
+        tokens=state.tokens,
+        data_fingerprint=state.cursor.fingerprint,
+    )
+    return output
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__)
+    result.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder for its newest whole one")
+    result.add_argument("--output", type=Path, required=True, help="folder to make")
+    result.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights (default float32)")
+    result.add_argument("--overwrite", action="store_true", help="replace an exported model at --output")
+    return result
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Exports and says what was written."""
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    output = export(checkpoint, arguments.output, dtype=DTYPES[arguments.dtype], overwrite=arguments.overwrite)
+    size = (output / WEIGHTS).stat().st_size
+    print(f"{checkpoint} -> {output}: {WEIGHTS} ({size:,} bytes, {arguments.dtype}), {CONFIG}, {TOKENIZER_FILE}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    arguments = parser().parse_args(argv)
+    return run_command(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
