@@ -213,7 +213,8 @@ BAD = [
     (loose_requirements, "requirements.txt", "torch @ file:///x"),
 ]
 GOOD = [
-    (import_violations, "kernels/a.py", "import math\nimport triton.language as tl\nfrom kernels import x\ntorch.zeros(1)"),
+    (import_violations, "kernels/a.py", "import math, torch\nimport triton.language as tl\nfrom kernels import x"),
+    (import_violations, "model/a.py", "import torch\ntorch.zeros(1)"),
     (import_violations, "kernels/sub/a.py", "from ..memory import x"),
     (import_violations, "launch/a.py", "from pretrain.config import load_recipe\nfrom pretrain import errors"),
     (import_violations, "parallel/a.py", "import deepspeed\nimport torch.distributed as dist"),
