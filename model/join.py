@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers import RMSNorm, linear
+from model.layers import READ_NORM_EPS, RMSNorm, linear
 
 
 class Join(nn.Module):
@@ -17,7 +17,7 @@ class Join(nn.Module):
         super().__init__()
         product = config.join == "product"
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, scale)
-        self.memory_norm = RMSNorm(config.dim, config.norm_eps, 1.0 if product else scale)
+        self.memory_norm = RMSNorm(config.dim, READ_NORM_EPS, 1.0 if product else scale)
         self.attention_gate = None if product else linear(config.dim, config.dim)
         self.memory_gate = None if product else linear(config.dim, config.dim)
 

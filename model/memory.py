@@ -11,12 +11,8 @@ from torch.nn.functional import silu
 from kernels.memory import MemoryState, memory_read, neural_memory
 from model.config import MemoryConfig, ModelConfig
 from model.gates import GateProjection, Gates
-from model.layers import CausalConvolution, HeadNorm, linear, unit
+from model.layers import READ_NORM_EPS, CausalConvolution, HeadNorm, linear, unit
 from model.state import MemoryLayerState
-
-HEAD_NORM_EPS = 1e-3
-"""Inside the root of the reads' normalisation. Reads start near zero (the memory's last layer does), where a smaller
-number would multiply gradients by eps^-0.5; learned reads have a mean square well above it."""
 
 Stats = dict[str, Tensor]
 
@@ -129,7 +125,7 @@ class MemoryOutput(nn.Module):
 
     def __init__(self, config: ModelConfig, scale: float) -> None:
         super().__init__()
-        self.norm = HeadNorm(config.num_heads, config.head_dim, HEAD_NORM_EPS)
+        self.norm = HeadNorm(config.num_heads, config.head_dim, READ_NORM_EPS)
         self.gate = None if config.variant in ("mac", "mag") else linear(config.dim, config.dim)
         self.project = linear(config.dim, config.dim, scale)
 
