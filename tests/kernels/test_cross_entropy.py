@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.cross_entropy import linear_cross_entropy, token_losses
 
@@ -38,6 +39,16 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
     frozen = linear_cross_entropy(hidden, weight.detach(), targets)
     full = linear_cross_entropy(hidden, weight, targets)
     assert torch.equal(torch.autograd.grad(frozen, hidden)[0], torch.autograd.grad(full, hidden)[0])
+
+
+def test_without_gradients_only_the_logits_are_computed() -> None:
+    hidden, weight, targets = _problem(torch.float32)
+    counts = []
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled), FlopCounterMode(display=False) as counter:
+            linear_cross_entropy(hidden, weight, targets)
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * hidden.numel() * len(weight), 6 * hidden.numel() * len(weight)]
 
 
 def test_bf16_sums_in_fp32() -> None:

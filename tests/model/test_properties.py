@@ -132,6 +132,17 @@ def test_the_loss_is_that_of_the_logits(case, small_model, draw_tokens) -> None:
 
 
 @torch.no_grad()
+def test_the_losses_of_single_tokens_sum_to_the_loss_in_any_split(case, small_model, draw_tokens) -> None:
+    model, tokens, targets = small_model(case), draw_tokens(2, LENGTH), draw_tokens(2, LENGTH, seed=3)
+    targets[1, 3:7] = -100
+    first, state = model.token_losses(tokens[:, :6], targets[:, :6])
+    second, _ = model.token_losses(tokens[:, 6:], targets[:, 6:], state)
+    losses = torch.cat((first, second), 1)
+    assert losses.shape == targets.shape and not losses[targets == -100].any()
+    torch.testing.assert_close(losses.sum(), model(tokens, targets=targets).loss_sum)
+
+
+@torch.no_grad()
 def test_parameters_are_used_in_their_owners_forward_only(case, small_model, draw_tokens) -> None:
     """What ZeRO-3 needs: here each parameter is there during its module's forward and empty at any other time."""
     model, tokens = small_model(case), draw_tokens(2, LENGTH)
