@@ -58,7 +58,7 @@ class LMHead(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor, targets: Tensor | None, each: bool = False) -> Tensor:
-        """x [B, T, dim] to logits [B, T, V]; with targets [B, T] (-100: not counted) to the loss's sum, or to `each`."""
+        """x [B, T, dim] to logits [B, T, V]; with targets [B, T] (-100: not counted) to the loss's sum or `each`."""
         if targets is None:
             return apply_linear(x, self.weight)
         if each:
