@@ -62,12 +62,13 @@ def choose_device(name: DeviceName, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def initialize(device: DeviceName = "auto", *, timeout_minutes: float = 30.0) -> World:
+def initialize(device: DeviceName = "auto", *, timeout_minutes: float = 30.0, deterministic: bool = False) -> World:
     """Join the process group (gloo on CPU, NCCL on GPUs) and take this rank's device.
 
     Args:
         device: what to compute on.
         timeout_minutes: after how long a collective that waits for a lost rank is given up.
+        deterministic: allow only kernels that repeat every bit; an operation that has none raises RuntimeError.
 
     Raises:
         ValueError: some but not all of the launcher's variables are set, or the device does not exist.
@@ -84,6 +85,9 @@ def initialize(device: DeviceName = "auto", *, timeout_minutes: float = 30.0) ->
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank)
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

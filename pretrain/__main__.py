@@ -36,7 +36,10 @@ def _train(recipe: Recipe, resume: str) -> int:
     from pretrain.loop import train  # late: --help and --dry-run need no DeepSpeed
 
     try:
-        world = process.initialize(recipe.parallel.device, timeout_minutes=recipe.parallel.timeout_minutes)
+        parallel = recipe.parallel
+        world = process.initialize(
+            parallel.device, timeout_minutes=parallel.timeout_minutes, deterministic=parallel.deterministic
+        )
     except ValueError as error:
         return _refuse_before_start(UserError(str(error)))
     try:

@@ -42,9 +42,8 @@ def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
             disk space.
         FloatingPointError: the loss is not finite; the checkpoints from before are there.
     """
-    batches = recipe.batches(world.size)
-    torch.use_deterministic_algorithms(recipe.parallel.deterministic)
     with agreed():
+        batches = recipe.batches(world.size)
         shards, held_out = data_module.open_data(recipe.data)
         check_vocabulary(recipe, shards)
     checkpoints = Checkpoints(recipe.folder / CHECKPOINTS_FOLDER, recipe.checkpoint.keep, world)

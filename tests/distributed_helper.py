@@ -52,6 +52,7 @@ def run_ranks(
     timeout: float = 120.0,
     kill_when: Callable[[], bool] | None = None,
     check: bool = True,
+    threads: int = 1,
 ) -> Finished:
     """Run `python <arguments>` once for each rank and wait for all.
 
@@ -64,7 +65,7 @@ def run_ranks(
     port = free_port()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [_start(arguments, rank, ranks, port, Path(folder)) for rank in range(ranks)]
+        processes = [_start(arguments, rank, ranks, port, threads, Path(folder)) for rank in range(ranks)]
         failed_at = None
         timed_out = False
         while any(process.poll() is None for process in processes):
@@ -83,10 +84,12 @@ def run_ranks(
     return finished
 
 
-def _start(arguments: Sequence[str], rank: int, ranks: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
+def _start(
+    arguments: Sequence[str], rank: int, ranks: int, port: int, threads: int, folder: Path
+) -> subprocess.Popen[bytes]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     if ranks > 1:
         numbers = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
         environment |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}

@@ -71,11 +71,12 @@ def pretrain(
     ranks: int = 1,
     check: bool = True,
     timeout: float = 180.0,
+    threads: int = 1,
     kill_when: Callable[[], bool] | None = None,
 ) -> Finished:
     """`python -m pretrain RECIPE OPTIONS` on `ranks` processes."""
     arguments = ["-m", "pretrain", str(recipe), *options]
-    return run_ranks(arguments, ranks=ranks, check=check, timeout=timeout, kill_when=kill_when)
+    return run_ranks(arguments, ranks=ranks, check=check, timeout=timeout, kill_when=kill_when, threads=threads)
 
 
 def events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:

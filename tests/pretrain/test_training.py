@@ -17,8 +17,23 @@ from tests.training_cases import events, losses, make_data, pretrain, write_reci
 STEPS = 20
 STAGES = (1, 2, 3)
 WORKER = "tests/pretrain/train_worker.py"
-BF16 = {"precision": "bf16"}
+VARIANTS = ("mag", "mal", "lmm", "transformer")
 CONSTANT = {"kind": "constant", "warmup_tokens": 0}
+
+
+def layout(stage: int) -> dict[str, Any]:
+    """ZeRO 3 with recomputed activations, so that their meeting is tested too."""
+    return {"zero_stage": stage, "activation_checkpointing": stage == 3}
+
+
+def variant_fields(variant: str) -> dict[str, Any]:
+    """Changes to the small MAC's recipe that make it another variant, with an output head of its own."""
+    fields: dict[str, Any] = {"preset": f"{variant}-tiny", "segment": None, "tie_embeddings": False}
+    if variant == "lmm":
+        fields["num_persistent"] = 0
+    if variant == "transformer":
+        fields["memory"] = None
+    return fields
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +48,17 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = [write_recipe(data, folder / "zero0", steps=STEPS, parallel={"zero_stage": 0})]
     alone.append(write_recipe(data, folder / "one-row", steps=STEPS, training={"micro_batch_size": 1}))
     run_ranks([WORKER, *map(str, alone)], ranks=1)
-    together = [write_recipe(data, folder / f"zero{s}", steps=STEPS, parallel={"zero_stage": s}) for s in STAGES]
+    together = [write_recipe(data, folder / f"zero{s}", steps=STEPS, parallel=layout(s)) for s in STAGES]
     for stage in (1, 3):
-        layout = BF16 | {"zero_stage": stage}
-        whole = write_recipe(data, folder / f"bf16-{stage}", steps=6, parallel=layout, schedule=CONSTANT)
-        half = folder / f"bf16-{stage}-resumed"
-        first = write_recipe(data, half, steps=3, parallel=layout, schedule=CONSTANT).rename(
-            half.with_suffix(".1.yaml")
-        )
-        together += [whole, first, write_recipe(data, half, steps=6, parallel=layout, schedule=CONSTANT)]
-    run_ranks([WORKER, *map(str, together)], ranks=2)
+        bf16 = {"precision": "bf16", "zero_stage": stage}
+        for name, steps in ((f"bf16-{stage}", 6), (f"bf16-{stage}-resumed", 3), (f"bf16-{stage}-resumed", 6)):
+            path = write_recipe(data, folder / name, steps=steps, parallel=bf16, schedule=CONSTANT)
+            together.append(path.rename(folder / f"{name}-{steps}-steps.yaml"))
+    for variant in VARIANTS:
+        for stage in (1, 3):
+            path = folder / f"{variant}-{stage}"
+            together.append(write_recipe(data, path, steps=3, parallel=layout(stage), model=variant_fields(variant)))
+    run_ranks([WORKER, *map(str, together)], ranks=2, timeout=300)
     return folder
 
 
@@ -55,6 +71,13 @@ def test_every_layout_follows_one_process(runs: Path, run: str) -> None:
     assert {e["step"]: e["gradient_norm"] for e in events(runs / run, "step")} == pytest.approx(norms, rel=1e-3)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_the_same_with_its_parameters_shared_out(runs: Path, variant: str) -> None:
+    expected = losses(runs / f"{variant}-1")
+    assert len(expected) == 3
+    assert losses(runs / f"{variant}-3") == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_loss_falls(runs: Path) -> None:
     seen = losses(runs / "zero0")
     assert seen[STEPS] < seen[1] - 0.3
@@ -63,7 +86,7 @@ def test_the_loss_falls(runs: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_run_goes_on_bit_for_bit(data: Path, runs: Path, tmp_path: Path, stage: int) -> None:
     folder = tmp_path / "run"
-    recipe = write_recipe(data, folder, steps=STEPS, parallel={"zero_stage": stage})
+    recipe = write_recipe(data, folder, steps=STEPS, parallel=layout(stage))
     killed = pretrain(recipe, ranks=2, check=False, kill_when=lambda: len(losses(folder)) >= 10)
     assert set(killed.codes) == {-9}
     assert not events(folder, "done")
