@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +10,8 @@ from model.presets import preset_fields
 
 Variant = Literal["mac", "mag", "mal", "lmm", "transformer"]
 _MAX_DEPTH = 4
+_BOUND_MARGIN = 1.25
+"""Over the harmonic number of the chunk, where like keys begin to diverge (kernels/memory/README.md, section 3)."""
 
 
 class MemoryConfig(BaseModel):
@@ -35,8 +37,9 @@ class MemoryConfig(BaseModel):
     """Whether the memory forgets; without it alpha is 0."""
     parametrisation: Literal["unit", "standard"] = "unit"
     """Initial memory network: unit-norm features with a last layer of zeros, or N(0, 1/d_in) in every layer."""
-    step_bound: float | None = Field(default=8.0, gt=0)
-    """Bound b on the steps from the chunk's Gram matrix: stable above 1 + 1/2 + ... + 1/chunk; none for plain steps."""
+    step_bound: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """Bound b on the steps from the chunk's Gram matrix: stable above 1 + 1/2 + ... + 1/chunk, of which auto is 1.25 times;
+    none for the paper's plain steps."""
     step_ceiling: float = Field(default=1.0, gt=0)
     """Largest step c = theta / (1 - eta) that the gate can ask for."""
     initial_step: float = Field(default=0.12, gt=0)
@@ -49,6 +52,13 @@ class MemoryConfig(BaseModel):
     """Width in tokens of the causal depthwise convolutions on queries, keys and values; 0 for none."""
     normalize_values: bool = False
     """Whether values are divided by their l2 norm, as queries and keys always are."""
+
+    @property
+    def bound(self) -> float | None:
+        """The number that `step_bound` stands for."""
+        if self.step_bound != "auto":
+            return self.step_bound
+        return _BOUND_MARGIN * sum(1 / n for n in range(1, self.chunk + 1))
 
     @model_validator(mode="after")
     def _check(self) -> MemoryConfig:

@@ -93,7 +93,7 @@ class MemoryCore(nn.Module):
         y, state, *surprise = neural_memory(
             q, write.k, write.v, *write.gates, weights, state,
             chunk_size=config.chunk, activation=config.activation, forget_to=config.forget_to,
-            objective=config.objective, step_bound=config.step_bound, activation_scale=self.scale,
+            objective=config.objective, step_bound=config.bound, activation_scale=self.scale,
             return_surprise=with_surprise,
         )  # fmt: skip
         return y, state, state.weights, surprise[0] if surprise else None

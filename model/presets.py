@@ -58,9 +58,7 @@ def preset_fields(name: str) -> Fields:
     tiny = size == "tiny"
     fields = {"variant": variant, "ffn_dim": _FFN_DIMS[family][size], **_SIZES[size]}
     if variant != "transformer":
-        # The least bound that is stable at the chunk: larger ones hold the memory back (kernels/memory/README.md).
-        chunk, bound = (16, 4.0) if tiny else (64, 8.0)
-        fields["memory"] = {"depth": 2, "expansion": 2, "chunk": chunk, "step_bound": bound, **memory}
+        fields["memory"] = {"depth": 2, "expansion": 2, "chunk": 16 if tiny else 64, **memory}
     if variant == "mac":
         fields["segment"] = 64 if tiny else 512
     if variant in ("mag", "mal"):

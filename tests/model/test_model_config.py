@@ -78,3 +78,13 @@ def test_a_wrong_configuration_is_named(fields, parts) -> None:
 def test_an_unknown_preset_gets_near_names() -> None:
     with pytest.raises(ValueError, match="mac-340m"):
         ModelConfig.preset("mac-430m")
+
+
+def test_the_automatic_step_bound_follows_the_chunk() -> None:
+    memory = ModelConfig.preset("lmm-tiny", memory={"chunk": 4}).memory
+    assert memory.step_bound == "auto"
+    assert memory.bound == pytest.approx(1.25 * (1 + 1 / 2 + 1 / 3 + 1 / 4))
+    assert ModelConfig.preset("lmm-tiny", memory={"step_bound": 3.0}).memory.bound == 3.0
+    assert ModelConfig.preset("lmm-tiny", memory={"step_bound": None}).memory.bound is None
+    with pytest.raises(ValueError, match="step_bound"):
+        ModelConfig.preset("lmm-tiny", memory={"step_bound": -1.0})
