@@ -211,7 +211,7 @@ class Run:
             "speed/flops_without_memory": speed * flops.model,
             "speed/mfu": None if capacity is None else speed * flops.total / capacity,
             "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
-            "memory/peak_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
+            "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
         }
         self.log.scalars(state.step, values)
         if result.stats is not None:

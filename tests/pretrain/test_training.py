@@ -140,7 +140,7 @@ def test_tensorboard_has_the_curves(runs: Path) -> None:
     curves = read_curves(runs / "zero1")
     assert len(curves["train/loss"]) == STEPS
     names = {"train/learning_rate", "train/gradient_norm", "speed/tokens_per_second", "speed/flops"}
-    assert names | {"memory/peak_gigabytes", "evaluation/loss", "evaluation/bits_per_byte"} <= curves.keys()
+    assert names | {"device/peak_memory_gigabytes", "evaluation/loss", "evaluation/bits_per_byte"} <= curves.keys()
     for layer in ("layer00", "layer01"):
         for statistic in ("alpha", "eta", "theta", "surprise", "weight_norm"):
             assert f"memory/{statistic}/{layer}" in curves
