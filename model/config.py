@@ -38,7 +38,7 @@ class MemoryConfig(BaseModel):
     parametrisation: Literal["unit", "standard"] = "unit"
     """Initial memory network: unit-norm features with a last layer of zeros, or N(0, 1/d_in) in every layer."""
     step_bound: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
-    """Bound b on the steps from the chunk's Gram matrix: stable above 1 + 1/2 + ... + 1/chunk, of which auto is 1.25 times;
+    """Bound b on the steps from the chunk's Gram matrix: stable above 1 + 1/2 + ... + 1/chunk (auto: 1.25 times that);
     none for the paper's plain steps."""
     step_ceiling: float = Field(default=1.0, gt=0)
     """Largest step c = theta / (1 - eta) that the gate can ask for."""

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from model.presets import PRESETS
 from pretrain.config import Recipe
 from pretrain.errors import UserError
 from pretrain.quantities import parse_tokens
@@ -105,24 +106,30 @@ def _add_fields(section: type[BaseModel], prefix: str, lines: list[str]) -> None
         else:
             lines.append(f"\n{prefix}{name}: {text}")
             if inner.__name__ == "ModelConfig":
-                lines.append(
-                    "  --model.preset NAME\n      {mac|mag|mal|lmm|transformer}-{tiny|170m|340m|400m|760m|1.3b}"
-                )
+                families, sizes = (dict.fromkeys(part) for part in zip(*(p.split("-") for p in PRESETS), strict=True))
+                lines.append(f"  --model.preset NAME\n      {{{'|'.join(families)}}}-{{{'|'.join(sizes)}}}")
             _add_fields(inner, f"{prefix}{name}.", lines)
 
 
 def _kind(field: FieldInfo) -> str:
     annotation: Any = field.annotation
-    parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) is typing.Literal:
-        return "|".join(str(part) for part in parts)
     if parse_tokens.__name__ in f"{field.metadata} {annotation}":
-        return "TOKENS | none" if type(None) in parts else "TOKENS"
-    if typing.get_origin(annotation) is types.UnionType:
-        return " | ".join("none" if part is type(None) else part.__name__.upper() for part in parts)
-    if typing.get_origin(annotation) is tuple:
-        return f"[{', '.join('FLOAT' for _ in parts)}]"
-    return annotation.__name__.upper()
+        return "TOKENS | none" if type(None) in typing.get_args(annotation) else "TOKENS"
+    return _type_name(annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    parts = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _type_name(parts[0])
+    if origin is typing.Literal:
+        return "|".join(str(part) for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(part) for part in parts)
+    if origin is tuple:
+        return f"[{', '.join(_type_name(part) for part in parts)}]"
+    return "none" if annotation is type(None) else annotation.__name__.upper()
 
 
 def _default(field: FieldInfo) -> str:

@@ -12,7 +12,25 @@ from pydantic import BaseModel, ValidationError
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """One line for each thing that is wrong."""
-    return "\n".join(dict.fromkeys(_line(problem, root) for problem in error.errors(include_url=False)))
+    problems: dict[tuple[str, ...], Any] = {}
+    for problem in error.errors(include_url=False):
+        names = _field_path(root, tuple(str(part) for part in problem["loc"]), problem["type"])
+        if names in problems:  # the value fits none of several types
+            problem["msg"] = f"{problems[names]['msg']}; or: {problem['msg']}"
+        problems[names] = problem
+    return "\n".join(_line(names, problem, root) for names, problem in problems.items())
+
+
+def _field_path(root: type[BaseModel], names: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    """A problem's place without what pydantic puts behind a field, such as the type of a union that it tried."""
+    section: type[BaseModel] | None = root
+    for position, name in enumerate(names):
+        if section is None:
+            return names[: position + name.isdigit()]  # an element of a tuple is part of the place
+        if name not in section.model_fields:
+            return names[: position + (kind == "extra_forbidden")]
+        section = _config_in(section.model_fields[name].annotation)
+    return names
 
 
 def section_class(root: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] | None:
@@ -39,8 +57,7 @@ def suggest(name: str, known: list[str]) -> str:
     return f"{question}(known: {', '.join(known)})"
 
 
-def _line(problem: Any, root: type[BaseModel]) -> str:
-    names = tuple(str(part) for part in problem["loc"])
+def _line(names: tuple[str, ...], problem: Any, root: type[BaseModel]) -> str:
     dotted = ".".join(names) or "recipe"
     value = problem.get("input")
     kind = problem["type"]

@@ -153,3 +153,11 @@ def test_every_field_has_a_docstring() -> None:
         return missing
 
     assert undocumented(Recipe, "") == []
+
+
+def test_a_value_that_fits_none_of_several_types_is_one_line(tmp_path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write_recipe(tmp_path, tmp_path / "run"), [("model.memory.step_bound", "abc")])
+    (line,) = str(caught.value).splitlines()[1:]
+    assert "model.memory.step_bound: 'abc' does not fit" in line
+    assert "or: Input should be 'auto'" in line
