@@ -106,6 +106,8 @@ class Checkpoints:
         error = None
         try:
             for path in write(partial):
+                # safetensors writes for the owner alone, and the one who exports may be another.
+                path.chmod(partial.stat().st_mode & 0o666)
                 _make_durable(path)
                 entries[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         except (OSError, SafetensorError) as failure:

@@ -48,6 +48,7 @@ def flip(path: Path) -> None:
 def test_a_saved_checkpoint_is_whole(checkpoints: Checkpoints) -> None:
     folder = checkpoints.save(7, write)
     assert problems(folder) == []
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
     assert names(checkpoints) == ["latest", "step-00000007"]
     assert checkpoints.newest_whole(pytest.fail) == folder
 
