@@ -5,6 +5,7 @@ guessed one.
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
 import torch
 
@@ -37,4 +38,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process has held: on the GPU where it has one, else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most host memory that this process has had resident.
+
+    From /proc where there is one: ru_maxrss begins with what the process that started this one had.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.memory import neural_memory
+from pretrain.devices import peak_resident_bytes
 
 # Resident memory is a process's high-water mark, so each length runs in a process of its own.
 _WORKER = """
@@ -52,21 +52,16 @@ def measure(
     gates = [torch.full(shape, value) for value in (0.005, 0.9, 0.012)]
     inputs = [x.requires_grad_() for x in (q, k, v, *gates, *weights)]
     scale = (0.3557 * head_dim * expansion) ** -0.5
-    before = _peak_bytes()
+    before = peak_resident_bytes()
     forward, backward = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        y, _ = neural_memory(*inputs[:6], inputs[6:], chunk_size=chunk_size, step_bound=4.0, activation_scale=scale)
+        y, _ = neural_memory(*inputs[:6], inputs[6:], chunk_size=chunk_size, step_bound=6.0, activation_scale=scale)
         middle = time.perf_counter()
         torch.autograd.grad(y.sum(), inputs)
         forward.append(middle - start)
         backward.append(time.perf_counter() - middle)
-    return {"forward_s": min(forward), "backward_s": min(backward), "peak_bytes": _peak_bytes() - before}
-
-
-def _peak_bytes() -> int:
-    """High-water mark of this process's resident memory (Linux gives KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"forward_s": min(forward), "backward_s": min(backward), "peak_bytes": peak_resident_bytes() - before}
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
