@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from pretrain.errors import UserError
 
 EVENTS_FILE = "run.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+SECONDS_BETWEEN_LINES = 5.0
 
 
 class RunLog:
@@ -33,13 +35,13 @@ class RunLog:
 
     def __init__(self, folder: Path, *, name: str, is_main: bool, start_step: int, total_steps: int) -> None:
         self._name, self._total_steps, self._main = name, total_steps, is_main
-        self._width = 0
+        self._width, self._shown = 0, -math.inf
         if not is_main:
             return
         path = folder / EVENTS_FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+            cut = _ends_inside_a_line(path)
             self._events = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close())
             if cut:  # a killed run's last line must not swallow the first of this one
                 self._events.write("\n")
@@ -77,14 +79,18 @@ class RunLog:
         )
 
     def progress(self, step: int, loss: float, rate: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Show where the run stands: one line that is written over on a terminal, a line each time elsewhere."""
+        """Show where the run stands: one line written over on a terminal, a line every few seconds elsewhere."""
         if not self._main:
             return
+        terminal, now = sys.stdout.isatty(), time.monotonic()
+        if not terminal and now - self._shown < SECONDS_BETWEEN_LINES and step < self._total_steps:
+            return
+        self._shown = now
         line = (
             f"{self._name}  step {step}/{self._total_steps} ({100 * step / self._total_steps:.1f} %)  loss {loss:.4f}  "
             f"lr {rate:.2e}  {tokens_per_second:,.0f} tokens/s  {duration(seconds_left)} left"
         )
-        if sys.stdout.isatty():
+        if terminal:
             print(f"\r{line.ljust(self._width)}", end="", flush=True)
             self._width = len(line)
         else:
@@ -101,6 +107,14 @@ class RunLog:
         if self._main:
             self._board.close()
             self._events.close()
+
+
+def _ends_inside_a_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 class Stopwatch:

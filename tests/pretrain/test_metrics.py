@@ -68,6 +68,15 @@ def test_progress_is_a_line_with_the_time_left(tmp_path: Path, capsys: pytest.Ca
     )
 
 
+def test_progress_in_a_file_is_a_line_every_few_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, name="a", is_main=True, start_step=0, total_steps=50)
+    for step in range(1, 51):
+        log.progress(step, 2.5, 1e-3, 1234.5, 3700)
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("step ")[1].split("/")[0] for line in lines] == ["1", "50"]
+
+
 def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="give a --folder that can be written"):
