@@ -98,10 +98,31 @@ def token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, chunk_tokens: int = CHUNK_TOKENS
 ) -> Tensor:
     """-log p of each target: [N] fp32 (float64 for float64), 0 where ignored, without gradients; arguments as above."""
+    return _score(hidden, weight, targets, ignore_index, chunk_tokens, None)
+
+
+@torch.no_grad()
+def token_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, chunk_tokens: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """`token_losses`, and whether each target is the token of the largest logit: [N] bool, False where ignored.
+
+    One of several equal logits is taken, so that a model that prefers nothing is not right everywhere.
+    """
+    correct = torch.zeros_like(targets, dtype=torch.bool)
+    return _score(hidden, weight, targets, ignore_index, chunk_tokens, correct), correct
+
+
+def _score(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_tokens: int, correct: Tensor | None
+) -> Tensor:
+    """Losses [N]; fills `correct` [N] where it is given."""
     _check(hidden, weight, targets, chunk_tokens)
-    losses = []
+    losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, len(hidden), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         logits, log_sum, kept, index = _chunk(hidden[part], weight, targets[part], ignore_index)
-        losses.append(((log_sum - logits.gather(1, index)) * kept)[:, 0])
-    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        losses[part] = ((log_sum - logits.gather(1, index)) * kept)[:, 0]
+        if correct is not None:
+            correct[part] = (logits.argmax(1) == targets[part]) & (targets[part] != ignore_index)
+    return losses

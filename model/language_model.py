@@ -1,13 +1,14 @@
 """The Titans language model: embedding, blocks, head; one forward for whole sequences, pieces and single tokens."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from torch.utils.checkpoint import checkpoint
 
-from kernels.cross_entropy import linear_cross_entropy, token_losses
+from kernels.cross_entropy import linear_cross_entropy, token_losses, token_scores
 from model.config import ModelConfig
 from model.gates import GateProjection
 from model.layers import RMSNorm, SwiGLU, linear, residual_scale
@@ -30,6 +31,8 @@ class ModelOutput(NamedTuple):
     """Sum of -log p over the targets that count, in nats: a scalar, fp32 (float64 for a float64 model)."""
     stats: list[Stats] | None
     """A dictionary per layer if asked for: means of alpha, eta, theta, surprise, weight_norm; empty without memory."""
+    correct: Tensor | None
+    """Whether each target has the largest logit, if asked for: [B, T] bool, False at targets that don't count."""
 
 
 class Block(nn.Module):
@@ -57,13 +60,13 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, x: Tensor, targets: Tensor | None, each: bool = False) -> Tensor:
-        """x [B, T, dim] to logits [B, T, V]; with targets [B, T] (-100: not counted) to the loss's sum or `each`."""
+    def forward(self, x: Tensor, targets: Tensor | None, score: Callable[..., Any] = linear_cross_entropy) -> Any:
+        """x [B, T, dim] to logits [B, T, V]; with targets [B, T] (-100: not counted) to what `score` makes of them: a
+        function of kernels.cross_entropy, of features [B * T, dim], the weight, and targets [B * T].
+        """
         if targets is None:
             return apply_linear(x, self.weight)
-        if each:
-            return token_losses(x.flatten(0, 1), self.weight, targets.flatten()).view_as(targets)
-        return linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten())
+        return score(x.flatten(0, 1), self.weight, targets.flatten())
 
 
 class TitansLM(nn.Module):
@@ -92,6 +95,7 @@ class TitansLM(nn.Module):
         *,
         targets: Tensor | None = None,
         with_stats: bool = False,
+        with_correct: bool = False,
     ) -> ModelOutput:
         """Reads tokens after what `state` has seen.
 
@@ -103,14 +107,21 @@ class TitansLM(nn.Module):
             state: where each row stands; None for beginnings.
             targets: [B, T] int64, -100 for tokens that don't count; then the loss is computed instead of the logits.
             with_stats: also give each layer's statistics.
+            with_correct: also say which targets have the largest logit; the loss then has no gradient.
 
         Raises:
             ValueError: tokens, targets or the state don't fit.
         """
-        x, after, stats = self._read(tokens, state, targets, with_stats)
-        out = self.head(x, targets)
-        logits, loss_sum = (out, None) if targets is None else (None, out)
-        return ModelOutput(logits, after, loss_sum, stats if with_stats else None)
+        if with_correct and targets is None:
+            raise ValueError("with_correct is set, but there are no targets: give them, or compare the logits")
+        x, after, layer_stats = self._read(tokens, state, targets, with_stats)
+        stats = layer_stats if with_stats else None
+        if targets is None:
+            return ModelOutput(self.head(x, None), after, None, stats, None)
+        if with_correct:
+            losses, correct = self.head(x, targets, token_scores)
+            return ModelOutput(None, after, losses.sum(), stats, correct.view_as(targets))
+        return ModelOutput(None, after, self.head(x, targets), stats, None)
 
     @torch.no_grad()
     def token_losses(
@@ -121,7 +132,7 @@ class TitansLM(nn.Module):
         Arguments as in `forward`; logits of all tokens never exist at once.
         """
         x, after, _ = self._read(tokens, state, targets, False)
-        return self.head(x, targets, each=True), after
+        return self.head(x, targets, token_losses).view_as(targets), after
 
     def _read(
         self, tokens: Tensor, state: ModelState | None, targets: Tensor | None, with_stats: bool

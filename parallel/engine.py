@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,19 @@ class StepResult:
     """A dict for each layer, averaged over ranks, of the last micro-batch; None unless asked for."""
 
 
+class Scored(NamedTuple):
+    """Sums over all ranks' batches."""
+
+    nats: float
+    """Of -log p of the targets that count."""
+
+    tokens: int
+    """Targets that count."""
+
+    correct: int | None
+    """Those among them that have the largest logit; None unless asked for."""
+
+
 def _import_deepspeed(device: torch.device) -> ModuleType:
     # Saying which accelerator it is spares DeepSpeed its guess, and makes `device: cpu` hold on a machine with GPUs.
     os.environ["DS_ACCELERATOR"] = device.type
@@ -93,10 +106,10 @@ class _LossModule(nn.Module):
         self.model = model
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, with_stats: bool = False
-    ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
-        output = self.model(tokens, targets=targets, with_stats=with_stats)
-        return output.loss_sum, output.stats
+        self, tokens: Tensor, targets: Tensor, with_stats: bool = False, with_correct: bool = False
+    ) -> tuple[Tensor, list[dict[str, Tensor]] | None, Tensor | None]:
+        output = self.model(tokens, targets=targets, with_stats=with_stats, with_correct=with_correct)
+        return output.loss_sum, output.stats, output.correct
 
 
 class Engine:
@@ -107,8 +120,8 @@ class Engine:
     shares.
 
     Args:
-        model: takes (tokens [B, T], targets=[B, T], with_stats=bool) and returns an output with `.loss_sum` and
-            `.stats`.
+        model: takes (tokens [B, T], targets=[B, T], with_stats=bool, with_correct=bool) and returns an output with
+            `.loss_sum`, `.stats` and `.correct`.
         optimizer: AdamW over the model's parameters. Its groups keep their weight decay; the learning rate comes
             with each step.
         accumulation: micro-batches of a step.
@@ -178,7 +191,7 @@ class Engine:
         hooks = self._watch_gradients() if first else []
         for index, (inputs, targets) in enumerate(moved):
             last = index == len(moved) - 1
-            loss, stats = self._engine(inputs, targets, with_stats=with_stats and last)
+            loss, stats, _ = self._engine(inputs, targets, with_stats=with_stats and last)
             # The convention already divides by the whole step's tokens, so DeepSpeed must not divide by the
             # accumulation again.
             self._engine.backward(loss * scale, scale_wrt_gas=False)
@@ -194,20 +207,22 @@ class Engine:
             loss=loss_sum / tokens, grad_norm=norm.detach(), tokens=tokens, stats=self._mean_over_ranks(stats)
         )
 
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Sum of the loss (nats) and number of tokens over all ranks' batches. Ranks may have different numbers of
-        batches.
+    def evaluate(self, batches: Iterable[Batch], *, with_correct: bool = False) -> Scored:
+        """Score all ranks' batches, without learning from them. Every rank calls it; ranks may have different numbers
+        of batches.
         """
-        totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         self._engine.eval()
         with torch.no_grad():
             for inputs, targets in self._in_step(batches):
-                loss, _ = self._engine(inputs, targets)
+                loss, _, correct = self._engine(inputs, targets, with_correct=with_correct)
                 totals[0] += loss
                 totals[1] += (targets != IGNORED).sum()
+                if correct is not None:
+                    totals[2] += correct.sum()
         self._engine.train()
         dist.all_reduce(totals)
-        return float(totals[0]), int(totals[1])
+        return Scored(float(totals[0]), int(totals[1]), int(totals[2]) if with_correct else None)
 
     def save(self, folder: Path) -> list[Path]:
         """Write this rank's share of weights and optimizer state into `folder`; every rank calls it. Returns the

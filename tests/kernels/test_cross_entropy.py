@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.cross_entropy import linear_cross_entropy, token_losses
+from kernels.cross_entropy import linear_cross_entropy, token_losses, token_scores
 
 
 def _problem(dtype: torch.dtype, tokens: int = 11) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +76,29 @@ def test_token_losses_sum_to_the_loss_and_skip_ignored_tokens() -> None:
     assert not losses.requires_grad and losses.shape == targets.shape
     assert not losses[targets == -100].any()
     torch.testing.assert_close(losses.sum(), linear_cross_entropy(hidden, weight, targets))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1024])
+def test_token_scores_are_the_losses_and_where_the_target_has_the_largest_logit(chunk_tokens: int) -> None:
+    hidden, weight, targets = _problem(torch.float64, tokens=60)
+    best = (hidden @ weight.T).argmax(1)
+    targets[1::6] = best[1::6]
+    losses, correct = token_scores(hidden, weight, targets, chunk_tokens=chunk_tokens)
+    assert torch.equal(losses, token_losses(hidden, weight, targets, chunk_tokens=chunk_tokens))
+    assert torch.equal(correct, best == targets) and correct.any() and not correct.all()
+    assert not losses.requires_grad and correct.dtype == torch.bool
+
+
+def test_equal_logits_are_right_for_one_target_only() -> None:
+    targets = torch.arange(5)
+    _, correct = token_scores(torch.zeros(5, 3), torch.zeros(5, 3), targets)
+    assert correct.sum() == 1
+
+
+def test_an_ignored_token_is_never_right() -> None:
+    """Not even where the index that is ignored is a token, and the one that the logits are for."""
+    _, correct = token_scores(torch.eye(3), torch.eye(3), torch.arange(3), ignore_index=1)
+    assert correct.tolist() == [True, False, True]
 
 
 def test_another_ignore_index_is_honoured() -> None:

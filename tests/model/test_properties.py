@@ -143,6 +143,18 @@ def test_the_losses_of_single_tokens_sum_to_the_loss_in_any_split(case, small_mo
 
 
 @torch.no_grad()
+def test_correct_targets_are_those_with_the_largest_logit(case, small_model, draw_tokens) -> None:
+    model, tokens, targets = small_model(case), draw_tokens(2, LENGTH), draw_tokens(2, LENGTH, seed=3)
+    best = model(tokens).logits.argmax(2)
+    targets[0, ::2], targets[1, 3:7] = best[0, ::2], -100
+    output = model(tokens, targets=targets, with_correct=True)
+    assert torch.equal(output.correct, best == targets)
+    torch.testing.assert_close(output.loss_sum, model(tokens, targets=targets).loss_sum)
+    with pytest.raises(ValueError, match="no targets"):
+        model(tokens, with_correct=True)
+
+
+@torch.no_grad()
 def test_parameters_are_used_in_their_owners_forward_only(case, small_model, draw_tokens) -> None:
     """What ZeRO-3 needs: here each parameter is there during its module's forward and empty at any other time."""
     model, tokens = small_model(case), draw_tokens(2, LENGTH)

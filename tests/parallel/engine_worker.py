@@ -27,6 +27,7 @@ VOCABULARY, WIDTH, LENGTH, GLOBAL_ROWS, STEPS, CLIP = 32, 16, 12, 8, 20, 0.5
 class Output:
     loss_sum: Tensor
     stats: list[dict[str, Tensor]] | None
+    correct: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Head(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, self.weight).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return loss, logits.detach().argmax(2) == targets
 
 
 class Small(nn.Module):
@@ -64,12 +66,15 @@ class Small(nn.Module):
         self.layers = nn.ModuleList(Layer() for _ in range(2))
         self.head = Head(self.embedding.weight)
 
-    def forward(self, tokens: Tensor, *, targets: Tensor, with_stats: bool = False) -> Output:
+    def forward(
+        self, tokens: Tensor, *, targets: Tensor, with_stats: bool = False, with_correct: bool = False
+    ) -> Output:
         hidden = self.embedding(tokens)
         for layer in self.layers:
             hidden = layer(hidden)
         stats = [{"size": hidden.detach().float().abs().mean()}, {}] if with_stats else None
-        return Output(self.head(hidden, targets), stats)
+        loss, correct = self.head(hidden, targets)
+        return Output(loss, stats, correct if with_correct else None)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
@@ -124,7 +129,7 @@ def trial(world: World, layout: str) -> dict[str, object]:
     engine.save(shared)
     results += take(engine, world, range(STEPS // 2, STEPS))
     whole = engine.full_parameters()
-    held_out = engine.evaluate([Rows(*vars(global_batch(99)).values())] * (1 + 2 * world.rank))
+    held_out = engine.evaluate([Rows(*vars(global_batch(99)).values())] * (1 + 2 * world.rank), with_correct=True)
     engine.destroy()
     resumed = build(world, stage, precision, 2)
     resumed.load(shared)

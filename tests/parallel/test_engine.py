@@ -36,7 +36,8 @@ def reference() -> dict[str, Any]:
         losses.append(loss.item())
     held_out = work.global_batch(99)
     with torch.no_grad():
-        evaluated = model(held_out.tokens, targets=held_out.targets).loss_sum.item()
+        output = model(held_out.tokens, targets=held_out.targets, with_correct=True)
+    evaluated = (output.loss_sum.item(), int(output.correct.sum()))
     weights = {name: p.detach().flatten() for name, p in model.named_parameters()}
     return {"losses": losses, "norms": norms, "evaluated": evaluated, "weights": weights}
 
@@ -101,9 +102,11 @@ def test_bf16_stays_near_fp32(seen: dict[int, Any], plain: dict[str, Any], layou
 def test_evaluation_admits_ranks_with_different_numbers_of_batches(
     seen: dict[int, Any], plain: dict[str, Any], layout: str
 ) -> None:
-    loss, tokens = seen[2][layout]["evaluated"]
+    loss, tokens, correct = seen[2][layout]["evaluated"]
     batches = 1 + 3
-    assert loss == pytest.approx(batches * plain["evaluated"], rel=1e-4)
+    expected_loss, expected_correct = plain["evaluated"]
+    assert loss == pytest.approx(batches * expected_loss, rel=1e-4)
+    assert correct == batches * expected_correct
     assert tokens == batches * int((work.global_batch(99).targets != -100).sum())
 
 
