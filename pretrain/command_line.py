@@ -19,7 +19,7 @@ from model.presets import PRESETS
 from pretrain.config import Recipe
 from pretrain.errors import UserError
 from pretrain.quantities import parse_tokens
-from pretrain.recipe_errors import section_class
+from pretrain.recipe_errors import kind_of, sections_in
 
 _DESCRIPTION = """Train a model as a recipe says.
 
@@ -98,22 +98,27 @@ def fields_help() -> str:
 
 def _add_fields(section: type[BaseModel], prefix: str, lines: list[str]) -> None:
     for name, field in section.model_fields.items():
-        inner = section_class(section, (name,))
+        choices = sections_in(field.annotation)
         text = " ".join((field.description or "").split())
-        if inner is None:
+        if not choices:
             lines.append(f"  --{prefix}{name} {_kind(field)}{_default(field)}")
             lines.append(f"      {text}")
-        else:
-            lines.append(f"\n{prefix}{name}: {text}")
-            if inner.__name__ == "ModelConfig":
-                families, sizes = (dict.fromkeys(part) for part in zip(*(p.split("-") for p in PRESETS), strict=True))
-                lines.append(f"  --model.preset NAME\n      {{{'|'.join(families)}}}-{{{'|'.join(sizes)}}}")
-            _add_fields(inner, f"{prefix}{name}.", lines)
+            continue
+        lines.append(f"\n{prefix}{name}: {text}")
+        if choices[0].__name__ == "ModelConfig":
+            families, sizes = (dict.fromkeys(part) for part in zip(*(p.split("-") for p in PRESETS), strict=True))
+            lines.append(f"  --model.preset NAME\n      {{{'|'.join(families)}}}-{{{'|'.join(sizes)}}}")
+        for choice in choices:
+            if len(choices) > 1:
+                lines.append(f"\n{prefix}{name} of kind {kind_of(choice)}:")
+            _add_fields(choice, f"{prefix}{name}.", lines)
 
 
 def _kind(field: FieldInfo) -> str:
     annotation: Any = field.annotation
     if parse_tokens.__name__ in f"{field.metadata} {annotation}":
+        if typing.get_origin(annotation) is tuple:
+            return "TOKENS | [TOKENS, TOKENS]"
         return "TOKENS | none" if type(None) in typing.get_args(annotation) else "TOKENS"
     return _type_name(annotation)
 
@@ -135,4 +140,6 @@ def _type_name(annotation: Any) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "  (required)"
+    if len(typing.get_args(field.annotation)) == 1:  # a kind that chooses its section is nobody's default
+        return ""
     return f"  (default: {'none' if field.default is None else field.default})"

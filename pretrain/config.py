@@ -50,7 +50,7 @@ class CheckpointConfig(BaseModel):
 
 
 class EvaluationConfig(BaseModel):
-    """Loss on the held-out shards (data.validation) during the run."""
+    """Loss on held-out data during the run: the shards of data.validation, or drawn rows that training never sees."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -58,7 +58,8 @@ class EvaluationConfig(BaseModel):
     """Tokens between evaluations; none: only at the end."""
 
     tokens: Tokens | None = 1_000_000
-    """How many held-out tokens are scored, from the first on; none: all."""
+    """How many held-out tokens are scored, from the first on; none: all. Of drawn rows, which hold tokens that are no
+    answers too, as many as have these tokens."""
 
 
 class LoggingConfig(BaseModel):
@@ -109,13 +110,13 @@ class Recipe(BaseModel):
     """Where checkpoints, TensorBoard logs and run.jsonl go."""
 
     seed: int = 0
-    """Seed of the initial weights, and of the data's order unless data.seed says otherwise."""
+    """Seed of the initial weights, and of the data's order or draws unless data.seed says otherwise."""
 
     model: ModelConfig
     """The model: `preset` (such as mac-340m) and any field to change."""
 
     data: DataConfig
-    """The shards."""
+    """What is learned from: `kind` shards (tokenised text, the default) or synthetic (rows drawn for a task)."""
 
     training: TrainingConfig
     """Tokens and batch."""
@@ -148,12 +149,21 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Recipe:
-        if self.evaluation.every_tokens is not None and self.data.validation is None:
+        if self.evaluation.every_tokens is not None and not self.data.has_held_out:
             raise ValueError("evaluation.every_tokens is set but data.validation is not: name the held-out shards")
         return self
 
+    @model_validator(mode="after")
+    def _data_fits(self) -> Recipe:
+        self.data.check_fits(
+            sequence_length=self.training.sequence_length,
+            vocab_size=self.model.vocab_size,
+            held_out_tokens=self.evaluation.tokens,
+        )
+        return self
+
     def data_seed(self) -> int:
-        """The seed of the data's order."""
+        """The seed of the data's order, or of its draws."""
         return self.seed if self.data.seed is None else self.data.seed
 
     def batches(self, ranks: int) -> Batches:

@@ -1,4 +1,4 @@
-"""Loss and bits per byte on held-out shards: every token scored once, in documents' order."""
+"""Loss on held-out data, and what else its kind allows: bits per byte of text, the share of right answers."""
 
 from __future__ import annotations
 
@@ -10,51 +10,83 @@ import torch
 
 from parallel.engine import IGNORED, Engine
 from parallel.process import World, gather_objects
-from pretrain.data import Batch, ShardSet, sequential_batches
+from pretrain.data import Batch, HeldOut
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The result over all ranks."""
 
-    loss: float
-    """Mean over tokens, in nats."""
-
-    bits_per_byte: float
-    """Bits over the UTF-8 bytes of the scored tokens' text: comparable between tokenizers."""
+    nats: float
+    """Sum over tokens of -log p."""
 
     tokens: int
     """Tokens scored."""
 
-    text_bytes: int
-    """Bytes of their text."""
+    text_bytes: int | None
+    """UTF-8 bytes of their text; None where tokens stand for none."""
+
+    correct: int | None
+    """Tokens that the model finds most likely; None where a target is not the one right answer."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over tokens, in nats."""
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits over the bytes of the text: comparable between tokenizers."""
+        if self.text_bytes is None:
+            return None
+        return self.nats / math.log(2) / max(self.text_bytes, 1)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers."""
+        return None if self.correct is None else self.correct / max(self.tokens, 1)
+
+    def curves(self) -> dict[str, float]:
+        """What is drawn over the steps."""
+        values = {"loss": self.loss, "bits_per_byte": self.bits_per_byte, "accuracy": self.accuracy}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def fields(self) -> dict[str, float]:
+        """What is written to run.jsonl."""
+        counts = {"scored_tokens": self.tokens, "text_bytes": self.text_bytes, "correct": self.correct}
+        return self.curves() | {name: value for name, value in counts.items() if value is not None}
+
+    def __str__(self) -> str:
+        """The result as a line for people."""
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        right = "" if self.accuracy is None else f", {100 * self.accuracy:.2f} % right"
+        return f"loss {self.loss:.4f}{bits}{right} ({self.tokens:,} tokens)"
 
 
 def evaluate(
-    engine: Engine, shards: ShardSet, world: World, *, sequence_length: int, batch_size: int, max_tokens: int | None
+    engine: Engine, held_out: HeldOut, world: World, *, sequence_length: int, batch_size: int, max_tokens: int | None
 ) -> Evaluation:
     """Score the first `max_tokens` held-out tokens (None: all); every rank calls it."""
-    bytes_of = torch.from_numpy(shards.token_bytes)
+    bytes_of = None if held_out.token_bytes is None else torch.from_numpy(held_out.token_bytes)
     text_bytes = 0
 
     def counted() -> Iterator[Batch]:
         nonlocal text_bytes
-        for batch in sequential_batches(
-            shards,
+        for batch in held_out.batches(
             sequence_length=sequence_length,
             batch_size=batch_size,
             max_tokens=max_tokens,
             rank=world.rank,
             world_size=world.size,
         ):
-            text_bytes += int(bytes_of[batch.targets[batch.targets != IGNORED]].sum())
+            if bytes_of is not None:
+                text_bytes += int(bytes_of[batch.targets[batch.targets != IGNORED]].sum())
             yield batch
 
-    nats, tokens = engine.evaluate(counted())
-    total_bytes = sum(gather_objects(text_bytes))
+    scored = engine.evaluate(counted(), with_correct=held_out.has_answers)
     return Evaluation(
-        loss=nats / max(tokens, 1),
-        bits_per_byte=nats / math.log(2) / max(total_bytes, 1),
-        tokens=tokens,
-        text_bytes=total_bytes,
+        nats=scored.nats,
+        tokens=scored.tokens,
+        text_bytes=None if bytes_of is None else sum(gather_objects(text_bytes)),
+        correct=scored.correct,
     )

@@ -14,11 +14,10 @@ from model import TitansLM
 from model.flops import flops_per_token
 from parallel.engine import Engine, StepResult
 from parallel.process import World
-from pretrain import data as data_module
 from pretrain.agreement import agreed
 from pretrain.checkpoints import Checkpoints, loud
 from pretrain.config import Batches, Recipe
-from pretrain.data import Loader, ShardSet
+from pretrain.data import Data, Loader, Source
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
@@ -44,34 +43,35 @@ def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
     """
     with agreed():
         batches = recipe.batches(world.size)
-        shards, held_out = data_module.open_data(recipe.data)
-        check_vocabulary(recipe, shards)
+        data = recipe.data.open(recipe.data_seed())
+        check_vocabulary(recipe, data.train)
     checkpoints = Checkpoints(recipe.folder / CHECKPOINTS_FOLDER, recipe.checkpoint.keep, world)
     warnings: list[str] = []
     start_from = choose_checkpoint(checkpoints, resume, warnings.append)
     engine = build_engine(recipe, batches, world)
     if start_from is not None:
-        state = restore(start_from, engine, recipe, shards.tokenizer, world)
+        state = restore(start_from, engine, recipe, data.train.tokenizer, world)
     else:
         seed_rank(recipe.seed, world.rank)
-        state = TrainerState(tokenizer_sha256=shards.tokenizer.sha256, ranks=world.size)
+        tokenizer = data.train.tokenizer
+        state = TrainerState(tokenizer_sha256=None if tokenizer is None else tokenizer.sha256, ranks=world.size)
     with ExitStack() as stack:
         with agreed():
             log = stack.enter_context(open_log(recipe, batches, world, state.step))
-            loader = stack.enter_context(open_training_data(recipe, batches, world, shards, state))
+            loader = stack.enter_context(open_training_data(recipe, batches, world, data.train, state))
         announce(log, recipe, batches, world, start_from, state, warnings)
-        run = Run(recipe, world, batches, engine, shards, held_out, checkpoints, log)
+        run = Run(recipe, world, batches, engine, data, checkpoints, log)
         run.steps(loader, state)
     engine.destroy()
 
 
-def check_vocabulary(recipe: Recipe, shards: ShardSet) -> None:
-    """Raise UserError when the shards hold tokens that the model has no row for."""
-    have, need = recipe.model.vocab_size, shards.tokenizer.vocab_size
+def check_vocabulary(recipe: Recipe, source: Source) -> None:
+    """Raise UserError when the data holds tokens that the model has no row for."""
+    have, need = recipe.model.vocab_size, source.vocab_size
     if need > have:
         raise UserError(
-            f"model.vocab_size {have} is smaller than the {need} pieces of the tokenizer of {shards.folder}: "
-            f"set model.vocab_size to {need}"
+            f"model.vocab_size {have} is smaller than the {need} tokens of {source.place}: set model.vocab_size to "
+            f"{need}"
         )
 
 
@@ -91,19 +91,15 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     )
 
 
-def open_training_data(recipe: Recipe, batches: Batches, world: World, shards: ShardSet, state: TrainerState) -> Loader:
+def open_training_data(recipe: Recipe, batches: Batches, world: World, source: Source, state: TrainerState) -> Loader:
     """The loader, standing where `state` left off. Raises UserError for a cursor of other data."""
-    return data_module.open_loader(
-        shards,
+    return source.open_loader(
         sequence_length=recipe.training.sequence_length,
         micro_batch_size=recipe.training.micro_batch_size,
         accumulation=batches.accumulation,
         rank=world.rank,
         world_size=world.size,
-        seed=recipe.data_seed(),
-        num_workers=recipe.data.num_workers,
         cursor=state.cursor,
-        order=recipe.data.order,
     )
 
 
@@ -156,8 +152,7 @@ class Run:
     world: World
     batches: Batches
     engine: Engine
-    shards: ShardSet
-    held_out: ShardSet | None
+    data: Data
     checkpoints: Checkpoints
     log: RunLog
 
@@ -230,31 +225,20 @@ class Run:
         self.log.progress(state.step, loss, rate, speed, left)
 
     def evaluate(self, state: TrainerState) -> None:
-        """Score the held-out shards, if the recipe names any."""
-        if self.held_out is None:
+        """Score the held-out data, if there is any."""
+        if self.data.held_out is None:
             return
         result = evaluate(
             self.engine,
-            self.held_out,
+            self.data.held_out,
             self.world,
             sequence_length=self.recipe.training.sequence_length,
             batch_size=self.recipe.training.micro_batch_size,
             max_tokens=self.recipe.evaluation.tokens,
         )
-        values = {"evaluation/loss": result.loss, "evaluation/bits_per_byte": result.bits_per_byte}
-        self.log.scalars(state.step, values)
-        self.log.event(
-            "eval",
-            step=state.step,
-            tokens=state.tokens,
-            loss=result.loss,
-            bits_per_byte=result.bits_per_byte,
-            scored_tokens=result.tokens,
-            text_bytes=result.text_bytes,
-        )
-        self.log.say(
-            f"held out: loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens)"
-        )
+        self.log.scalars(state.step, {f"evaluation/{name}": value for name, value in result.curves().items()})
+        self.log.event("eval", step=state.step, tokens=state.tokens, **result.fields())
+        self.log.say(f"held out: {result}")
 
     def save(self, state: TrainerState) -> None:
         """Write a checkpoint of the run as it stands."""
@@ -263,7 +247,7 @@ class Run:
             engine=self.engine,
             state=state,
             recipe=self.recipe,
-            tokenizer=self.shards.tokenizer,
+            tokenizer=self.data.train.tokenizer,
             world=self.world,
         )
         folder = self.checkpoints.save(state.step, write)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from model import ModelConfig, TitansLM
 from model.flops import flops_per_token
 from pretrain.config import Recipe
-from pretrain.data import open_data
 from pretrain.loop import check_vocabulary
 
 _LOSS_CHUNK_TOKENS = 1024  # rows of logits that the chunked cross-entropy holds at a time
@@ -73,8 +71,7 @@ def _activation_bytes(recipe: Recipe, width: int) -> int:
 def describe(recipe: Recipe, ranks: int) -> str:
     """The dry run's text: the resolved recipe as YAML, then what follows from it as YAML comments.
 
-    Raises UserError for sizes that do not fit, and for shards that are there and damaged or too large for the
-    vocabulary.
+    Raises UserError for sizes that do not fit, and for data that is there and damaged or too large for the vocabulary.
     """
     batches = recipe.batches(ranks)
     parameters = num_parameters(recipe.model)
@@ -101,17 +98,13 @@ def describe(recipe: Recipe, ranks: int) -> str:
 
 
 def _data_lines(recipe: Recipe, total_tokens: int) -> list[str]:
-    folder: Path = recipe.data.train
-    if not folder.exists():
-        return [f"data                {folder} is not there yet"]
-    shards, held_out = open_data(recipe.data)
-    check_vocabulary(recipe, shards)
-    lines = [
-        f"data                {shards.documents:,} documents, {shards.tokens:,} tokens: "
-        f"{total_tokens / shards.tokens:.2f} passes over them"
-    ]
-    if held_out is not None:
-        lines.append(f"held-out data       {held_out.documents:,} documents, {held_out.tokens:,} tokens")
+    if (missing := recipe.data.missing()) is not None:
+        return [f"data                {missing} is not there yet"]
+    data = recipe.data.open(recipe.data_seed())
+    check_vocabulary(recipe, data.train)
+    lines = [f"data                {data.train.describe(total_tokens)}"]
+    if data.held_out is not None:
+        lines.append(f"held-out data       {data.held_out.describe()}")
     return lines
 
 

@@ -41,15 +41,15 @@ class TrainerState(BaseModel):
     cursor: Cursor | None = None
     """The place in the data; None before the first step."""
 
-    tokenizer_sha256: str
-    """The tokenizer that the shards were made with."""
+    tokenizer_sha256: str | None
+    """The tokenizer that the shards were made with; None for data that stands for no text."""
 
     ranks: int
     """How many ranks wrote the checkpoint."""
 
 
 def write_checkpoint(
-    folder: Path, engine: Engine, state: TrainerState, recipe: Recipe, tokenizer: TokenizerInfo, world: World
+    folder: Path, engine: Engine, state: TrainerState, recipe: Recipe, tokenizer: TokenizerInfo | None, world: World
 ) -> list[Path]:
     """Write this rank's files of a checkpoint and return them: the argument of `Checkpoints.save`."""
     written = [*engine.save(folder), save_rng(folder / rng_file(world.rank, world.size))]
@@ -62,7 +62,8 @@ def write_checkpoint(
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
             written.append(folder / name)
-        written.append(Path(shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)))
+        if tokenizer is not None:
+            written.append(Path(shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)))
     return written
 
 
@@ -114,7 +115,7 @@ def read_trainer_state(folder: Path) -> TrainerState:
         raise UserError(f"{folder / TRAINER_FILE} cannot be read ({error}); resume from another checkpoint") from error
 
 
-def check_fits(folder: Path, recipe: Recipe, tokenizer: TokenizerInfo) -> TrainerState:
+def check_fits(folder: Path, recipe: Recipe, tokenizer: TokenizerInfo | None) -> TrainerState:
     """The checkpoint's trainer state, after checking that it belongs to this model and this tokenizer.
 
     The data and its order are checked by the cursor when the loader opens. Learning rate, schedule, layout,
@@ -131,15 +132,23 @@ def check_fits(folder: Path, recipe: Recipe, tokenizer: TokenizerInfo) -> Traine
             "another --folder"
         )
     state = read_trainer_state(folder)
-    if state.tokenizer_sha256 != tokenizer.sha256:
+    if (state.tokenizer_sha256 is None) != (tokenizer is None):
+        had, has = ("without", "one") if tokenizer else ("with", "none")
         raise UserError(
-            f"{folder} was trained with another tokenizer (sha256 {state.tokenizer_sha256[:12]}, the shards' is "
+            f"{folder} was trained {had} a tokenizer, and the recipe's data.kind {recipe.data.kind} has {has}: set "
+            "data back, or start a new run in another --folder"
+        )
+    if tokenizer and state.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{folder} was trained with another tokenizer (sha256 {str(state.tokenizer_sha256)[:12]}, the shards' is "
             f"{tokenizer.sha256[:12]}): data.train must name shards made with {folder / TOKENIZER_FILE}"
         )
     return state
 
 
-def restore(folder: Path, engine: Engine, recipe: Recipe, tokenizer: TokenizerInfo, world: World) -> TrainerState:
+def restore(
+    folder: Path, engine: Engine, recipe: Recipe, tokenizer: TokenizerInfo | None, world: World
+) -> TrainerState:
     """Take over everything a whole checkpoint holds; every rank calls it. Raises UserError for one of another run."""
     with agreed():
         state = check_fits(folder, recipe, tokenizer)

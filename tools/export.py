@@ -58,6 +58,11 @@ def export(checkpoint: Path, output: Path, *, dtype: torch.dtype = torch.float32
     except (OSError, ValidationError, ValueError) as error:
         raise UserError(f"{checkpoint}: cannot be read: {error}") from error
     state = read_trainer_state(checkpoint)
+    if state.tokenizer_sha256 is None:
+        raise UserError(
+            f"{checkpoint}: was trained on data without a tokenizer (data.kind synthetic): an exported model reads and "
+            "writes text, and this one knows none; its accuracy is in the run's run.jsonl"
+        )
     if state.cursor is None:
         raise UserError(f"{checkpoint / TRAINER_FILE}: has seen no data; export a later checkpoint")
     write_model_directory(

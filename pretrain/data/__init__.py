@@ -1,24 +1,33 @@
-"""Tokenised shards and the loader that reads them.
+"""The data that a run trains on, and the loader that deals it out.
 
-A training row is a pure function of (seed, epoch, global sample): the same for any world size, any number of workers
-and any batch size, so a run resumes exactly from a small cursor. The folder's format is described in `format`, the
-order in `packing`, the division over ranks in `loader`.
+A training row is a pure function of (seed, global sample): the same for any world size, any number of workers and any
+batch size, so a run resumes exactly from a small cursor. What a run asks of any kind of data is in `source`, the
+division over ranks in `loader`. Tokenised shards: the folder's format is described in `format`, the order in
+`packing`. Rows that are drawn, with questions that have an answer: `synthetic`.
 """
 
-from pretrain.data.config import DataConfig, open_data
+from pretrain.data.config import DataConfig, ShardsConfig, open_shards
 from pretrain.data.cursor import Cursor
 from pretrain.data.loader import Batch, Loader, open_loader
 from pretrain.data.shards import ShardSet, TokenizerInfo
+from pretrain.data.source import Data, HeldOut, Source, SourceConfig
+from pretrain.data.synthetic import SyntheticConfig
 from pretrain.data.validation import sequential_batches
 
 __all__ = [
     "Batch",
     "Cursor",
+    "Data",
     "DataConfig",
+    "HeldOut",
     "Loader",
     "ShardSet",
+    "ShardsConfig",
+    "Source",
+    "SourceConfig",
+    "SyntheticConfig",
     "TokenizerInfo",
-    "open_data",
     "open_loader",
+    "open_shards",
     "sequential_batches",
 ]

@@ -1,30 +1,29 @@
-"""The data section of a recipe, and opening what it names."""
+"""The data section of a recipe, of whichever kind, and opening the shards that it names."""
 
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import BeforeValidator, Field
 
 from pretrain.data.packing import Order
+from pretrain.data.shard_source import HeldOutShards, ShardSource
 from pretrain.data.shards import ShardSet, Verify
+from pretrain.data.source import Data, SourceConfig
+from pretrain.data.synthetic.config import SyntheticConfig
 from pretrain.errors import UserError
 
 
-class DataConfig(BaseModel):
-    """Which shards are read, how they are checked, and in what order."""
+class ShardsConfig(SourceConfig):
+    """Tokenised text: which shards are read, how they are checked, and in what order."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    kind: Literal["shards"] = "shards"
+    """Tokenised text made by tools.shards; the kind where none is given."""
 
     train: Path
     """Folder of the training shards (the one that holds manifest.json; `tools.shards build` writes OUTPUT/train)."""
 
     validation: Path | None = None
     """Folder of the validation shards, made with the same tokenizer; none: no held-out evaluation."""
-
-    num_workers: NonNegativeInt = 2
-    """Threads that read ahead; 0 reads in line. Any number gives the same batches."""
-
-    seed: int | None = None
-    """Seed of the order of documents and rows; none: the run's seed."""
 
     verify: Verify = "sizes"
     """What is checked at the start: `sizes` (every shard is there, with its bytes) or `hashes` (sha256 of every shard
@@ -34,8 +33,36 @@ class DataConfig(BaseModel):
     """`rows`: documents are permuted and packed, and the packed rows permuted too, so that a batch does not come from
     one long document. `documents`: rows follow each other as packed, so that row n+1 continues row n."""
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether validation shards are named."""
+        return self.validation is not None
 
-def open_data(config: DataConfig) -> tuple[ShardSet, ShardSet | None]:
+    def check_fits(self, *, sequence_length: int, vocab_size: int, held_out_tokens: int | None) -> None:
+        """Nothing: what shards need is known when they are open."""
+
+    def missing(self) -> Path | None:
+        """The folder of the training shards, if it is not there."""
+        return None if self.train.exists() else self.train
+
+    def open(self, seed: int) -> Data:
+        """See `open_shards`."""
+        train, validation = open_shards(self)
+        source = ShardSource(train, seed, self.order, self.num_workers)
+        return Data(source, None if validation is None else HeldOutShards(validation))
+
+
+def _shards_by_default(section: Any) -> Any:
+    return {"kind": "shards", **section} if isinstance(section, dict) else section
+
+
+DataConfig = Annotated[
+    ShardsConfig | SyntheticConfig, Field(discriminator="kind"), BeforeValidator(_shards_by_default)
+]
+"""The data section: `kind` says which of them."""
+
+
+def open_shards(config: ShardsConfig) -> tuple[ShardSet, ShardSet | None]:
     """Opens the training and the validation set of `config`.
 
     Raises UserError for a missing or damaged set, and when the two were not made with the same tokenizer.

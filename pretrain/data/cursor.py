@@ -1,6 +1,6 @@
 """Where a run stands in its data: a few numbers that are enough to go on exactly."""
 
-from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
@@ -22,10 +22,10 @@ class Cursor(BaseModel):
     """Tokens a row."""
     seed: int
     """Seed of the order."""
-    order: Order
-    """Kind of order (see DataConfig.order)."""
+    order: Order | Literal["drawn"]
+    """Kind of order (see ShardsConfig.order); drawn: each row is drawn by its number."""
     fingerprint: str
-    """ShardSet.fingerprint of the training set."""
+    """Identity of the training data: ShardSet.fingerprint, or the synthetic task's."""
 
     def to_json(self) -> str:
         """The cursor as JSON text."""
@@ -41,13 +41,13 @@ class Cursor(BaseModel):
             field = ".".join(map(str, first["loc"])) or "JSON"
             raise UserError(f"data cursor: {field}: {first['msg']}; the checkpoint that holds it is damaged") from None
 
-    def check(self, expected: "Cursor", folder: Path) -> None:
-        """Raises UserError when this cursor does not belong to the order of `expected` (whose position is ignored)."""
+    def check(self, expected: "Cursor", changed: str) -> None:
+        """Raises UserError when this cursor does not belong to the order of `expected` (whose position is ignored).
+
+        `changed`: what to say of another fingerprint.
+        """
         advice = {
-            "fingerprint": (
-                f"the data in {folder} changed: give the shards that the run began with as data.train, "
-                "or start a new run on these"
-            ),
+            "fingerprint": changed,
             "sequence_length": (
                 "its position counts rows of that length: set training.sequence_length back, or start a new run"
             ),

@@ -12,6 +12,7 @@ the same steps.
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,6 +34,13 @@ class Batch:
     targets: torch.Tensor
 
 
+class RowReader(Protocol):
+    """Rows by number. Thread-safe."""
+
+    def read(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets of global samples: int64 [n] -> two int64 [n, sequence_length]."""
+
+
 def open_loader(
     shards: ShardSet,
     *,
@@ -51,25 +59,30 @@ def open_loader(
     Raises UserError for a size that is not positive, a set too small for one row, and a cursor of other data, length,
     seed or order.
     """
-    sizes = {
-        "sequence_length": sequence_length,
-        "micro_batch_size": micro_batch_size,
-        "accumulation": accumulation,
-        "world_size": world_size,
-    }
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{name} {value}: must be at least 1")
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank {rank}: must be at least 0 and below world_size {world_size}")
-    if num_workers < 0:
-        raise UserError(f"data.num_workers {num_workers}: must be at least 0")
+    require_positive(sequence_length=sequence_length)
     packing = Packing(shards, sequence_length=sequence_length, seed=seed, order=order)
     start = Cursor(position=0, sequence_length=sequence_length, seed=seed, order=order, fingerprint=shards.fingerprint)
     if cursor is not None:
-        cursor.check(start, shards.folder)
+        changed = (
+            f"the data in {shards.folder} changed: give the shards that the run began with as data.train, or start a "
+            "new run on these"
+        )
+        cursor.check(start, changed)
         start = cursor
     return Loader(packing, start, (accumulation, world_size, micro_batch_size), rank, num_workers)
+
+
+def require_positive(**sizes: int) -> None:
+    """Raises UserError for a size below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name} {value}: must be at least 1")
+
+
+def require_rank(rank: int, world_size: int) -> None:
+    """Raises UserError for a rank outside its world."""
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank {rank}: must be at least 0 and below world_size {world_size}")
 
 
 class Loader:
@@ -79,10 +92,18 @@ class Loader:
     """
 
     def __init__(
-        self, packing: Packing, start: Cursor, layout: tuple[int, int, int], rank: int, num_workers: int
+        self, rows: RowReader, start: Cursor, layout: tuple[int, int, int], rank: int, num_workers: int
     ) -> None:
-        """`layout`: (accumulation, world_size, micro_batch_size), the shape in which a step's samples are dealt out."""
-        self._packing = packing
+        """`layout`: (accumulation, world_size, micro_batch_size), the shape in which a step's samples are dealt out.
+
+        Raises UserError for a size that is not positive, and a rank outside its world.
+        """
+        accumulation, world_size, micro_batch_size = layout
+        require_positive(accumulation=accumulation, world_size=world_size, micro_batch_size=micro_batch_size)
+        require_rank(rank, world_size)
+        if num_workers < 0:
+            raise UserError(f"data.num_workers {num_workers}: must be at least 0")
+        self._rows = rows
         self._start = start
         self._layout = layout
         self._rank = rank
@@ -130,5 +151,7 @@ class Loader:
     def _read_step(self, step: int) -> list[Batch]:
         first = self._start.position + step * self._step_samples
         samples = np.arange(first, first + self._step_samples).reshape(self._layout)[:, self._rank]
-        rows = torch.from_numpy(self._packing.rows(samples.ravel())).view(*samples.shape, -1)
-        return [Batch(piece[:, :-1].contiguous(), piece[:, 1:].contiguous()) for piece in rows]
+        tokens, targets = (
+            torch.from_numpy(array).view(*samples.shape, -1) for array in self._rows.read(samples.ravel())
+        )
+        return [Batch(*pair) for pair in zip(tokens, targets, strict=True)]

@@ -90,6 +90,11 @@ class Packing:
         self._epochs: dict[int, _Epoch] = {}
         self._lock = Lock()
 
+    def read(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets, one further, of global samples: int64 [n] -> two int64 [n, sequence_length]."""
+        rows = self.rows(samples)
+        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+
     def rows(self, samples: np.ndarray) -> np.ndarray:
         """The rows of global samples, int64 [n] -> int64 [n, sequence_length + 1]."""
         out = np.empty((len(samples), self.sequence_length + 1), np.int64)

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from pretrain.data.loader import Batch
+from pretrain.data.loader import Batch, require_positive, require_rank
 from pretrain.data.shards import ShardSet
-from pretrain.errors import UserError
 
 IGNORE_INDEX = -100
 
@@ -28,14 +27,10 @@ def sequential_batches(
     sequence_length and on. Every rank gets the same number of batches; what is left over is EOS with target -100.
     Raises UserError for a size that is not positive.
     """
-    sizes = {"sequence_length": sequence_length, "batch_size": batch_size, "world_size": world_size}
+    require_positive(sequence_length=sequence_length, batch_size=batch_size, world_size=world_size)
     if max_tokens is not None:
-        sizes["max_tokens"] = max_tokens
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"{name} {value}: must be at least 1")
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank {rank}: must be at least 0 and below world_size {world_size}")
+        require_positive(max_tokens=max_tokens)
+    require_rank(rank, world_size)
     total = shards.tokens if max_tokens is None else min(max_tokens, shards.tokens)
     return _batches(shards, sequence_length, batch_size, total, rank, world_size)
 

@@ -9,7 +9,8 @@ import torch
 from model import ModelConfig, TitansLM
 from pretrain.config import load_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").rglob("*.yaml"))
+TRIALS = [path for path in RECIPES if path.parent.name == "trials"]
 PAPER = [path for path in RECIPES if path.stem.startswith("titans-")]
 VARIANTS = ("mac", "mag", "mal", "lmm", "transformer")
 TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9}
@@ -22,7 +23,7 @@ def parameters(config: ModelConfig) -> int:
 
 
 def test_the_demo_and_all_sizes_of_the_paper_are_there():
-    assert {path.stem for path in RECIPES} == {"demo", *(f"titans-{size}" for size in TOKENS)}
+    assert {path.stem for path in set(RECIPES) - set(TRIALS)} == {"demo", *(f"titans-{size}" for size in TOKENS)}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -61,6 +62,22 @@ def test_a_step_divides_over_common_numbers_of_gpus(path, ranks):
 def test_the_demo_divides_over_two_processes():
     path = next(path for path in RECIPES if path.stem == "demo")
     assert load_recipe(path).batches(2).steps > 100
+
+
+@pytest.mark.parametrize("path", TRIALS, ids=lambda path: path.stem)
+def test_a_trial_is_of_a_size_for_a_cpu_and_measured_by_its_answers(path):
+    recipe = load_recipe(path)
+    assert recipe.data.kind == "synthetic" and recipe.parallel.device == "cpu"
+    assert parameters(recipe.model) < 1e6
+    assert recipe.evaluation.every_tokens is not None
+
+
+def test_the_recall_trial_asks_across_64_tokens_of_filler():
+    recipe = load_recipe(next(path for path in TRIALS if path.stem == "recall"))
+    task = recipe.data.task
+    assert (task.num_pairs, task.num_queries, task.filler) == (8, 8, (64, 64))
+    assert recipe.training.sequence_length == task.row_tokens == 96
+    assert recipe.batches(1).rows == 32
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)

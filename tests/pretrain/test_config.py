@@ -11,7 +11,7 @@ from pretrain.config import Recipe, load_recipe
 from pretrain.errors import UserError
 from tests.training_cases import recipe_fields, write_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").rglob("*.yaml"))
 
 
 @pytest.fixture
@@ -141,15 +141,15 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
 
 
 def test_every_field_has_a_docstring() -> None:
-    from pretrain.recipe_errors import section_class
+    from pretrain.recipe_errors import sections_in
 
     def undocumented(section: type, prefix: str) -> list[str]:
         missing = []
         for name, field in section.model_fields.items():
             if not field.description:
                 missing.append(prefix + name)
-            inner = section_class(section, (name,))
-            missing += undocumented(inner, f"{prefix}{name}.") if inner else []
+            for inner in sections_in(field.annotation):
+                missing += undocumented(inner, f"{prefix}{name}.")
         return missing
 
     assert undocumented(Recipe, "") == []

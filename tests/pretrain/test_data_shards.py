@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from pretrain.data import DataConfig, ShardSet, open_data
+from pretrain.data import ShardsConfig, ShardSet, open_shards
 from pretrain.data.files import OpenFiles
 from pretrain.errors import UserError
 from tests.data_cases import documents, make_shards, make_tokenizer, write_jsonl
@@ -155,23 +155,23 @@ def test_a_token_outside_the_vocabulary_is_named(shards):
         reopened.read(0)
 
 
-def test_open_data_checks_that_both_sets_have_one_tokenizer(tmp_path, model):
+def test_open_shards_checks_that_both_sets_have_one_tokenizer(tmp_path, model):
     reader = DocumentReader([write_jsonl(tmp_path / "a.jsonl", documents(30))])
     build(reader, model, tmp_path / "a", validation_fraction=0.3)
     (tmp_path / "other").mkdir()
     build(reader, make_tokenizer(tmp_path / "other", 380), tmp_path / "b", validation_fraction=0.3)
-    train, validation = open_data(DataConfig(train=tmp_path / "a/train", validation=tmp_path / "a/validation"))
+    train, validation = open_shards(ShardsConfig(train=tmp_path / "a/train", validation=tmp_path / "a/validation"))
     assert train.documents + validation.documents == 30
-    assert open_data(DataConfig(train=tmp_path / "a/train"))[1] is None
+    assert open_shards(ShardsConfig(train=tmp_path / "a/train"))[1] is None
     with pytest.raises(UserError, match=r"data\.validation .*made with another tokenizer than data\.train"):
-        open_data(DataConfig(train=tmp_path / "a/train", validation=tmp_path / "b/validation"))
+        open_shards(ShardsConfig(train=tmp_path / "a/train", validation=tmp_path / "b/validation"))
 
 
 def test_data_config_verify_reaches_the_shards(shards):
     flip(shards.folder / "shards-000000.tar", 600)
-    open_data(DataConfig(train=shards.folder))
+    open_shards(ShardsConfig(train=shards.folder))
     with pytest.raises(UserError, match="expected sha256"):
-        open_data(DataConfig(train=shards.folder, verify="hashes"))
+        open_shards(ShardsConfig(train=shards.folder, verify="hashes"))
 
 
 def test_open_files_are_bounded_and_never_closed_in_use(tmp_path):

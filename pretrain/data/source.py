@@ -1,0 +1,115 @@
+"""What a run knows of its data, whatever kind it is: a section of the recipe, a source to train on, a held-out part.
+
+The loop, resume, evaluation and the dry run use these three and name no kind. A new kind is a subclass of
+`SourceConfig` and what its `open` returns, and an entry in `pretrain.data.config.DataConfig`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+
+from pretrain.data.cursor import Cursor
+from pretrain.data.loader import Batch, Loader
+from pretrain.data.shards import TokenizerInfo
+
+
+class Source(Protocol):
+    """Rows without end to train on. A row is a pure function of the seed and its number."""
+
+    @property
+    def place(self) -> str:
+        """Where the data comes from, as messages say it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Smallest vocabulary that holds every token and target."""
+
+    @property
+    def tokenizer(self) -> TokenizerInfo | None:
+        """The tokenizer that made the tokens; None where they stand for no text."""
+
+    def open_loader(
+        self,
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        cursor: Cursor | None,
+    ) -> Loader:
+        """The iterator over a rank's steps, from `cursor` or from the beginning. Raises UserError for a cursor of
+        other data.
+        """
+
+    def describe(self, total_tokens: int) -> str:
+        """A line about the data and what a run of `total_tokens` is beside it."""
+
+
+class HeldOut(Protocol):
+    """Rows that no training row is made of, in an order that is always the same."""
+
+    @property
+    def token_bytes(self) -> np.ndarray | None:
+        """int64 [vocab_size]: UTF-8 bytes that each token stands for; None where tokens stand for no text."""
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether each target is the one right answer, so that the share of right ones means something."""
+
+    def batches(
+        self, *, sequence_length: int, batch_size: int, max_tokens: int | None, rank: int, world_size: int
+    ) -> Iterator[Batch]:
+        """This rank's batches [batch_size, sequence_length] of the first `max_tokens` tokens, as many on every rank.
+        What does not count has target -100.
+        """
+
+    def describe(self) -> str:
+        """A line about the data."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a data section opens."""
+
+    train: Source
+    held_out: HeldOut | None
+
+
+class SourceConfig(BaseModel, ABC):
+    """The part of a data section that every kind has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: str
+    """Kind of data."""
+
+    num_workers: NonNegativeInt = 2
+    """Threads that prepare steps ahead; 0 prepares them in line. Any number gives the same batches."""
+
+    seed: int | None = None
+    """Seed of the order of documents and rows, or of their content where it is drawn; none: the run's seed."""
+
+    @property
+    @abstractmethod
+    def has_held_out(self) -> bool:
+        """Whether there is a held-out part."""
+
+    @abstractmethod
+    def check_fits(self, *, sequence_length: int, vocab_size: int, held_out_tokens: int | None) -> None:
+        """Raises ValueError where the section alone tells that rows or vocabulary are too small for the data, or that
+        the held-out part has no `held_out_tokens` (None: all).
+        """
+
+    @abstractmethod
+    def missing(self) -> Path | None:
+        """A folder that the section names and that is not there."""
+
+    @abstractmethod
+    def open(self, seed: int) -> Data:
+        """Opens and checks the data; `seed` is the one to use (see Recipe.data_seed). Raises UserError."""

@@ -1,0 +1,136 @@
+"""A synthetic task as a source of training rows and of held-out rows."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pretrain.data.cursor import Cursor
+from pretrain.data.loader import Batch, Loader, require_positive, require_rank
+from pretrain.data.synthetic.draws import Draws, Split
+from pretrain.data.synthetic.task import PAD, Task
+from pretrain.data.validation import IGNORE_INDEX
+from pretrain.errors import UserError
+
+_GENERATION = 1
+"""Part of the fingerprint: raised when the same task begins to give other rows."""
+
+
+def fingerprint(task: Task) -> str:
+    """sha256 over all that the rows of one seed depend on."""
+    content = {"synthetic": _GENERATION, "task": task.model_dump(mode="json")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class DrawnRows:
+    """Rows of a task by number, padded to one length."""
+
+    task: Task
+    seed: int
+    split: Split
+    sequence_length: int
+
+    def read(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets of samples: int64 [n] -> two int64 [n, sequence_length]."""
+        tokens = np.full((len(samples), self.sequence_length), PAD, np.int64)
+        targets = np.full((len(samples), self.sequence_length), IGNORE_INDEX, np.int64)
+        for place, sample in enumerate(samples.tolist()):
+            row, answers = self.task.draw(Draws(self.seed, self.split, sample))
+            tokens[place, : len(row)] = row
+            targets[place, : len(row)] = answers
+        return tokens, targets
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    """Training rows of a task, drawn one by one."""
+
+    task: Task
+    seed: int
+    num_workers: int
+    tokenizer = None
+
+    @property
+    def place(self) -> str:
+        """Where the data comes from, as messages say it."""
+        return f"data.task {self.task.kind}"
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the task."""
+        return self.task.vocab_size
+
+    def open_loader(
+        self,
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        cursor: Cursor | None,
+    ) -> Loader:
+        """The iterator over a rank's steps. Raises UserError for a cursor of other data."""
+        rows = DrawnRows(self.task, self.seed, "train", sequence_length)
+        start = Cursor(
+            position=0,
+            sequence_length=sequence_length,
+            seed=self.seed,
+            order="drawn",
+            fingerprint=fingerprint(self.task),
+        )
+        if cursor is not None:
+            cursor.check(start, "data.task is not what the run began with: set it back, or start a new run")
+            start = cursor
+        return Loader(rows, start, (accumulation, world_size, micro_batch_size), rank, self.num_workers)
+
+    def describe(self, total_tokens: int) -> str:
+        """The task's numbers."""
+        task = self.task
+        return (
+            f"{task.kind}, {task.vocab_size:,} different tokens, rows of up to {task.row_tokens:,}; guessing gets "
+            f"{100 * task.chance:.2g} % right"
+        )
+
+
+@dataclass(frozen=True)
+class HeldOutDraws:
+    """Rows of a task from a stream that training never draws from."""
+
+    task: Task
+    seed: int
+    token_bytes = None
+    has_answers = True
+
+    def batches(
+        self, *, sequence_length: int, batch_size: int, max_tokens: int | None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Batches of the first rows, so many that they hold `max_tokens` tokens.
+
+        Each row is on one rank; every rank gets the same number of batches; rows left over have no targets. Raises
+        UserError for a size that is not positive, and where all tokens are asked for: there is no end of them.
+        """
+        if max_tokens is None:
+            raise UserError("evaluation.tokens: none, which means all, but drawn rows have no end: give a number")
+        require_positive(
+            sequence_length=sequence_length, batch_size=batch_size, max_tokens=max_tokens, world_size=world_size
+        )
+        require_rank(rank, world_size)
+        return self._batches(sequence_length, batch_size, -(-max_tokens // sequence_length), rank, world_size)
+
+    def describe(self) -> str:
+        """Where the rows come from."""
+        return "rows of the same task from another stream"
+
+    def _batches(self, length: int, batch_size: int, total: int, rank: int, world_size: int) -> Iterator[Batch]:
+        rows = DrawnRows(self.task, self.seed, "held-out", length)
+        rows_a_step = batch_size * world_size
+        for step in range(-(-total // rows_a_step)):
+            start = step * rows_a_step + rank * batch_size
+            tokens, targets = rows.read(np.arange(start, start + batch_size))
+            targets[max(total - start, 0) :] = IGNORE_INDEX
+            yield Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
