@@ -50,8 +50,8 @@ class MemoryConfig(BaseModel):
     """Forgetting alpha that the gate starts from."""
     convolution: int = Field(default=4, ge=0)
     """Width in tokens of the causal depthwise convolutions on queries, keys and values; 0 for none."""
-    normalize_values: bool = False
-    """Whether values are divided by their l2 norm, as queries and keys always are."""
+    normalize_values: bool = True
+    """Whether values are divided by their l2 norm, as queries and keys always are (not in the paper)."""
 
     @property
     def bound(self) -> float | None:

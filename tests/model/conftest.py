@@ -21,7 +21,7 @@ CASES = {
         "memory": {**_MEMORY, "depth": 4},
     },
     "mal": {"variant": "mal", "window": 6, "num_persistent": 2, "memory": {**_MEMORY, "activation": "gelu"}},
-    "lmm": {"variant": "lmm", "tie_embeddings": False, "memory": {**_MEMORY, "normalize_values": True}},
+    "lmm": {"variant": "lmm", "tie_embeddings": False, "memory": {**_MEMORY, "normalize_values": False}},
     "lmm-softmax": {"variant": "lmm", "memory": {**_MEMORY, "activation": "softmax", "forget_to": "zero"}},
     "linear": {
         "variant": "lmm",
