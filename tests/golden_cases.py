@@ -35,11 +35,12 @@ PACKAGES = ("torch", "numpy", "deepspeed")
 def environment() -> dict[str, str]:
     """All that the last bit of a loss may depend on beside the code: platform, processor, versions."""
     cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    first = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.exists() else ""
+    kind = re.findall(r"^((?:model name|cpu family|model|CPU part)\s*:.*)$", first, re.MULTILINE)
     return {
         "system": platform.system(),
         "machine": platform.machine(),
-        "processor": model[1] if model else platform.processor(),
+        "processor": ", ".join(re.sub(r"\s*:\s*", " ", line) for line in kind) or platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
