@@ -56,9 +56,7 @@ def _shards_by_default(section: Any) -> Any:
     return {"kind": "shards", **section} if isinstance(section, dict) else section
 
 
-DataConfig = Annotated[
-    ShardsConfig | SyntheticConfig, Field(discriminator="kind"), BeforeValidator(_shards_by_default)
-]
+DataConfig = Annotated[ShardsConfig | SyntheticConfig, Field(discriminator="kind"), BeforeValidator(_shards_by_default)]
 """The data section: `kind` says which of them."""
 
 
