@@ -1,5 +1,6 @@
 """Sampling from a model, a token at a time, on its state."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from model.language_model import TitansLM
 from model.state import ModelState
 
+MIN_TEMPERATURE = 1e-5
+"""Of those above 0: logits divided by less overflow."""
 PREFILL_TOKENS = 1024
 """Tokens of a prompt that are read at a time: bounds the logits and activations of a long one."""
 
@@ -116,8 +119,10 @@ def _choose(
 def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}: it must be 0 (the likeliest token) or more")
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature is {temperature}: it must be 0 (the likeliest token), or a number from {MIN_TEMPERATURE} on"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}: it must be at least 1, or none for all tokens")
     if top_p is not None and not 0 < top_p <= 1:

@@ -18,6 +18,7 @@ def run_command(command: Callable[[], None]) -> int:
     """Runs `command` and returns its exit code: 0, 2 after a UserError, 130 after Ctrl-C."""
     try:
         command()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -27,6 +28,14 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         # The reader of our output (head, less) has seen enough; python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in NO_SPACE or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(
+            f"error: the output cannot be written: {error.strerror}; free space or send it elsewhere", file=sys.stderr
+        )
+        return 2
     return 0
 
 
@@ -38,6 +47,17 @@ def positive_int(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: a whole number that torch's generators take, 0 to 2^63 - 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 0 and below 2^63")
     return value
 
 

@@ -258,6 +258,18 @@ def add_document_arguments(parser: argparse.ArgumentParser, *, required: bool = 
     )
 
 
+def changed_document_options(arguments: argparse.Namespace) -> list[str]:
+    """The options of `add_document_arguments`, --input apart, that were given another value than their default."""
+    parser = argparse.ArgumentParser()
+    add_document_arguments(parser, required=False)
+    defaults = vars(parser.parse_args([]))
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, value in defaults.items()
+        if getattr(arguments, name) != value and name != "input"
+    ]
+
+
 def reader_from_arguments(arguments: argparse.Namespace) -> DocumentReader:
     """The reader that the options of `add_document_arguments` describe."""
     options = DocumentOptions(

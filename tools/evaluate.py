@@ -24,7 +24,7 @@ from torch import Tensor
 from pretrain.data import ShardSet, sequential_batches
 from pretrain.errors import UserError
 from tools.command import Progress, positive_int, run_command, writing
-from tools.documents import DocumentReader, add_document_arguments, reader_from_arguments
+from tools.documents import DocumentReader, add_document_arguments, changed_document_options, reader_from_arguments
 from tools.encoding import Tokenizer
 from tools.model_directory import LoadedModel, load_model_directory
 
@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--batch-size", type=positive_int, default=8, help="rows at a time (default 8)")
     result.add_argument("--max-tokens", type=positive_int, help="stop after this many tokens (default: all)")
     result.add_argument("--json", type=Path, help="file to write the results to")
-    result.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default cpu)")
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
     return result
 
@@ -137,6 +137,8 @@ def open_source(arguments: argparse.Namespace, loaded: LoadedModel) -> ShardSet 
     """The text to score. Raises UserError for none or two sources, and for shards of another tokenizer."""
     if (arguments.input is None) == (arguments.shards is None):
         raise UserError("give either --shards or --input: what is to be scored")
+    if arguments.shards is not None and (unused := changed_document_options(arguments)):
+        raise UserError(f"{', '.join(unused)} with --shards: shards are scored as they are; drop it, or give --input")
     if arguments.input is not None:
         return EncodedText(reader_from_arguments(arguments), loaded.tokenizer)
     shards = ShardSet.open(arguments.shards)
@@ -166,6 +168,10 @@ def print_report(report: dict[str, Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates, prints and writes."""
+    if arguments.json is not None:
+        with writing(arguments.json):  # before the work, not after it
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            open(arguments.json, "a").close()
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     source = open_source(arguments, loaded)
     context = arguments.context or loaded.config.sequence_length
@@ -181,7 +187,6 @@ def run(arguments: argparse.Namespace) -> None:
     print_report(report)
     if arguments.json is not None:
         with writing(arguments.json):
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

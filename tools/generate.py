@@ -11,7 +11,7 @@ import torch
 
 from model.generation import generate_stream
 from pretrain.errors import UserError
-from tools.command import positive_int, run_command
+from tools.command import positive_int, run_command, seed
 from tools.model_directory import LoadedModel, load_model_directory
 
 
@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--temperature", type=float, default=0.8, help="0 for the most likely token (default 0.8)")
     result.add_argument("--top-k", type=int, help="sample from the k most likely tokens only")
     result.add_argument("--top-p", type=float, help="sample from the fewest tokens that hold this probability")
-    result.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    result.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    result.add_argument("--seed", type=seed, default=0, help="of the sampling (default 0)")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default cpu)")
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
     return result
 
@@ -67,6 +67,8 @@ def continue_text(loaded: LoadedModel, prompt: str, arguments: argparse.Namespac
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the prompt and its continuation."""
+    if arguments.temperature == 0 and (arguments.top_k is not None or arguments.top_p is not None):
+        raise UserError("--temperature 0 takes the likeliest token: --top-k and --top-p have no effect; drop them")
     prompt = arguments.prompt if arguments.prompt_file is None else _read(arguments.prompt_file)
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     print(prompt, end="", flush=True)

@@ -28,6 +28,8 @@ from tools.encoding import Tokenizer
 FORMAT = "mnemosyne-model"
 VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER, RECIPE = "config.json", "model.safetensors", "tokenizer.model", "recipe.yaml"
+FILES = (WEIGHTS, TOKENIZER, RECIPE)
+"""Every file beside config.json."""
 
 
 class ModelDirectoryConfig(BaseModel):
@@ -72,24 +74,39 @@ def write_model_directory(
         UserError: `output` exists and holds something, unless `overwrite` and it is an exported model itself; no space.
     """
     _check_output(output, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    building: Path | None = None
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, building / WEIGHTS, {"format": "pt"})
         shutil.copyfile(tokenizer, building / TOKENIZER)
         shutil.copyfile(recipe, building / RECIPE)
-        files = {name: file_sha256(building / name) for name in (WEIGHTS, TOKENIZER, RECIPE)}
+        files = {name: file_sha256(building / name) for name in FILES}
         config = ModelDirectoryConfig(files=files, **fields)
         (building / CONFIG).write_text(config.model_dump_json(indent=1) + "\n")
-        if output.exists():
-            shutil.rmtree(output)
         building.chmod(0o755)
-        os.replace(building, output)
+        _replace(building, output)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{output}: cannot be written: {error}; free space or give another --output") from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
     return config
+
+
+def _replace(building: Path, output: Path) -> None:
+    """Puts a finished folder in the place of an older one, which is removed only when the new one is there."""
+    for path in (*building.iterdir(), building):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    old = building.with_name(f"{building.name}.old")
+    if output.exists():
+        os.replace(output, old)
+    os.replace(building, output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -127,16 +144,23 @@ def read_config(folder: Path) -> ModelDirectoryConfig:
         raise UserError(f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']}; export again") from None
 
 
-def load_model_directory(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> LoadedModel:
+def load_model_directory(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """The exported model in evaluation mode.
 
+    Args:
+        device: "cpu" or "cuda".
+
     Raises:
-        UserError: a file is missing or differs from its recorded sha256, or the weights are not those of the model.
+        UserError: the machine has no such device; a file is missing or differs from its recorded sha256; or the weights
+            are not those of the model.
     """
-    folder = Path(folder)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     config = read_config(folder)
+    if set(config.files) != set(FILES):
+        raise UserError(
+            f"{folder / CONFIG}: field files names {sorted(config.files)}, not {sorted(FILES)}; export again"
+        )
     for name, expected in config.files.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is missing; export the model again")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from tools import evaluate, export, generate
 from tools.model_directory import load_model_directory
 
 STEPS = 8
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +210,61 @@ def test_a_prompt_file_that_cannot_be_read_is_named(exported: Path, tmp_path: Pa
     path.write_bytes(b"ok \xff")
     assert generate.main([str(exported), "--prompt-file", str(path)]) == 2
     assert "not UTF-8 at byte 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--temperature", "1e-44"], "--temperature is 1e-44"),
+        (["--temperature", "0", "--top-k", "3"], "--top-k and --top-p have no effect"),
+        (["--device", "cuda"], "--device cuda: torch sees no GPU"),
+    ],
+)
+def test_generation_refuses_what_it_cannot_do(exported: Path, options: list[str], message: str, capsys) -> None:
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert generate.main([str(exported), "--prompt", "me", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--seed", str(10**23)], ["--seed", "-1"], ["--device", "foo"]])
+def test_generation_names_an_option_that_is_out_of_range(exported: Path, options: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        generate.main([str(exported), "--prompt", "me", *options])
+    assert stopped.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written_is_said(exported: Path) -> None:
+    command = [sys.executable, "-m", "tools.generate", str(exported), "--prompt", "me", "--max-new-tokens", "2"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: the output cannot be written")
+
+
+def test_export_into_a_file_is_named(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("precious")
+    for output in ("file", "file/x"):
+        assert export.main([str(run), "--output", str(tmp_path / output)]) == 2
+        assert str(tmp_path / output) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_config_that_vouches_for_no_file_is_refused(exported: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    content = json.loads((copy / "config.json").read_text()) | {"files": {}}
+    (copy / "config.json").write_text(json.dumps(content))
+    assert generate.main([str(copy), "--prompt", "me"]) == 2
+    assert "field files" in capsys.readouterr().err
+
+
+def test_evaluation_of_shards_refuses_options_for_documents(exported: Path, data: Path, tmp_path: Path, capsys) -> None:
+    command = [str(exported), "--shards", str(data / "validation")]
+    assert evaluate.main([*command, "--text-field", "body", "--glob", "*.py"]) == 2
+    error = capsys.readouterr().err
+    assert "--glob, --text-field with --shards" in error
+    assert evaluate.main([*command, "--json", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err

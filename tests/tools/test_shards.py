@@ -24,7 +24,6 @@ from tools.encoding import Tokenizer
 from tools.shards.__main__ import main
 from tools.shards.build import belongs_to_validation
 from tools.tokenizer import TRAINER_OPTIONS
-from tools.tokenizer import main as tokenizer_main
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [text for text in [*AWKWARD, *documents(80)] if text]
@@ -266,21 +265,3 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, command, capsys):
     )
     assert main([*command, "--tokenizer", str(tmp_path / "no.model")]) == 2
     assert "has no EOS token" in capsys.readouterr().err
-
-
-def test_real_text_when_present(tmp_path):
-    path = ROOT.parent / "shared/data/tinyshakespeare.txt"
-    if not path.is_file():
-        pytest.skip("no shared data here")
-    model = tmp_path / "t.model"
-    assert tokenizer_main(["train", "--input", str(path), "--vocab-size", "1024", "--output", str(model)]) == 0
-    options = ["--separator", "\\n\\n", "--validation-fraction", "0.1"]
-    assert (
-        main(["build", "--input", str(path), "--tokenizer", str(model), "--output", str(tmp_path / "out"), *options])
-        == 0
-    )
-    parts = [ShardSet.open(tmp_path / "out" / part) for part in ("train", "validation")]
-    speeches = path.read_text().split("\n\n")
-    assert sum(part.documents for part in parts) == len(speeches)
-    assert sum(part.text_bytes for part in parts) == sum(map(len, speeches))
-    assert 0.05 < parts[1].documents / len(speeches) < 0.15

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kernels.memory import neural_memory
 from pretrain.devices import peak_resident_bytes
+from tools.command import positive_int
 
 # Resident memory is a process's high-water mark, so each length runs in a process of its own.
 _WORKER = """
@@ -28,14 +29,16 @@ print(json.dumps(measure(length=int(sys.argv[1]), **settings)))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tools.bench memory`."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], help="tokens in a row")
-    parser.add_argument("--heads", type=int, default=4, help="number of heads")
-    parser.add_argument("--head-dim", type=int, default=64, help="width of a head")
-    parser.add_argument("--depth", type=int, default=2, help="layers of the memory, 1 to 4")
-    parser.add_argument("--expansion", type=int, default=4, help="hidden width of the memory over the head's")
-    parser.add_argument("--chunk-size", type=int, default=64, help="tokens in a chunk")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of which the fastest counts")
+    parser.add_argument(
+        "--lengths", type=positive_int, nargs="+", default=[1024, 4096, 16384, 65536], help="tokens in a row"
+    )
+    parser.add_argument("--heads", type=positive_int, default=4, help="number of heads")
+    parser.add_argument("--head-dim", type=positive_int, default=64, help="width of a head")
+    parser.add_argument("--depth", type=int, choices=range(1, 5), default=2, help="layers of the memory, 1 to 4")
+    parser.add_argument("--expansion", type=positive_int, default=4, help="hidden width of the memory over the head's")
+    parser.add_argument("--chunk-size", type=positive_int, default=64, help="tokens in a chunk")
+    parser.add_argument("--threads", type=positive_int, default=2, help="CPU threads")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="runs of which the fastest counts")
 
 
 def measure(
