@@ -21,6 +21,7 @@ from pretrain.data import Data, Loader, Source
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
+from pretrain.finite import FiniteWatch
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.optimizer import build_optimizer
 from pretrain.resume import TrainerState, choose_checkpoint, restore, write_checkpoint
@@ -39,7 +40,7 @@ def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
     Raises:
         UserError: sizes that do not fit, shards or checkpoints that are missing, damaged or of another run, no
             disk space.
-        FloatingPointError: the loss is not finite; the checkpoints from before are there.
+        FloatingPointError: the loss or the gradient of a step was not finite; the checkpoints from before are there.
     """
     with agreed():
         batches = recipe.batches(world.size)
@@ -159,7 +160,7 @@ class Run:
     def steps(self, loader: Loader, state: TrainerState) -> None:
         """Take the steps that are left, evaluating and saving on the way and at the end."""
         recipe, batch_tokens = self.recipe, self.recipe.training.batch_tokens
-        watch = Stopwatch()
+        watch, finite = Stopwatch(), FiniteWatch(self.world.device)
         while state.tokens < recipe.training.tokens:
             step, tokens = state.step + 1, state.tokens + batch_tokens
             last = tokens >= recipe.training.tokens
@@ -171,11 +172,13 @@ class Run:
             watch.stop()
             state = state.model_copy(update={"step": step, "tokens": tokens, "cursor": loader.cursor()})
             save = last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens)
-            if record or save:
-                self.require_finite(result, step)
+            finite.note(step, result.loss, result.grad_norm)
+            evaluates = last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens)
+            if record or evaluates or save:  # before anything is written
+                finite.require_finite()
             if record:
                 self.record(result, rate, state, watch)
-            if last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens):
+            if evaluates:
                 self.evaluate(state)
             if save:
                 self.save(state)
@@ -252,14 +255,6 @@ class Run:
         )
         folder = self.checkpoints.save(state.step, write)
         self.log.event("save", step=state.step, tokens=state.tokens, checkpoint=str(folder))
-
-    def require_finite(self, result: StepResult, step: int) -> None:
-        """Raise FloatingPointError for a loss or gradient that is not finite, before it is written anywhere."""
-        if not bool(torch.isfinite(result.loss)) or not bool(torch.isfinite(result.grad_norm)):
-            raise FloatingPointError(
-                f"step {step}: loss {float(result.loss)}, gradient norm {float(result.grad_norm)}: not finite. The "
-                "checkpoints from before are whole; lower optimizer.lr or optimizer.gradient_clip and resume"
-            )
 
 
 def is_due(every: int | None, tokens: int, batch_tokens: int) -> bool:
