@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.demo.__main__ import prepare_folder
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -25,9 +27,15 @@ def test_a_folder_that_the_demo_did_not_make_is_left_alone(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_wrong_override_is_named_before_any_work(tmp_path):
-    result = run_demo(tmp_path / "demo", "--", "--training.tokenz", "1000")
+def test_a_mistake_is_named_before_an_earlier_demo_is_replaced(tmp_path):
+    folder = tmp_path / "demo"
+    prepare_folder(folder)
+    (folder / "model").write_text("an earlier demo's")
+    result = run_demo(folder, "--", "--training.tokenz", "1000")
     assert result.returncode == 2 and "did you mean tokens" in result.stderr
+    result = run_demo(folder, "--data", str(tmp_path / "missing"))
+    assert result.returncode == 2 and str(tmp_path / "missing") in result.stderr
+    assert (folder / "model").read_text() == "an earlier demo's"
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pretrain.errors import UserError
-from tools.demo.corpus import BUDGET_BYTES, choose, cut_at_lines, make_corpus
+from tools.demo.corpus import BUDGET_BYTES, choose, cut_at_lines, find_text, write_corpus
 
 
 def texts_of(path):
@@ -29,7 +29,7 @@ def test_the_choice_follows_from_content_alone_and_stops_at_the_budget():
 
 
 def test_the_standard_library_is_enough(tmp_path):
-    corpus = make_corpus(None, tmp_path / "corpus.jsonl")
+    corpus = write_corpus(find_text(None), tmp_path / "corpus.jsonl")
     assert corpus.documents == len(texts_of(corpus.path)) > 20
     assert corpus.bytes >= BUDGET_BYTES
 
@@ -37,10 +37,10 @@ def test_the_standard_library_is_enough(tmp_path):
 def test_a_single_file_becomes_documents(tmp_path):
     source = tmp_path / "book.txt"
     source.write_text("a line of some length\n" * 5000)
-    corpus = make_corpus(source, tmp_path / "corpus.jsonl")
+    corpus = write_corpus(find_text(source), tmp_path / "corpus.jsonl")
     assert corpus.documents >= 2  # equal pieces count once
     source.write_text("".join(f"line {number}\n" for number in range(20_000)))
-    corpus = make_corpus(source, tmp_path / "corpus.jsonl")
+    corpus = write_corpus(find_text(source), tmp_path / "corpus.jsonl")
     assert sorted("".join(texts_of(corpus.path)).splitlines()) == sorted(source.read_text().splitlines())
 
 
@@ -49,13 +49,13 @@ def test_a_folder_s_files_stay_whole(tmp_path):
     folder.mkdir()
     for name in ("a.txt", "b.txt", "c.txt"):
         (folder / name).write_text(f"the text of {name}\n" * 3000)
-    corpus = make_corpus(folder, tmp_path / "corpus.jsonl")
+    corpus = write_corpus(find_text(folder), tmp_path / "corpus.jsonl")
     assert sorted(texts_of(corpus.path)) == sorted(path.read_text() for path in folder.iterdir())
 
 
 def test_missing_or_tiny_text_is_an_error(tmp_path):
     with pytest.raises(UserError, match="missing.txt"):
-        make_corpus(tmp_path / "missing.txt", tmp_path / "corpus.jsonl")
+        write_corpus(find_text(tmp_path / "missing.txt"), tmp_path / "corpus.jsonl")
     (tmp_path / "tiny.txt").write_text("one line\n")
     with pytest.raises(UserError, match="not enough text"):
-        make_corpus(tmp_path / "tiny.txt", tmp_path / "corpus.jsonl")
+        write_corpus(find_text(tmp_path / "tiny.txt"), tmp_path / "corpus.jsonl")

@@ -24,7 +24,7 @@ from pretrain.config import Recipe, load_recipe
 from pretrain.data import ShardSet
 from pretrain.errors import UserError
 from tools.demo.bigram import bits_per_byte, fit_bigram
-from tools.demo.corpus import make_corpus
+from tools.demo.corpus import Text, find_text, write_corpus
 from tools.demo.training import (
     Kill,
     Replay,
@@ -84,11 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     demo = Demo(options.folder, options.overrides, Console(highlight=False))
     try:
-        prepare_folder(options.folder)
         return run(demo, options.data)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -131,7 +133,10 @@ def run(demo: Demo, data: Path | None) -> int:
         *demo.overrides,
     ]
     recipe = load_recipe(RECIPE, command_line.parse([str(RECIPE), *overrides]).overrides)
-    train, validation = prepare_data(demo, data, shards)
+    text = find_text(data)
+    # Only now: a mistake in the options must not cost an earlier demo.
+    prepare_folder(demo.folder)
+    train, validation = prepare_data(demo, text, shards)
     kill, replay = train_with_a_kill(demo, recipe, overrides)
     checkpoint = newest_checkpoint(recipe.folder)
     if checkpoint is None:
@@ -148,11 +153,11 @@ def run(demo: Demo, data: Path | None) -> int:
     return 0 if ours < baseline and 0 < replay.steps == replay.equal else 1
 
 
-def prepare_data(demo: Demo, data: Path | None, shards: Path) -> tuple[ShardSet, ShardSet]:
+def prepare_data(demo: Demo, text: Text, shards: Path) -> tuple[ShardSet, ShardSet]:
     """Tokenizer and shards; the training and the held-out set."""
     tokenizer = demo.folder / "tokenizer.model"
     with demo.step("Text"):
-        corpus = make_corpus(data, demo.folder / "corpus.jsonl")
+        corpus = write_corpus(text, demo.folder / "corpus.jsonl")
         demo.console.print(f"{corpus.documents} documents, {corpus.bytes / 1e6:.2f} MB of {corpus.name}: {corpus.path}")
     with demo.step("Tokenizer"):
         demo.command(

@@ -35,11 +35,16 @@ class Corpus:
     bytes: int
 
 
-def make_corpus(data: Path | None, path: Path) -> Corpus:
-    """Write the demo's documents to `path` as jsonl: of `data`, or of the standard library for None.
+@dataclass(frozen=True)
+class Text:
+    """The chosen documents and what they are called."""
 
-    Raises UserError when there is no text.
-    """
+    name: str
+    documents: list[str]
+
+
+def find_text(data: Path | None) -> Text:
+    """The demo's documents, read and chosen but not written. Raises UserError when there is no text."""
     if data is None:
         folder = Path(sysconfig.get_path("stdlib"))
         options = DocumentOptions(globs=("*.py",), excludes=LEFT_OUT, invalid_utf8="skip")
@@ -53,8 +58,13 @@ def make_corpus(data: Path | None, path: Path) -> Corpus:
     chosen = choose(chain(beginning, texts), BUDGET_BYTES)
     if len(chosen) < 2:
         raise UserError(f"{folder}: not enough text for a demo; name a file or folder of some 100 KB with --data PATH")
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen), encoding="utf-8")
-    return Corpus(name, path, len(chosen), sum(len(text.encode()) for text in chosen))
+    return Text(name, chosen)
+
+
+def write_corpus(text: Text, path: Path) -> Corpus:
+    """Writes the documents to `path` as jsonl."""
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in text.documents), encoding="utf-8")
+    return Corpus(text.name, path, len(text.documents), sum(len(document.encode()) for document in text.documents))
 
 
 def choose(texts: Iterable[str], budget: int) -> list[str]:
