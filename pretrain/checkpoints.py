@@ -162,7 +162,8 @@ class Checkpoints:
         _write_durable(temporary, final.name + "\n")
         temporary.replace(self.folder / LATEST)
         _make_durable(self.folder)
-        for old in list_checkpoints(self.folder)[self.keep :]:
+        others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
+        for old in others[self.keep - 1 :]:
             hidden = old.with_name(f".removed-{old.name}")  # so that a death here leaves no half of a checkpoint
             old.rename(hidden)
             shutil.rmtree(hidden)

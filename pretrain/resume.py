@@ -74,8 +74,8 @@ def choose_checkpoint(checkpoints: Checkpoints, resume: str, report: Callable[[s
         resume: "auto" (the newest whole one of the run's folder), "never", or the path of one.
 
     Raises:
-        UserError: "never" in a folder that has checkpoints; a path that is no whole checkpoint, or not the newest of
-            this run.
+        UserError: "never" in a folder that has checkpoints; a path that is no whole checkpoint, not the newest of
+            this run, or another run's where this run's folder has checkpoints.
     """
     barrier()  # a slower rank must not list the folder after a faster one began to write
     existing = list_checkpoints(checkpoints.folder)
@@ -91,7 +91,12 @@ def choose_checkpoint(checkpoints: Checkpoints, resume: str, report: Callable[[s
     path = Path(resume)
     if not path.is_dir():
         raise SharedUserError(f"--resume {resume}: no such folder; give auto, never, or a checkpoint's folder")
-    newer = [p.name for p in existing if p.parent.resolve() == path.resolve().parent and is_newer(p, path)]
+    if existing and path.resolve().parent != checkpoints.folder.resolve():
+        raise SharedUserError(
+            f"--resume {resume}: {checkpoints.folder} holds {len(existing)} checkpoint(s) of another run already, and "
+            "this one's would go among them; give a --folder without checkpoints, or --resume auto to go on with these"
+        )
+    newer = [p.name for p in existing if is_newer(p, path)]
     if newer:
         raise SharedUserError(
             f"--resume {resume}: {checkpoints.folder} holds newer checkpoints ({', '.join(newer)}) that the run would "

@@ -14,6 +14,7 @@ from parallel import process
 from parallel.process import World
 from pretrain.agreement import SharedUserError
 from pretrain.checkpoints import Checkpoints, list_checkpoints, problems
+from pretrain.resume import choose_checkpoint
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,6 +54,20 @@ def test_a_saved_checkpoint_is_whole(checkpoints: Checkpoints) -> None:
     assert checkpoints.newest_whole(pytest.fail) == folder
 
 
+def test_another_runs_checkpoint_is_not_resumed_among_a_runs_own(
+    checkpoints: Checkpoints, world: World, tmp_path: Path
+) -> None:
+    other = Checkpoints(tmp_path / "other", 3, world).save(4, write)
+    assert choose_checkpoint(checkpoints, str(other), pytest.fail) == other
+    own = checkpoints.save(2, write)
+    with pytest.raises(SharedUserError, match=r"holds 1 checkpoint\(s\) of another run .* without checkpoints"):
+        choose_checkpoint(checkpoints, str(other), pytest.fail)
+    assert choose_checkpoint(checkpoints, str(own), pytest.fail) == own
+    checkpoints.save(3, write)
+    with pytest.raises(SharedUserError, match=r"holds newer checkpoints \(step-00000003\)"):
+        choose_checkpoint(checkpoints, str(own), pytest.fail)
+
+
 def test_a_run_without_checkpoints_has_no_newest(checkpoints: Checkpoints) -> None:
     assert checkpoints.newest_whole(pytest.fail) is None
 
@@ -61,6 +76,14 @@ def test_only_the_newest_are_kept(checkpoints: Checkpoints) -> None:
     for step in range(1, 6):
         checkpoints.save(step, write)
     assert names(checkpoints) == ["latest", "step-00000003", "step-00000004", "step-00000005"]
+
+
+def test_a_new_checkpoint_is_kept_among_others_of_later_steps(checkpoints: Checkpoints) -> None:
+    for step in (8, 9, 10):
+        checkpoints.save(step, write)
+    new = checkpoints.save(3, write)
+    assert problems(new) == []
+    assert names(checkpoints) == ["latest", "step-00000003", "step-00000009", "step-00000010"]
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "trainer.json", "manifest.json"])
