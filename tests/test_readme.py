@@ -40,7 +40,7 @@ def options_of(words: list[str]) -> list[str]:
 
 def recipe_overrides(words: list[str]) -> list[tuple[str, str]]:
     """The (name, value) pairs after the recipe that are fields of it, not options of the command."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip(words, [*words, ""][1:], strict=True)
     own = ("--dry-run", "--resume")
     return [(name[2:], value) for name, value in pairs if name.startswith("--") and name not in own]
 
