@@ -106,18 +106,21 @@ def open_training_data(recipe: Recipe, batches: Batches, world: World, source: S
 
 @contextmanager
 def open_log(recipe: Recipe, batches: Batches, world: World, step: int) -> Iterator[RunLog]:
-    """The run's log; an error that ends the run is its last event."""
+    """The run's log; an error that ends the run is its last event, and stays the error to show when the log cannot be
+    written or closed either.
+    """
     log = RunLog(recipe.folder, name=recipe.name, is_main=world.is_main, start_step=step, total_steps=batches.steps)
     try:
         yield log
-    except Exception as error:
-        try:
-            log.event("error", type=type(error).__name__, message=str(error))
-        except UserError as second:  # the disk is full, say: the first error is the one to show
-            error.add_note(str(second))
+    except BaseException as error:
+        last_words = partial(log.event, "error", type=type(error).__name__, message=str(error))
+        for action in (last_words, log.close):
+            try:
+                action()
+            except UserError as second:  # the disk is full, say
+                error.add_note(str(second))
         raise
-    finally:
-        log.close()
+    log.close()
 
 
 def announce(

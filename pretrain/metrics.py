@@ -8,12 +8,15 @@ import json
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.errors import UserError
@@ -39,6 +42,8 @@ class RunLog:
         if not is_main:
             return
         path = folder / EVENTS_FILE
+        if not isinstance(threading.excepthook, _ThreadErrors):
+            threading.excepthook = _ThreadErrors(threading.excepthook)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             cut = _ends_inside_a_line(path)
@@ -59,15 +64,18 @@ class RunLog:
         if not self._main:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        try:
+        with _explained(self._events.name):
             self._events.write(json.dumps({"event": kind, "time": now, **fields}) + "\n")
             self._events.flush()
-        except OSError as error:
-            raise UserError(f"{self._events.name}: {error.strerror or error}; make room and resume") from error
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Add a point to each curve; None (not known on this device) adds none."""
-        if self._main:
+        """Add a point to each curve; None (not known on this device) adds none.
+
+        Raises UserError when the points, or earlier ones, cannot be written.
+        """
+        if not self._main:
+            return
+        with _explained(self._board.log_dir):
             for name, value in values.items():
                 if value is not None:
                     self._board.add_scalar(name, value, step)
@@ -103,10 +111,36 @@ class RunLog:
             self._width = 0
 
     def close(self) -> None:
-        """Write out what is buffered and close the files."""
-        if self._main:
-            self._board.close()
-            self._events.close()
+        """Write out what is buffered and close the files. Raises UserError when it cannot be written."""
+        if not self._main:
+            return
+        try:
+            with _explained(self._board.log_dir):
+                self._board.close()
+        finally:
+            with _explained(self._events.name):
+                self._events.close()
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: {error.strerror or error}; make room and resume") from error
+
+
+class _ThreadErrors:
+    """Called with an exception that ended a thread: hands it on, unless it is an OSError of TensorBoard's writer."""
+
+    def __init__(self, others: Callable[[threading.ExceptHookArgs], Any]) -> None:
+        self._others = others
+
+    def __call__(self, arguments: threading.ExceptHookArgs) -> None:
+        # The writer keeps the error and raises it from the next call, in the thread that can explain it.
+        writers = type(arguments.thread).__module__ == EventFileWriter.__module__
+        if not (writers and isinstance(arguments.exc_value, OSError)):
+            self._others(arguments)
 
 
 def _ends_inside_a_line(path: Path) -> bool:

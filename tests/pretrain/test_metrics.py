@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from parallel.process import World
+from pretrain.config import load_recipe
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
+from pretrain.loop import open_log as open_run_log
 from pretrain.metrics import RunLog, Stopwatch, duration
+from tests.training_cases import write_recipe
 
 
 def open_log(folder: Path, *, is_main: bool = True, start_step: int = 0) -> RunLog:
@@ -75,6 +83,66 @@ def test_progress_in_a_file_is_a_line_every_few_seconds(tmp_path: Path, capsys: 
     log.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("step ")[1].split("/")[0] for line in lines] == ["1", "50"]
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB with an open log in it, filled up behind the log's back."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small tmpfs is not allowed here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    with open(folder / "other", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def draw(log: RunLog) -> None:
+    """Enough points for more than the page that a file may still have."""
+    for step in range(400):
+        log.scalars(step, {"train/loss": 1.0})
+
+
+def test_a_disk_that_fills_up_under_the_curves_is_a_message(full_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thrown: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", thrown.append)
+    log = open_log(full_disk)
+    fill(full_disk)
+    with pytest.raises(UserError, match=r"tensorboard: No space left on device; make room and resume"):
+        draw(log)
+    with pytest.raises(UserError, match="make room and resume"):
+        log.close()
+    assert thrown == [], "a rank's hook for threads would end the process with a traceback"
+
+
+def test_an_error_of_another_thread_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thrown: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", thrown.append)
+    open_log(tmp_path).close()
+    thread = threading.Thread(target=(tmp_path / "absent").read_text)
+    thread.start()
+    thread.join()
+    assert [arguments.exc_type for arguments in thrown] == [FileNotFoundError]
+
+
+def test_a_log_that_cannot_be_closed_hides_no_earlier_error(full_disk: Path) -> None:
+    recipe = load_recipe(write_recipe(Path("shards"), full_disk / "run"))
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    with (
+        pytest.raises(FloatingPointError, match="the first error") as caught,
+        open_run_log(recipe, recipe.batches(1), world, 0) as log,
+    ):
+        fill(full_disk)
+        with pytest.raises(UserError):
+            draw(log)
+        raise FloatingPointError("the first error")
+    assert "make room and resume" in "".join(caught.value.__notes__)
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
