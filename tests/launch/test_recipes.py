@@ -13,7 +13,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").rglob("*.yam
 TRIALS = [path for path in RECIPES if path.parent.name == "trials"]
 PAPER = [path for path in RECIPES if path.stem.startswith("titans-")]
 VARIANTS = ("mac", "mag", "mal", "lmm", "transformer")
-TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9}
+TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9, "1.3b": 30e9}
+PARAMETERS = {"170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
 
 
 def parameters(config: ModelConfig) -> int:
@@ -40,8 +41,7 @@ def test_every_variant_has_the_size_in_the_recipe_s_name(path, variant):
     size = path.stem.removeprefix("titans-")
     recipe = load_recipe(path, [("model.preset", f"{variant}-{size}")])
     assert recipe.model.variant == variant
-    expected = int(size.removesuffix("m")) * 1e6
-    assert parameters(recipe.model) == pytest.approx(expected, rel=0.05)
+    assert parameters(recipe.model) == pytest.approx(PARAMETERS[size], rel=0.05)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
