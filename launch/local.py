@@ -76,7 +76,10 @@ def check_options(options: argparse.Namespace) -> None:
 def launch_local(
     argv: Sequence[str], nproc: int, log_folder: Path, *, port: int | None = None, grace_seconds: float = 30.0
 ) -> int:
-    """Run `argv` once for each of `nproc` ranks and return the exit status (see run_ranks)."""
+    """Run `argv` once for each of `nproc` ranks and return the exit status (see run_ranks).
+
+    Raises UserError for a log folder that cannot be written.
+    """
     port = port or free_port()
     commands = [
         RankCommand(
@@ -87,11 +90,24 @@ def launch_local(
         )
         for rank in range(nproc)
     ]
+    for command in commands:
+        prepare_log(command.log)
     say(f"{nproc} {'process' if nproc == 1 else 'processes'} on this machine, port {port}, logs in {log_folder}")
     started = time.monotonic()
     status = run_ranks(commands, terminal=sys.stdout.buffer, say=say, grace_seconds=grace_seconds)
     say(f"{'done' if status == 0 else f'ended with status {status}'} after {time.monotonic() - started:.0f} s")
     return status
+
+
+def prepare_log(path: Path) -> None:
+    """Make sure that a rank's log can be written, before anything is started. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise UserError(
+            f"folder {path.parent.parent}: {error.filename}: {error.strerror}; give a --folder that can be written"
+        ) from error
 
 
 def rank_environment(rank: int, nproc: int, port: int) -> dict[str, str]:

@@ -47,8 +47,8 @@ def preset_fields(name: str) -> Fields:
     Raises:
         ValueError: there is no such preset; the message has the nearest names.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3) or PRESETS[:3]
+    if name not in PRESETS:  # in a recipe it may be a number, or nothing
+        near = difflib.get_close_matches(str(name), PRESETS, n=3) or PRESETS[:3]
         raise ValueError(
             f"preset is {name!r}: it must be one of {', '.join(_FAMILIES)} with one of {', '.join(_SIZES)}, "
             f"such as {', '.join(near)}"

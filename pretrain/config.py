@@ -14,7 +14,7 @@ from parallel.config import ParallelConfig
 from pretrain.data.config import DataConfig
 from pretrain.errors import UserError
 from pretrain.optimizer import OptimizerConfig
-from pretrain.quantities import Tokens
+from pretrain.quantities import Seed, Tokens
 from pretrain.recipe_errors import explain
 from pretrain.schedule import ScheduleConfig
 
@@ -109,7 +109,7 @@ class Recipe(BaseModel):
     folder: Path
     """Where checkpoints, TensorBoard logs and run.jsonl go."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights, and of the data's order or draws unless data.seed says otherwise."""
 
     model: ModelConfig
@@ -207,6 +207,8 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror or error}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise UserError(f"recipe {path} is no YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -1,4 +1,4 @@
-"""Numbers of tokens as people write them: 15B, 0.5M, 1_000_000, 4Ki."""
+"""Kinds of numbers in recipes: tokens as people write them (15B, 0.5M, 1_000_000, 4Ki), and seeds."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ def parse_tokens(value: Any) -> Any:
         raise ValueError("write a whole number of tokens, such as 1000000, 1_000_000, 15B, 0.5M or 4Ki")
     return int(number)
 
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""The seed of a generator."""
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
 """A positive number of tokens; in a recipe also as '15B' or '4Ki'."""

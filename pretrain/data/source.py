@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from pretrain.data.cursor import Cursor
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.shards import TokenizerInfo
+from pretrain.quantities import Seed
 
 
 class Source(Protocol):
@@ -92,7 +93,7 @@ class SourceConfig(BaseModel, ABC):
     num_workers: NonNegativeInt = 2
     """Threads that prepare steps ahead; 0 prepares them in line. Any number gives the same batches."""
 
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the order of documents and rows, or of their content where it is drawn; none: the run's seed."""
 
     @property

@@ -37,6 +37,15 @@ def test_mistakes_are_one_message_and_start_nothing(arguments, message, capfd, m
     assert output.out == "" and list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_or_a_recipe_that_is_another_file_is_one_message(capfd, tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
+    file = str(tmp_path / "latin.yaml")
+    for arguments, message in (([DEMO, "--folder", file], "give a --folder"), ([file], "is not UTF-8")):
+        assert main(["local", *arguments]) == 2
+        output = capfd.readouterr()
+        assert output.err.startswith("error: ") and message in output.err and file in output.err
+
+
 def test_a_dry_run_says_what_would_run_and_leaves_nothing_behind(capfd, tmp_path):
     folder = tmp_path / "run"
     assert main(["local", "--nproc", "2", DEMO, "--dry-run", "--folder", str(folder)]) == 0

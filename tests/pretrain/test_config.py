@@ -84,6 +84,12 @@ def test_a_misspelt_section_and_a_misspelt_memory_field_are_found(recipe_file: P
         ("training", "4", "training: 4 does not fit"),
         ("training.tokens.x", "4", "tokens is a value, not a section"),
         ("name", "[", "quote it"),
+        ("model.preset", "5", "model.preset is 5: it must be one of"),
+        ("model.preset", "null", "model.preset is None: it must be one of"),
+        ("model.preset", "[mac-tiny]", "model.preset is ['mac-tiny']: it must be one of"),
+        ("seed", "-1", "seed: -1 does not fit"),
+        ("data.seed", "-1", "data.seed: -1 does not fit"),
+        ("data.seed", str(2**63), f"data.seed: {2**63} does not fit"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value: str, expected: str | None) -> None:
@@ -113,6 +119,12 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, expected
     path.write_text(text)
     assert expected in refused(path)
     assert "No such file" in refused(tmp_path / "absent.yaml")
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("name: é".encode("latin-1"))
+    assert "recipe.yaml is not UTF-8 text" in refused(path)
 
 
 @pytest.mark.parametrize(
