@@ -17,6 +17,7 @@ from pretrain.optimizer import OptimizerConfig
 from pretrain.quantities import Seed, Tokens
 from pretrain.recipe_errors import explain
 from pretrain.schedule import ScheduleConfig
+from pretrain.strict_yaml import load_yaml
 
 
 class TrainingConfig(BaseModel):
@@ -204,13 +205,13 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror or error}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is no YAML: {error}") from error
+        raise UserError(f"recipe {path} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path}: expected sections such as `model:` and `training:`, found {raw!r:.60}")
     for name, text in overrides:
@@ -232,7 +233,7 @@ def _put(raw: dict[str, Any], name: str, text: str) -> None:
         if not isinstance(place, dict):
             raise UserError(f"--{name}: {section} is a value, not a section")
     try:
-        place[field] = yaml.safe_load(text)
+        place[field] = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--{name} {text}: not a value that YAML can read; quote it") from error
 

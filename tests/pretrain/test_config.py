@@ -9,6 +9,7 @@ import yaml
 
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import UserError
+from pretrain.strict_yaml import load_yaml
 from tests.training_cases import recipe_fields, write_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").rglob("*.yaml"))
@@ -113,12 +114,32 @@ def test_a_missing_field_is_named_with_what_it_is(tmp_path: Path) -> None:
     assert "training.tokens: missing; add it to the recipe or give --training.tokens" in refused(path)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("a: [", "is no YAML"), ("- 1", "expected sections"), ("", "expected")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a: [", "cannot be read as YAML"), ("- 1", "expected sections"), ("", "expected")]
+)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     assert expected in refused(path)
     assert "No such file" in refused(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 1\nname: a\nseed: 2\n", "'seed' stands twice in one section, in lines 1 and 3"),
+        ("optimizer:\n  lr: 1\n  eps: 1\n  lr: 2\n", "'lr' stands twice in one section, in lines 2 and 4"),
+        ("name: 2026-02-31\n", "day is out of range"),
+    ],
+)
+def test_a_key_that_is_written_twice_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert expected in refused(path)
+
+
+def test_a_key_that_replaces_a_merged_one_is_no_second_one() -> None:
+    assert load_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
