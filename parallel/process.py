@@ -28,12 +28,16 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: its rank among `size`, its rank on this node, and the device it computes on."""
+    """Where this process stands: its rank among `size`, its rank among the `local_size` of this node, and the device
+    it computes on.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1
+    """Ranks of this node as its launcher says; 1 where it says nothing, so that each looks after itself."""
 
     @property
     def is_main(self) -> bool:
@@ -98,7 +102,10 @@ def initialize(device: DeviceName = "auto", *, timeout_minutes: float = 30.0, de
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **options)
     if size > 1:
         install_abort_hook(rank)
-    return World(rank=rank, size=size, local_rank=local_rank, device=chosen)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if present else 1
+    if not local_rank < local_size <= size:
+        local_size = 1
+    return World(rank, size, local_rank, chosen, local_size)
 
 
 def install_abort_hook(rank: int) -> None:

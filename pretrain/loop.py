@@ -17,7 +17,7 @@ from parallel.process import World
 from pretrain.agreement import agreed
 from pretrain.checkpoints import Checkpoints, loud
 from pretrain.config import Batches, Recipe
-from pretrain.data import Data, Loader, Source
+from pretrain.data import Data, Loader, Share, Source
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
@@ -44,7 +44,7 @@ def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
     """
     with agreed():
         batches = recipe.batches(world.size)
-        data = recipe.data.open(recipe.data_seed())
+        data = recipe.data.open(recipe.data_seed(), Share(world.local_rank, world.local_size))
         check_vocabulary(recipe, data.train)
     checkpoints = Checkpoints(recipe.folder / CHECKPOINTS_FOLDER, recipe.checkpoint.keep, world)
     warnings: list[str] = []

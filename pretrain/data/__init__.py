@@ -10,7 +10,7 @@ from pretrain.data.config import DataConfig, ShardsConfig, open_shards
 from pretrain.data.cursor import Cursor
 from pretrain.data.loader import Batch, Loader, open_loader
 from pretrain.data.shards import ShardSet, TokenizerInfo
-from pretrain.data.source import Data, HeldOut, Source, SourceConfig
+from pretrain.data.source import Data, HeldOut, Share, Source, SourceConfig
 from pretrain.data.synthetic import SyntheticConfig
 from pretrain.data.validation import sequential_batches
 
@@ -23,6 +23,7 @@ __all__ = [
     "Loader",
     "ShardSet",
     "ShardsConfig",
+    "Share",
     "Source",
     "SourceConfig",
     "SyntheticConfig",

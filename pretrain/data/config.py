@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from pretrain.data.packing import Order
 from pretrain.data.shard_source import HeldOutShards, ShardSource
 from pretrain.data.shards import ShardSet, Verify
-from pretrain.data.source import Data, SourceConfig
+from pretrain.data.source import Data, Share, SourceConfig
 from pretrain.data.synthetic.config import SyntheticConfig
 from pretrain.errors import UserError
 
@@ -25,9 +25,11 @@ class ShardsConfig(SourceConfig):
     validation: Path | None = None
     """Folder of the validation shards, made with the same tokenizer; none: no held-out evaluation."""
 
-    verify: Verify = "sizes"
-    """What is checked at the start: `sizes` (every shard is there, with its bytes) or `hashes` (sha256 of every shard
-    as well, which reads all of them once on every rank)."""
+    verify: Verify = "hashes"
+    """What is checked at the start: `hashes` (sha256 of every shard, so that no altered token is trained on) or `sizes`
+    (only that every shard is there with its bytes). Hashing reads all shards once on every node, whose ranks share the
+    work: about a second for a gigabyte, or what the disk takes. Where that is too long, `tools.shards verify` can check
+    a set once, and `sizes` skips it at every start."""
 
     order: Order = "rows"
     """`rows`: documents are permuted and packed, and the packed rows permuted too, so that a batch does not come from
@@ -45,9 +47,9 @@ class ShardsConfig(SourceConfig):
         """The folder of the training shards, if it is not there."""
         return None if self.train.exists() else self.train
 
-    def open(self, seed: int) -> Data:
+    def open(self, seed: int, share: Share | None = None) -> Data:
         """See `open_shards`."""
-        train, validation = open_shards(self)
+        train, validation = open_shards(self, share)
         source = ShardSource(train, seed, self.order, self.num_workers)
         return Data(source, None if validation is None else HeldOutShards(validation))
 
@@ -60,15 +62,17 @@ DataConfig = Annotated[ShardsConfig | SyntheticConfig, Field(discriminator="kind
 """The data section: `kind` says which of them."""
 
 
-def open_shards(config: ShardsConfig) -> tuple[ShardSet, ShardSet | None]:
-    """Opens the training and the validation set of `config`.
+def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[ShardSet, ShardSet | None]:
+    """Opens the training and the validation set of `config`; `share` is the part of the hashes to check (see
+    SourceConfig.open).
 
     Raises UserError for a missing or damaged set, and when the two were not made with the same tokenizer.
     """
-    train = ShardSet.open(config.train, verify=config.verify)
+    verify, share = ("sizes", Share(0, 1)) if share is None else (config.verify, share)
+    train = ShardSet.open(config.train, verify, *share)
     if config.validation is None:
         return train, None
-    validation = ShardSet.open(config.validation, verify=config.verify)
+    validation = ShardSet.open(config.validation, verify, *share)
     if train.tokenizer.sha256 != validation.tokenizer.sha256:
         raise UserError(
             f"data.validation {config.validation}: made with another tokenizer than data.train {config.train}: sha256 "

@@ -56,19 +56,20 @@ class ShardSet:
         self._files = OpenFiles([str(folder / shard.name) for shard in manifest.shards])
 
     @classmethod
-    def open(cls, folder: str | Path, verify: Verify = "sizes") -> "ShardSet":
+    def open(cls, folder: str | Path, verify: Verify = "sizes", share: int = 0, shares: int = 1) -> "ShardSet":
         """Opens `folder` and checks it.
 
         Always checked: the manifest against its fingerprint; the index, token_bytes and tokenizer against their sha256;
-        presence and bytes of each shard; the index against the manifest. With verify="hashes", each shard's sha256 too.
+        presence and bytes of each shard; the index against the manifest. With verify="hashes", each shard's sha256 too:
+        of every `shares`-th shard from the `share`-th on, so that processes can divide the reading.
         Raises UserError naming the file, what was expected and what was found.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
         for entry in (manifest.index, manifest.token_bytes, manifest.tokenizer):
             check_file(folder, entry, hashes=True)
-        for shard in manifest.shards:
-            check_file(folder, shard, hashes=verify == "hashes")
+        for number, shard in enumerate(manifest.shards):
+            check_file(folder, shard, hashes=verify == "hashes" and number % shares == share)
         index = np.load(folder / manifest.index.name, mmap_mode="r", allow_pickle=False)
         _check_index(folder, manifest, index)
         token_bytes = np.load(folder / manifest.token_bytes.name, allow_pickle=False).astype(np.int64)
@@ -147,7 +148,13 @@ def check_file(folder: Path, entry: FileEntry, *, hashes: bool) -> None:
         raise UserError(f"{path}: missing ({error.strerror}): expected {entry.bytes} bytes; restore the file") from None
     if found != entry.bytes:
         raise UserError(f"{path}: damaged: expected {entry.bytes} bytes, found {found}; restore the file")
-    if hashes and (digest := file_sha256(path)) != entry.sha256:
+    if not hashes:
+        return
+    try:
+        digest = file_sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; restore the file") from error
+    if digest != entry.sha256:
         raise UserError(f"{path}: damaged: expected sha256 {entry.sha256}, found {digest}; restore the file")
 
 

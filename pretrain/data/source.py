@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
@@ -17,6 +17,13 @@ from pretrain.data.cursor import Cursor
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.shards import TokenizerInfo
 from pretrain.quantities import Seed
+
+
+class Share(NamedTuple):
+    """A part of a work that several processes divide: every `of`-th piece, from `number` on."""
+
+    number: int
+    of: int
 
 
 class Source(Protocol):
@@ -112,5 +119,10 @@ class SourceConfig(BaseModel, ABC):
         """A folder that the section names and that is not there."""
 
     @abstractmethod
-    def open(self, seed: int) -> Data:
-        """Opens and checks the data; `seed` is the one to use (see Recipe.data_seed). Raises UserError."""
+    def open(self, seed: int, share: Share | None = None) -> Data:
+        """Opens and checks the data; `seed` is the one to use (see Recipe.data_seed). Raises UserError.
+
+        Args:
+            share: this process's part in reading all content through, where the section asks for that; None: nothing is
+                read through.
+        """

@@ -31,6 +31,17 @@ def test_a_process_that_nobody_launched_is_a_world_of_one() -> None:
     assert run_ranks(["-c", code], ranks=1, timeout=60).outputs == ["0 1 cpu\n"]
 
 
+@pytest.mark.parametrize(("said", "expected"), [(None, "1"), ("2", "2"), ("3", "1")])
+def test_ranks_know_how_many_share_their_node(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if said is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+    code = "from parallel.process import *; print(initialize('cpu').local_size); shutdown(); exit_now(0)"
+    assert run_ranks(["-c", code], ranks=2, timeout=60).outputs == [f"{expected}\n"] * 2
+
+
 def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -125,6 +125,17 @@ def test_two_ranks_say_a_mistake_once(data: Path, tmp_path: Path) -> None:
     assert "error:" not in finished.errors[1]
 
 
+def test_an_altered_shard_ends_both_ranks(data: Path, tmp_path: Path) -> None:
+    path = write_recipe(data, tmp_path / "run")
+    shutil.copytree(data / "train", tmp_path / "shards")
+    shard = sorted((tmp_path / "shards").glob("*.tar"))[-1]
+    flip(shard)
+    finished = pretrain(path, "--data.train", str(tmp_path / "shards"), ranks=2, check=False)
+    assert finished.codes == [2, 2]
+    assert f"{shard}: damaged: expected sha256" in finished.errors[0]
+    assert "error:" not in finished.errors[1]
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly(run_copy: Path) -> None:
     flip(newest(run_copy) / "state-00000-of-00001.safetensors")
     before = losses(run_copy)

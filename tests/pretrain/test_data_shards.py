@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from pretrain.data import ShardsConfig, ShardSet, open_shards
+from pretrain.data import ShardsConfig, ShardSet, Share, open_shards
 from pretrain.data.files import OpenFiles
 from pretrain.errors import UserError
 from tests.data_cases import documents, make_shards, make_tokenizer, write_jsonl
@@ -167,11 +167,16 @@ def test_open_shards_checks_that_both_sets_have_one_tokenizer(tmp_path, model):
         open_shards(ShardsConfig(train=tmp_path / "a/train", validation=tmp_path / "b/validation"))
 
 
-def test_data_config_verify_reaches_the_shards(shards):
-    flip(shards.folder / "shards-000000.tar", 600)
-    open_shards(ShardsConfig(train=shards.folder))
-    with pytest.raises(UserError, match="expected sha256"):
-        open_shards(ShardsConfig(train=shards.folder, verify="hashes"))
+def test_an_altered_shard_is_found_by_the_one_whose_share_it_is(shards):
+    assert len(shards.manifest.shards) > 1
+    flip(shards.folder / "shards-000001.tar", 600)
+    config = ShardsConfig(train=shards.folder)
+    for share in (Share(0, 1), Share(1, 2)):
+        with pytest.raises(UserError, match=r"shards-000001\.tar: damaged: expected sha256"):
+            open_shards(config, share)
+    open_shards(config, Share(0, 2))
+    open_shards(config.model_copy(update={"verify": "sizes"}), Share(0, 1))
+    open_shards(config)
 
 
 def test_open_files_are_bounded_and_never_closed_in_use(tmp_path):

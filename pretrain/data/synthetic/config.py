@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pretrain.data.source import Data, SourceConfig
+from pretrain.data.source import Data, Share, SourceConfig
 from pretrain.data.synthetic.source import HeldOutDraws, SyntheticSource
 from pretrain.data.synthetic.tasks import Copy, Passkey, Permutations, Recall
 
@@ -47,6 +47,6 @@ class SyntheticConfig(SourceConfig):
     def missing(self) -> Path | None:
         """Nothing: no file is read."""
 
-    def open(self, seed: int) -> Data:
+    def open(self, seed: int, share: Share | None = None) -> Data:
         """The two streams of the task."""
         return Data(SyntheticSource(self.task, seed, self.num_workers), HeldOutDraws(self.task, seed))
