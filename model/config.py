@@ -17,7 +17,7 @@ _BOUND_MARGIN = 1.25
 class MemoryConfig(BaseModel):
     """The neural memory of a layer (Titans, arXiv 2501.00663, section 3; decisions in model/FIDELITY.md)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     depth: int = Field(default=2, ge=1, le=_MAX_DEPTH)
     """Layers of the memory network, 1 (a matrix) to 4."""
@@ -67,13 +67,29 @@ class MemoryConfig(BaseModel):
                 f"memory.initial_step is {self.initial_step}, memory.step_ceiling {self.step_ceiling}: "
                 "the step starts below its ceiling; lower one or raise the other"
             )
+        if self.convolution == 1:
+            raise ValueError("memory.convolution is 1, a window of the token alone: give 2 or more, or 0 for none")
+        if self.depth == 1:
+            self._refuse_unused("memory.depth is 1, a matrix without hidden layers", "expansion", "activation")
+        if not self.momentum:
+            self._refuse_unused("memory.momentum is false", "initial_momentum")
+        if not self.forgetting:
+            self._refuse_unused("memory.forgetting is false", "initial_forgetting", "forget_to")
         return self
+
+    def _refuse_unused(self, why: str, *names: str) -> None:
+        # A field at its default may come from a configuration that was written out whole.
+        for name in names:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"memory.{name} is {value}, but {why}: it has no effect; remove it")
 
 
 class ModelConfig(BaseModel):
     """A Titans language model. Build one from a preset: `ModelConfig.preset("mac-340m", vocab_size=50000)`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     variant: Variant
     """Mixer of each block: mac, mag, mal (memory with attention), lmm (memory alone), transformer (attention alone)."""

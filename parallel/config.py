@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ParallelConfig(BaseModel):
     """Layout and precision. What it leads to in DeepSpeed's own terms is derived in one place, `deepspeed_config`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What each rank keeps only its share of: 0 nothing, 1 the optimizer's state, 2 the gradients too, 3 the
@@ -56,4 +56,15 @@ class ParallelConfig(BaseModel):
                 "zero_stage 0 with precision bf16 would sum gradients and step in bfloat16; use zero_stage 1 or more "
                 "(on one process it costs nothing), or precision fp32"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _gathering_belongs_to_stage_3(self) -> ParallelConfig:
+        for name in ("gather_ahead_elements", "keep_gathered_below"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.zero_stage != 3 and value != default:
+                raise ValueError(
+                    f"{name} is {value}, but only zero_stage 3 gathers parameters, and zero_stage is "
+                    f"{self.zero_stage}; remove it"
+                )
         return self

@@ -152,6 +152,10 @@ class Recipe(BaseModel):
     def _evaluation_has_data(self) -> Recipe:
         if self.evaluation.every_tokens is not None and not self.data.has_held_out:
             raise ValueError("evaluation.every_tokens is set but data.validation is not: name the held-out shards")
+        if self.evaluation.tokens != EvaluationConfig().tokens and not self.data.has_held_out:
+            raise ValueError(
+                "evaluation.tokens is set but data.validation is not: name the held-out shards, or remove it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(BaseModel):
     """AdamW and the clipping before it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     lr: float = Field(default=4e-4, gt=0)
     """Peak learning rate; the schedule scales it."""

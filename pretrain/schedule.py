@@ -13,7 +13,7 @@ from pretrain.quantities import Tokens, TokensOrZero
 class ScheduleConfig(BaseModel):
     """How the learning rate rises and falls over the run's tokens."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: cosine falls along half a cosine to the end; wsd (warmup-stable-decay) stays and falls
@@ -34,7 +34,8 @@ class ScheduleConfig(BaseModel):
             raise ValueError("kind wsd needs decay_tokens: how many tokens at the end the rate falls over")
         if self.kind != "wsd" and self.decay_tokens is not None:
             raise ValueError(f"decay_tokens belongs to kind wsd, and kind is {self.kind}; remove it")
-        if self.kind == "constant" and "min_lr_ratio" in self.model_fields_set:
+        # Its default may come from a recipe that was written out whole.
+        if self.kind == "constant" and self.min_lr_ratio != type(self).model_fields["min_lr_ratio"].default:
             raise ValueError("min_lr_ratio is unused with kind constant; remove it")
         return self
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from parallel.config import ParallelConfig
 from parallel.engine import Engine, StepResult
-from parallel.process import World, broadcast_object, exit_now, initialize, shutdown
+from parallel.process import World, exit_now, initialize, shutdown
 
 VOCABULARY, WIDTH, LENGTH, GLOBAL_ROWS, STEPS, CLIP = 32, 16, 12, 8, 20, 0.5
 
@@ -107,7 +106,8 @@ def own_rows(world: World, step: int, accumulation: int) -> list[Rows]:
 
 def build(world: World, stage: int, precision: str, accumulation: int) -> Engine:
     model = Small()
-    config = ParallelConfig(zero_stage=stage, precision=precision, device="cpu", keep_gathered_below=20)
+    gathered = {"keep_gathered_below": 20} if stage == 3 else {}
+    config = ParallelConfig(zero_stage=stage, precision=precision, device="cpu", **gathered)
     size = GLOBAL_ROWS // accumulation // world.size
     return Engine(
         model, optimizer_of(model), config, world, micro_batch_size=size, accumulation=accumulation, gradient_clip=CLIP
@@ -121,10 +121,10 @@ def take(engine: Engine, world: World, steps: range) -> list[StepResult]:
     ]
 
 
-def trial(world: World, layout: str) -> dict[str, object]:
+def trial(world: World, layout: str, shared: Path) -> dict[str, object]:
     stage, precision = int(layout[4]), layout.split("-")[1]
     engine = build(world, stage, precision, 2)
-    shared = Path(broadcast_object(tempfile.mkdtemp()))
+    shared.mkdir(exist_ok=True)
     results = take(engine, world, range(STEPS // 2))
     engine.save(shared)
     results += take(engine, world, range(STEPS // 2, STEPS))
@@ -157,7 +157,7 @@ def trial(world: World, layout: str) -> dict[str, object]:
 def main(output: str, layouts: list[str]) -> None:
     world = initialize("cpu")
     torch.set_num_threads(1)
-    seen = {layout: trial(world, layout) for layout in layouts}
+    seen = {layout: trial(world, layout, Path(output).with_name(layout)) for layout in layouts}
     if world.is_main:
         Path(output).write_text(json.dumps(seen))
     shutdown()

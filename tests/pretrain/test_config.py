@@ -41,7 +41,7 @@ def test_overrides_reach_every_depth(recipe_file: Path) -> None:
         ("model.memory.depth", "3"),
         ("model.preset", "mac-170m"),
         ("data.validation", "null"),
-        ("evaluation.every_tokens", "null"),
+        ("evaluation", "{}"),
         ("name", "17"),
     ]
     recipe = load_recipe(recipe_file, overrides)
@@ -98,6 +98,46 @@ def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value
         assert load_recipe(recipe_file, [(field, value)]).logging.memory_interval == 7
     else:
         assert expected in refused(recipe_file, (field, value))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"model.memory.depth": "1", "model.memory.expansion": "4"}, "model.memory: memory.expansion is 4, but"),
+        ({"model.memory.depth": "1", "model.memory.activation": "gelu"}, "memory.activation is gelu, but memory.depth"),
+        ({"model.memory.momentum": "false", "model.memory.initial_momentum": "0.5"}, "initial_momentum is 0.5, but"),
+        ({"model.memory.forgetting": "false", "model.memory.initial_forgetting": "0.1"}, "initial_forgetting is 0.1"),
+        ({"model.memory.forgetting": "false", "model.memory.forget_to": "zero"}, "forget_to is zero, but"),
+        ({"model.memory.convolution": "1"}, "or 0 for none"),
+        ({"parallel.keep_gathered_below": "0"}, "keep_gathered_below is 0, but only zero_stage 3"),
+        ({"parallel.gather_ahead_elements": "5"}, "gather_ahead_elements is 5, but only zero_stage 3"),
+        ({"evaluation": "{tokens: 5}", "data.validation": "null"}, "evaluation.tokens is set but data.validation"),
+        ({"schedule": "{kind: constant, min_lr_ratio: 0.5}"}, "min_lr_ratio is unused with kind constant"),
+        ({"optimizer.lr": ".inf"}, "optimizer.lr: inf does not fit"),
+        ({"optimizer.betas": "[.nan, 0.9]"}, "optimizer.betas.0: nan does not fit"),
+        ({"model.memory.step_bound": ".inf"}, "model.memory.step_bound: inf does not fit"),
+        ({"parallel.timeout_minutes": ".inf"}, "parallel.timeout_minutes: inf does not fit"),
+    ],
+)
+def test_a_value_without_effect_or_bound_is_refused(
+    recipe_file: Path, overrides: dict[str, str], expected: str
+) -> None:
+    assert expected in refused(recipe_file, *overrides.items())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.memory.depth": "1", "model.memory.momentum": "false", "model.memory.forgetting": "false"},
+        {"schedule": "{kind: constant}", "data.validation": "null", "evaluation": "{}"},
+        {"model": "{preset: delta-tiny, vocab_size: 400}"},
+    ],
+)
+def test_what_is_left_unused_may_be_written_out(recipe_file: Path, tmp_path: Path, overrides: dict[str, str]) -> None:
+    recipe = load_recipe(recipe_file, list(overrides.items()))
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(again) == recipe
 
 
 def test_bf16_without_zero_is_refused_with_the_reason(recipe_file: Path) -> None:

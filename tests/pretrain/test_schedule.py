@@ -39,7 +39,7 @@ def test_a_run_that_is_all_warm_up_has_no_division_by_zero() -> None:
     [
         ({"kind": "wsd"}, "needs decay_tokens"),
         ({"kind": "cosine", "decay_tokens": 10}, "belongs to kind wsd"),
-        ({"kind": "constant", "min_lr_ratio": 0.1}, "unused with kind constant"),
+        ({"kind": "constant", "min_lr_ratio": 0.2}, "unused with kind constant"),
     ],
 )
 def test_unused_and_missing_options_are_refused(fields: dict[str, Any], message: str) -> None:
