@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from parallel import process
 from parallel.process import World
 from pretrain.agreement import SharedUserError
+from pretrain.durable import file_sha256, sync
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -74,7 +74,7 @@ def problems(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
             size = path.stat().st_size
             if size != expected["bytes"]:
                 found.append(f"{path} has {size} bytes, {expected['bytes']} were written")
-            elif _sha256(path) != expected["sha256"]:
+            elif file_sha256(path) != expected["sha256"]:
                 found.append(f"{path} is altered (its sha256 is not the manifest's)")
         except OSError as error:
             found.append(f"{path}: {error.strerror or error}")
@@ -108,8 +108,8 @@ class Checkpoints:
             for path in write(partial):
                 # safetensors writes for the owner alone, and the one who exports may be another.
                 path.chmod(partial.stat().st_mode & 0o666)
-                _make_durable(path)
-                entries[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+                sync(path)
+                entries[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
         except (OSError, SafetensorError) as failure:
             error = _explain(failure, partial)
         gathered = process.gather_objects((entries, error))
@@ -155,13 +155,13 @@ class Checkpoints:
 
     def _publish(self, partial: Path, final: Path, files: FileEntries) -> None:
         _write_durable(partial / MANIFEST, _manifest_text(files))
-        _make_durable(partial)
+        sync(partial)
         partial.rename(final)
-        _make_durable(self.folder)
+        sync(self.folder)
         temporary = self.folder / f".{LATEST}"
         _write_durable(temporary, final.name + "\n")
         temporary.replace(self.folder / LATEST)
-        _make_durable(self.folder)
+        sync(self.folder)
         others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
         for old in others[self.keep - 1 :]:
             hidden = old.with_name(f".removed-{old.name}")  # so that a death here leaves no half of a checkpoint
@@ -223,17 +223,4 @@ def _set_aside(folder: Path) -> None:
 
 def _write_durable(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _make_durable(path)
-
-
-def _make_durable(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync(path)

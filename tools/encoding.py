@@ -16,7 +16,7 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as model_format
 
-from pretrain.data.format import file_sha256
+from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
 SPACE_SYMBOL = "\u2581"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import ModelConfig, TitansLM
-from pretrain.data.format import file_sha256
+from pretrain.durable import file_sha256, sync
 from pretrain.errors import UserError
 from tools.encoding import Tokenizer
 
@@ -97,11 +97,7 @@ def write_model_directory(
 def _replace(building: Path, output: Path) -> None:
     """Puts a finished folder in the place of an older one, which is removed only when the new one is there."""
     for path in (*building.iterdir(), building):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
     old = building.with_name(f"{building.name}.old")
     if output.exists():
         os.replace(output, old)

@@ -35,7 +35,6 @@ PARTS = ("train", "validation")
 INDEX_DTYPE = np.dtype([("shard", "<i8"), ("offset", "<i8"), ("tokens", "<i8"), ("text_bytes", "<i8")])
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-READ_BLOCK = 1 << 22
 
 
 class _Entry(BaseModel):
@@ -141,15 +140,6 @@ class Manifest(_Entry):
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     """The smallest of the two dtypes that holds every id of a vocabulary of `vocab_size`."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file as hexadecimal text, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(READ_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def find_sets(folder: Path) -> list[Path]:

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pretrain.data.files import OpenFiles
-from pretrain.data.format import DTYPES, INDEX_DTYPE, FileEntry, Manifest, file_sha256
+from pretrain.data.format import DTYPES, INDEX_DTYPE, FileEntry, Manifest
+from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
 Verify = Literal["sizes", "hashes"]

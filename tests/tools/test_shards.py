@@ -18,7 +18,8 @@ import sentencepiece
 import webdataset
 
 from pretrain.data import ShardSet
-from pretrain.data.format import FileEntry, file_sha256
+from pretrain.data.format import FileEntry
+from pretrain.durable import file_sha256
 from tests.data_cases import AWKWARD, documents, make_shards, make_tokenizer, write_jsonl
 from tools.encoding import Tokenizer
 from tools.shards.__main__ import main

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.data.format import MANIFEST_NAME, PARTS, Manifest, SplitEntry
+from pretrain.durable import sync
 from pretrain.errors import UserError
 from tools.command import Progress, count, writing
 from tools.documents import Document, DocumentReader
 from tools.encoding import Tokenizer
-from tools.shards.writer import SetWriter, sync
+from tools.shards.writer import SetWriter
 
 DEFAULT_SHARD_TOKENS = 1 << 26
 DEFAULT_VALIDATION_FRACTION = 0.01

@@ -27,9 +27,9 @@ from pretrain.data.format import (
     ShardEntry,
     SplitEntry,
     TokenizerEntry,
-    file_sha256,
     token_dtype,
 )
+from pretrain.durable import file_sha256, sync
 from tools.encoding import Tokenizer
 
 
@@ -152,12 +152,3 @@ class SetWriter:
     def _entry(self, name: str) -> FileEntry:
         path = self._folder / name
         return FileEntry(name=name, sha256=file_sha256(path), bytes=path.stat().st_size)
-
-
-def sync(path: Path) -> None:
-    """Brings a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
