@@ -13,8 +13,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch", description="Start the training processes of a recipe.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     local.add_parser(subparsers)
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
     try:
+        if unknown:
+            raise UserError(f"{unknown[0]}: training's options stand after the recipe, the launcher's before it")
         return int(options.run(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ docs.
 from __future__ import annotations
 
 import argparse
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from model.presets import PRESETS
 from pretrain.config import Recipe
 from pretrain.errors import UserError
 from pretrain.quantities import parse_tokens
-from pretrain.recipe_errors import kind_of, sections_in
+from pretrain.recipe_errors import kind_of, sections_in, suggest
 
 _DESCRIPTION = """Train a model as a recipe says.
 
@@ -29,6 +30,9 @@ Every field of the recipe can be set with --section.field VALUE (or --section.fi
 stopped goes on from its newest whole checkpoint when the same command is given again.
 
 Exit codes: 0 done; 2 something in the recipe, the data, a checkpoint or the disk has to be mended first; 1 a crash."""
+
+
+_OPTIONS = ("help", "resume", "dry-run", "ranks")
 
 
 @dataclass(frozen=True)
@@ -65,28 +69,36 @@ def parse(arguments: Sequence[str] | None) -> Options:
         "--dry-run", action="store_true", help="print the resolved recipe, sizes, FLOPs and memory, and do nothing"
     )
     parser.add_argument("--ranks", type=int, help="with --dry-run: for how many ranks (default: as launched, or 1)")
-    known, rest = parser.parse_known_args(arguments)
+    words, overrides = _split(sys.argv[1:] if arguments is None else arguments)
+    known, stray = parser.parse_known_args(words)
+    if stray:
+        raise UserError(f"unexpected argument {stray[0]!r}: options are --section.field VALUE; see --help")
     if known.ranks is not None and not known.dry_run:
         raise UserError("--ranks belongs to --dry-run: how many ranks train is the launcher's to say")
     if known.ranks is not None and known.ranks < 1:
         raise UserError(f"--ranks {known.ranks}: give a number above 0")
-    return Options(known.recipe, known.resume, known.dry_run, known.ranks, _overrides(rest))
+    return Options(known.recipe, known.resume, known.dry_run, known.ranks, overrides)
 
 
-def _overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The words for argparse, and the overrides with their values, wherever among them they stand."""
+    own: list[str] = []
     pairs: list[tuple[str, str]] = []
-    words = iter(rest)
+    words = iter(arguments)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not name:
-            raise UserError(f"unexpected argument {word!r}: options are --section.field VALUE; see --help")
+        if not word.startswith("--") or not name or name in _OPTIONS:
+            own.append(word)
+            continue
+        if "." not in name and name not in Recipe.model_fields:
+            raise UserError(f"--{name}: unknown; {suggest(name, [*_OPTIONS, *Recipe.model_fields])}")
         if not equals:
             following = next(words, None)
             if following is None or (following.startswith("--") and len(following) > 2):
                 raise UserError(f"{word} has no value: give --{name} VALUE")
             value = following
         pairs.append((name, value))
-    return pairs
+    return own, pairs
 
 
 def fields_help() -> str:

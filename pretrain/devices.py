@@ -41,13 +41,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak_resident_bytes()
 
 
-def peak_resident_bytes() -> int:
+def peak_resident_bytes(status: Path = Path("/proc/self/status")) -> int:
     """The most host memory that this process has had resident.
 
-    From /proc where there is one: ru_maxrss begins with what the process that started this one had.
+    From /proc where it says so (some sandboxes' does not): ru_maxrss begins with what the process that started this
+    one had.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

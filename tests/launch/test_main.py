@@ -24,6 +24,7 @@ def test_help(arguments, capsys):
         (["--port", "70000", DEMO], "--port 70000"),
         (["--grace", "-1", DEMO], "--grace -1"),
         ([DEMO, "--nproc", "2"], "write it before"),
+        (["--optimizer.lr", "5e-4", DEMO], "--optimizer.lr: training's options stand after the recipe"),
         (["no-such.yaml"], "no-such.yaml"),
         ([DEMO, "--training.batch_tokenz", "4096"], "batch_tokens"),
         (["--nproc", "3", DEMO], "training.batch_tokens"),

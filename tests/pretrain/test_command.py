@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from pretrain.__main__ import main
+from pretrain.command_line import parse
 from pretrain.config import load_recipe
 from tests.training_cases import events, losses, make_data, pretrain, write_recipe
 
@@ -99,6 +100,7 @@ def test_a_dry_run_counts_parameters_and_shares_them_out(data: Path, tmp_path: P
         (["--model.segment", "20"], "segment is 20"),
         (["--optimizer.lr"], "--optimizer.lr has no value"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--dryrun"], "--dryrun: unknown; did you mean dry-run?"),
         (["--ranks", "2"], "--ranks belongs to --dry-run"),
         (["--model.vocab_size", "100", "--dry-run"], "set model.vocab_size to 400"),
     ],
@@ -111,6 +113,13 @@ def test_mistakes_end_with_code_2_and_the_fix(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_options_may_stand_before_the_recipe() -> None:
+    before = parse(["--optimizer.lr", "5e-4", "--name=a", "--resume", "never", "recipe.yaml", "--seed", "-1"])
+    assert before == parse(["recipe.yaml", "--optimizer.lr=5e-4", "--name", "a", "--seed=-1", "--resume=never"])
+    assert before.overrides == [("optimizer.lr", "5e-4"), ("name", "a"), ("seed", "-1")]
+    assert (str(before.recipe), before.resume) == ("recipe.yaml", "never")
 
 
 def test_two_ranks_say_a_mistake_once(data: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from parallel.process import World
 from pretrain.config import load_recipe
-from pretrain.devices import peak_flops, peak_memory_bytes
+from pretrain.devices import peak_flops, peak_memory_bytes, peak_resident_bytes
 from pretrain.errors import UserError
 from pretrain.loop import open_log as open_run_log
 from pretrain.metrics import RunLog, Stopwatch, duration
@@ -170,6 +170,15 @@ def test_the_stopwatch_counts_only_what_ran_between(monkeypatch: pytest.MonkeyPa
     watch.stop()
     assert watch.lap() == 1.0
     assert watch.mean == pytest.approx(7 / 3)
+
+
+@pytest.mark.parametrize("text", ["Name:\tpython\nVmRSS:\t 100 kB\n", None])
+def test_peak_memory_is_known_where_proc_does_not_say_it(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "status").write_text(text)
+    assert peak_resident_bytes(tmp_path / "status") > 10**6
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t 77 kB\n")
+    assert peak_resident_bytes(tmp_path / "status") == 77 * 1024
 
 
 def test_an_unknown_device_has_no_peak() -> None:
