@@ -56,6 +56,8 @@ def problems(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
 
     Args:
         share, shares: check only every `shares`-th file from the `share`-th on, so that ranks can divide the reading.
+
+    Raises OSError for what cannot be read now and may be whole all the same.
     """
     manifest = folder / MANIFEST
     try:
@@ -65,7 +67,7 @@ def problems(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
             return [f"{manifest} is altered (it does not have the sha256 that it names)"]
     except FileNotFoundError:
         return [f"{manifest} is missing"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         return [f"{manifest} is damaged ({error})"]
     found = []
     for name in sorted(files)[share::shares]:
@@ -76,8 +78,8 @@ def problems(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
                 found.append(f"{path} has {size} bytes, {expected['bytes']} were written")
             elif file_sha256(path) != expected["sha256"]:
                 found.append(f"{path} is altered (its sha256 is not the manifest's)")
-        except OSError as error:
-            found.append(f"{path}: {error.strerror or error}")
+        except FileNotFoundError:
+            found.append(f"{path} is missing")
     return found
 
 
@@ -127,7 +129,7 @@ class Checkpoints:
         wrong.
 
         Raises:
-            SharedUserError: there are checkpoints but none is whole.
+            SharedUserError: there are checkpoints but none is whole, or one cannot be read.
         """
         candidates = process.broadcast_object(list_checkpoints(self.folder))
         if not candidates:
@@ -144,8 +146,22 @@ class Checkpoints:
         )
 
     def check(self, folder: Path) -> list[str]:
-        """What is wrong with one checkpoint, the ranks dividing the reading; the same list on every rank."""
-        parts = process.gather_objects(problems(folder, share=self.world.rank, shares=self.world.size))
+        """What is wrong with one checkpoint, the ranks dividing the reading; the same list on every rank.
+
+        Raises:
+            SharedUserError: a rank cannot read it (an error of the disk, say): it may be whole all the same.
+        """
+        own, error = [], None
+        try:
+            own = problems(folder, share=self.world.rank, shares=self.world.size)
+        except OSError as failure:
+            error = _explain(failure, folder)
+        if message := process.first_error(error):
+            raise SharedUserError(
+                f"checkpoint {folder.name} cannot be read: {message}; nothing was changed: try again once it can be "
+                "read, or move it away to go on from the one before"
+            )
+        parts = process.gather_objects(own)
         return list(dict.fromkeys(problem for part in parts for problem in part))
 
     def _make_room(self, partial: Path) -> None:

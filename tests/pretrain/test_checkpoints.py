@@ -108,6 +108,27 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken(checkpoints: Checkpo
     assert names(checkpoints)[-2:] == ["step-00000001", "step-00000002"]
 
 
+@pytest.mark.parametrize("name", ["weights.bin", "manifest.json"])
+def test_an_error_in_reading_is_no_damage(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    checkpoints.save(1, write)
+    newest = checkpoints.save(2, write)
+    opened = open
+
+    def failing(path: object, *arguments: object, **options: object) -> object:
+        if path == newest / name:
+            raise OSError(5, "Input/output error", str(path))
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", failing)
+        patch.setattr("io.open", failing)  # what pathlib calls
+        with pytest.raises(SharedUserError, match=rf"step-00000002 cannot be read: .*{name}: Input/output error"):
+            checkpoints.newest_whole(pytest.fail)
+    assert checkpoints.newest_whole(pytest.fail) == newest
+
+
 def test_a_flipped_manifest_never_passes(checkpoints: Checkpoints) -> None:
     folder = checkpoints.save(1, write)
     manifest = folder / "manifest.json"
