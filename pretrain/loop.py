@@ -22,6 +22,7 @@ from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
 from pretrain.finite import FiniteWatch
+from pretrain.folder_lock import alone_in
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.optimizer import build_optimizer
 from pretrain.resume import TrainerState, choose_checkpoint, restore, write_checkpoint
@@ -38,14 +39,19 @@ def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
         resume: "auto" (the newest whole checkpoint of the folder, if any), "never", or a checkpoint's folder.
 
     Raises:
-        UserError: sizes that do not fit, shards or checkpoints that are missing, damaged or of another run, no
-            disk space.
+        UserError: sizes that do not fit, shards or checkpoints that are missing, damaged or of another run, another
+            run in the same folder, no disk space.
         FloatingPointError: the loss or the gradient of a step was not finite; the checkpoints from before are there.
     """
     with agreed():
         batches = recipe.batches(world.size)
         data = recipe.data.open(recipe.data_seed(), Share(world.local_rank, world.local_size))
         check_vocabulary(recipe, data.train)
+    with alone_in(recipe.folder, world):
+        _train_alone(recipe, world, batches, data, resume)
+
+
+def _train_alone(recipe: Recipe, world: World, batches: Batches, data: Data, resume: str) -> None:
     checkpoints = Checkpoints(recipe.folder / CHECKPOINTS_FOLDER, recipe.checkpoint.keep, world)
     warnings: list[str] = []
     start_from = choose_checkpoint(checkpoints, resume, warnings.append)

@@ -32,9 +32,7 @@ def test_a_process_that_nobody_launched_is_a_world_of_one() -> None:
 
 
 @pytest.mark.parametrize(("said", "expected"), [(None, "1"), ("2", "2"), ("3", "1")])
-def test_ranks_know_how_many_share_their_node(
-    monkeypatch: pytest.MonkeyPatch, said: str | None, expected: str
-) -> None:
+def test_ranks_know_how_many_share_their_node(monkeypatch: pytest.MonkeyPatch, said: str | None, expected: str) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if said is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", said)

@@ -109,9 +109,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken(checkpoints: Checkpo
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "manifest.json"])
-def test_an_error_in_reading_is_no_damage(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_an_error_in_reading_is_no_damage(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     checkpoints.save(1, write)
     newest = checkpoints.save(2, write)
     opened = open

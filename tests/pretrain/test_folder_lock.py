@@ -1,0 +1,78 @@
+"""A second run in the same folder is refused, and the folder is free again once the first has ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from parallel import process
+from parallel.process import World
+from pretrain.agreement import SharedUserError
+from pretrain.config import load_recipe
+from pretrain.folder_lock import LOCK_FILE, alone_in
+from pretrain.loop import train
+from tests.training_cases import make_data, write_recipe
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[World]:
+    alone = process.initialize("cpu")
+    yield alone
+    process.shutdown()
+
+
+def test_a_folder_is_one_runs_until_it_ends(tmp_path: Path, world: World) -> None:
+    folder = tmp_path / "runs" / "a"
+    with alone_in(folder, world):
+        with pytest.raises(SharedUserError, match=r"another run is training in it.* --folder"), alone_in(folder, world):
+            pass
+        with alone_in(tmp_path / "runs" / "b", world):
+            pass
+    with alone_in(folder, world):
+        pass
+
+
+def test_a_killed_runs_folder_is_free(tmp_path: Path, world: World) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / LOCK_FILE)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        with pytest.raises(SharedUserError), alone_in(tmp_path, world):
+            pass
+        holder.kill()
+    with alone_in(tmp_path, world):
+        pass
+
+
+def test_a_folder_without_locks_is_said_and_used(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with alone_in(tmp_path, world):
+        pass
+    assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
+
+
+def test_training_holds_its_folder(tmp_path: Path, world: World) -> None:
+    path = write_recipe(make_data(tmp_path / "data"), tmp_path / "run", steps=2)
+    with alone_in(tmp_path / "run", world), pytest.raises(SharedUserError, match="another run is training in it"):
+        train(load_recipe(path), world)
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path, world: World) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(SharedUserError, match="give a --folder"), alone_in(tmp_path / "run", world):
+        pass
