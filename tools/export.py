@@ -33,17 +33,24 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a checkpoint, or the folder of a run")
     if (path / MANIFEST).is_file() or checkpoint_step(path) is not None:
-        if found := problems(path):
+        if found := _problems(path):
             raise UserError(f"{path} is not whole: {'; '.join(found)}; export another checkpoint")
         return path
     candidates = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not candidates:
         raise UserError(f"{path}: holds no checkpoints; give a checkpoint, or the folder of a run")
     for candidate in candidates:
-        if not (found := problems(candidate)):
+        if not (found := _problems(candidate)):
             return candidate
         print(f"warning: {candidate} is not whole and not used: {'; '.join(found)}", file=sys.stderr)
     raise UserError(f"{path}: no checkpoint in it is whole; restore one from a copy")
+
+
+def _problems(checkpoint: Path) -> list[str]:
+    try:
+        return problems(checkpoint)
+    except OSError as error:
+        raise UserError(f"{error.filename or checkpoint}: cannot be read: {error.strerror}; try again") from error
 
 
 def export(checkpoint: Path, output: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> Path:
