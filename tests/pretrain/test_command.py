@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -212,14 +212,9 @@ def test_another_tokenizers_or_datas_checkpoint_is_refused(run_copy: Path, tmp_p
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small tmpfs is not allowed here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def small_disk(mount_disk: Callable[[str], Path]) -> Path:
+    """A file system of 1.5 MB."""
+    return mount_disk("1500k")
 
 
 def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(data: Path, small_disk: Path, tmp_path: Path) -> None:

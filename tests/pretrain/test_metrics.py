@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,15 +85,9 @@ def test_progress_in_a_file_is_a_line_every_few_seconds(tmp_path: Path, capsys: 
 
 
 @pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
+def full_disk(mount_disk: Callable[[str], Path]) -> Path:
     """A file system of 1 MB with an open log in it, filled up behind the log's back."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small tmpfs is not allowed here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    return mount_disk("1m")
 
 
 def fill(folder: Path) -> None:
