@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -15,28 +16,30 @@ PREFILL_TOKENS = 1024
 """Tokens of a prompt that are read at a time: bounds the logits and activations of a long one."""
 
 
-def generate(
-    model: TitansLM,
-    tokens: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    state: ModelState | None = None,
-    stop_token: int | None = None,
-) -> Tensor:
+class SamplingOptions(TypedDict, total=False):
+    """What `generate` and `generate_stream` may be told beside the prompt and the length."""
+
+    temperature: float
+    """Divides the logits (default 1.0); 0 takes the likeliest token."""
+    top_k: int | None
+    """Sample among the k likeliest tokens only."""
+    top_p: float | None
+    """Sample among the fewest tokens whose probability reaches p."""
+    generator: torch.Generator | None
+    """Source of randomness, on the model's device; None for torch's global one."""
+    state: ModelState | None
+    """What the model has read before the prompt."""
+    stop_token: int | None
+    """Ends a row, whose remaining tokens repeat it; generation ends when all rows have."""
+
+
+def generate(model: TitansLM, tokens: Tensor, *, max_new_tokens: int, **options: Unpack[SamplingOptions]) -> Tensor:
     """Continues each row of a prompt.
 
     Args:
         tokens: [B, T] int64, T >= 1: what the model reads first, after what `state` has seen.
         max_new_tokens: length of the continuation, at least 1.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among the k likeliest tokens only.
-        top_p: sample among the fewest tokens whose probability reaches p.
-        generator: source of randomness, on the model's device; None for torch's global one.
-        stop_token: ends a row, whose remaining tokens repeat it; generation ends when all rows have.
+        options: those of `SamplingOptions`.
 
     Returns:
         [B, n] int64, the new tokens alone, n <= max_new_tokens.
@@ -44,22 +47,7 @@ def generate(
     Raises:
         ValueError: an option out of its range.
     """
-    return torch.stack(
-        list(
-            generate_stream(
-                model,
-                tokens,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                generator=generator,
-                state=state,
-                stop_token=stop_token,
-            )
-        ),
-        dim=1,
-    )
+    return torch.stack(list(generate_stream(model, tokens, max_new_tokens=max_new_tokens, **options)), dim=1)
 
 
 def generate_stream(
