@@ -111,6 +111,8 @@ class ModelConfig(BaseModel):
     """Learned tokens per layer that attention always sees."""
     join: Literal["sum", "product"] = "sum"
     """mac, mag: how attention and memory meet: a gated sum of both, or one times sigmoid of the other (paper)."""
+    mac_writes: Literal["residual", "attention"] = "residual"
+    """mac: what its memory is taught and asked with: tokens plus attention's output, or that output alone (paper)."""
     rope_base: float = Field(default=10_000.0, gt=1)
     """Base of the rotary phases of the attention."""
     tie_embeddings: bool = True
@@ -202,3 +204,5 @@ class ModelConfig(BaseModel):
             )
         if self.variant not in ("mac", "mag") and self.join != "sum":
             raise ValueError(f"join is {self.join}, but only mac and mag join attention and memory: remove it")
+        if self.variant != "mac" and self.mac_writes != "residual":
+            raise ValueError(f"mac_writes is {self.mac_writes}, but variant is {self.variant}: remove it")

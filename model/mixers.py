@@ -88,13 +88,15 @@ class MacMixer(nn.Module):
     """MAC: attention over the running segment and what the memory recalls for it (section 4.1).
 
     Within a segment, token i attends to [persistent | h_j, j <= i | x_j, j <= i], where h_j = M(q_j) at the segment's
-    start; its output y_i is written to the memory and read back at token i, and both are joined. The paper writes the
-    segment as a whole and lets every token see every h_j: both would show a token its future.
+    start; its output y_i, added to the token, is written to the memory and read back at token i, and y and the read are
+    joined. The paper writes the segment as a whole and lets every token see every h_j: both would show a token its
+    future.
     """
 
     def __init__(self, config: ModelConfig, scale: float) -> None:
         super().__init__()
         self.segment = config.segment
+        self.writes_tokens = config.mac_writes == "residual"
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = AttentionLayer(config, 1.0)
         # Attention averages: its output is many times smaller than a token, and so would be what the memory is taught.
@@ -128,7 +130,8 @@ class MacMixer(nn.Module):
         """Tokens of one segment, or of a part of it: attention's and memory's outputs, the state behind them."""
         context, memory = self.memory.read_segment(tokens, state.memory, restart)
         y, cache = self.attention(tokens, rotary, state.attention, context)
-        m, memory, stats = self.memory(self.written(y), memory, None, with_stats)
+        written = self.written(tokens + y if self.writes_tokens else y)
+        m, memory, stats = self.memory(written, memory, None, with_stats)
         if cache.k.shape[1] == self.segment:
             return y, m, LayerState(end_segment(memory), None), stats
         return y, m, LayerState(memory, cache), stats

@@ -11,7 +11,13 @@ from model import ModelConfig, TitansLM
 _MEMORY = {"depth": 2, "expansion": 2, "chunk": 4}
 CASES = {
     "mac": {"variant": "mac", "segment": 8, "num_persistent": 3, "memory": _MEMORY},
-    "mac-product": {"variant": "mac", "segment": 4, "join": "product", "memory": {**_MEMORY, "convolution": 0}},
+    "mac-paper": {
+        "variant": "mac",
+        "segment": 4,
+        "join": "product",
+        "mac_writes": "attention",
+        "memory": {**_MEMORY, "convolution": 0},
+    },
     "mag": {"variant": "mag", "window": 6, "num_persistent": 3, "memory": _MEMORY},
     "mag-deep": {
         "variant": "mag",

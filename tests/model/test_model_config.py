@@ -56,6 +56,7 @@ _SMALL = {"vocab_size": 31, "dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim
         ({"variant": "mag", "window": 8}, ["memory is missing"]),
         ({"variant": "mal", "window": 8, "segment": 64, "memory": {}}, ["segment is 64", "remove"]),
         ({"variant": "mal", "window": 8, "join": "product", "memory": {}}, ["join is product", "remove"]),
+        ({"variant": "lmm", "mac_writes": "attention", "memory": {}}, ["mac_writes is attention", "remove"]),
         ({"variant": "lmm", "window": 8, "memory": {}}, ["window is 8", "no attention"]),
         ({"variant": "lmm", "num_persistent": 2, "memory": {}}, ["num_persistent is 2", "set it to 0"]),
         ({"variant": "lmm", "rope_base": 5e5, "memory": {}}, ["rope_base is 500000.0", "remove"]),

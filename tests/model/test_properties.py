@@ -177,3 +177,14 @@ def test_parameters_are_used_in_their_owners_forward_only(case, small_model, dra
     second = model(tokens, first.state.reset_rows(torch.tensor([True, False])))
     assert torch.equal(first.logits, expected[0])
     assert torch.equal(second.logits, expected[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("writes", ["residual", "attention"])
+def test_the_macs_memory_is_taught_the_tokens_or_attentions_output_alone(writes, small_model, draw_tokens) -> None:
+    model, tokens = small_model("mac", mac_writes=writes), draw_tokens(2, LENGTH)
+    for block in model.blocks:
+        block.mixer.attention.output.weight.zero_()  # attention says nothing: the memory alone looks past a segment
+    changed = torch.cat(((tokens[:, :1] + 1) % 31, tokens[:, 1:]), 1)
+    later = (model(tokens).logits[:, 9:] - model(changed).logits[:, 9:]).abs().amax()
+    assert later > 1e-6 if writes == "residual" else later == 0
