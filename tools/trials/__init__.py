@@ -1,0 +1,1 @@
+"""Trials: many small runs that show what each part of a model is worth, and their report."""
