@@ -1,0 +1,50 @@
+"""The tables of tools/trials/FINDINGS.md are those that its record gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.tools.trials.report_cases import full_record
+from tools.trials.record import read_record, write_record
+from tools.trials.report import new_findings
+
+TRIALS = Path(__file__).parents[3] / "tools" / "trials"
+
+
+def stale(folder: Path) -> str | None:
+    """What is wrong with a folder's findings; None where they are the record's, and where there are neither."""
+    findings, record = folder / "FINDINGS.md", folder / "records" / "cpu.json"
+    if findings.is_file() != record.is_file():
+        there, absent = (findings, record) if findings.is_file() else (record, findings)
+        return f"{there.relative_to(folder)} is there without {absent.relative_to(folder)}"
+    if findings.is_file() and new_findings(findings, read_record(record)) != findings.read_text(encoding="utf-8"):
+        return "the tables are not those of the record: python -m tools.trials report RECORD --findings FINDINGS.md"
+    return None
+
+
+def test_findings_show_the_tables_of_their_record():
+    assert stale(TRIALS) is None
+
+
+def test_records_are_whole():
+    """Every run of a committed record has a result, and was made from committed code."""
+    for path in TRIALS.glob("records/*.json"):
+        record = read_record(path)
+        assert record.missing() == [], path
+        assert [run for run in record.results if run.environment["uncommitted_changes"]] == [], path
+
+
+def test_findings_and_record_that_differ_are_seen(tmp_path):
+    assert stale(tmp_path) is None
+    findings = tmp_path / "FINDINGS.md"
+    findings.write_text("<!-- table: text -->\n<!-- end -->\n")
+    assert stale(tmp_path) == "FINDINGS.md is there without records/cpu.json"
+    record = full_record()
+    write_record(record, tmp_path / "records" / "cpu.json")
+    assert "not those of the record" in stale(tmp_path)
+    findings.write_text(new_findings(findings, record))
+    assert stale(tmp_path) is None
+    write_record(record.model_copy(update={"results": record.results[:-1]}), tmp_path / "records" / "cpu.json")
+    assert "not those of the record" in stale(tmp_path)
+    findings.unlink()
+    assert stale(tmp_path) == "records/cpu.json is there without FINDINGS.md"
