@@ -30,6 +30,7 @@ def deepspeed_config(
         on_gpu: overlap communication with the backward pass (needs streams).
     """
     bucket = min(config.bucket_elements, num_parameters)
+    bucket += bucket % 2  # ZeRO 1 and 2 refuse odd ones
     ahead = min(config.gather_ahead_elements, num_parameters)
     # Without ZeRO in fp32 DeepSpeed reports no gradient norm: the engine clips by itself there.
     clip_inside = gradient_clip if config.zero_stage > 0 else 0.0

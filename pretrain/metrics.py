@@ -81,10 +81,12 @@ class RunLog:
                     self._board.add_scalar(name, value, step)
 
     def layers(self, step: int, stats: Sequence[Mapping[str, float]]) -> None:
-        """Add each layer's statistics: curves `memory/<statistic>/layer<number>`."""
+        """Add each layer's statistics: curves `memory/<statistic>/layer<number>`, and an event where there are any."""
         self.scalars(
             step, {f"memory/{key}/layer{n:02d}": v for n, layer in enumerate(stats) for key, v in layer.items()}
         )
+        if any(stats):
+            self.event("memory", step=step, layers=[dict(layer) for layer in stats])
 
     def progress(self, step: int, loss: float, rate: float, tokens_per_second: float, seconds_left: float) -> None:
         """Show where the run stands: one line written over on a terminal, a line every few seconds elsewhere."""

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from model import TitansLM
 from pretrain.data import ShardSet, sequential_batches
 from pretrain.errors import UserError
 from tools.command import Progress, positive_int, run_command, writing
@@ -102,10 +103,10 @@ def first_of(bucket: int) -> int:
 
 @torch.no_grad()
 def evaluate(
-    loaded: LoadedModel, source: ShardSet | EncodedText, *, context: int, batch_size: int, max_tokens: int | None
+    model: TitansLM, source: ShardSet | EncodedText, *, context: int, batch_size: int, max_tokens: int | None
 ) -> Iterator[Score]:
     """Scores the source row by row; yields the running score after each batch."""
-    device = next(loaded.model.parameters()).device
+    device = next(model.parameters()).device
     token_bytes = torch.from_numpy(np.asarray(source.token_bytes))
     score = Score()
     batches = sequential_batches(source, sequence_length=context, batch_size=batch_size, max_tokens=max_tokens)
@@ -113,7 +114,7 @@ def evaluate(
         state = None
         for start in range(0, context, PIECE):
             tokens, targets = (x[:, start : start + PIECE] for x in (batch.tokens, batch.targets))
-            losses, state = loaded.model.token_losses(tokens.to(device), targets.to(device), state)
+            losses, state = model.token_losses(tokens.to(device), targets.to(device), state)
             score.add(losses.cpu(), targets, start, token_bytes)
         yield score
 
@@ -179,7 +180,7 @@ def run(arguments: argparse.Namespace) -> None:
     progress = Progress(total)
     score = Score()
     for score in evaluate(
-        loaded, source, context=context, batch_size=arguments.batch_size, max_tokens=arguments.max_tokens
+        loaded.model, source, context=context, batch_size=arguments.batch_size, max_tokens=arguments.max_tokens
     ):
         progress.update(score.tokens, f"{score.tokens:,} of {total:,} tokens, loss {score.nats / score.tokens:.4f}")
     progress.close()

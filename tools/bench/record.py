@@ -55,17 +55,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def make_record(name: str, arguments: Sequence[str], settings: dict[str, Any], results: Any) -> dict[str, Any]:
-    """The record as JSON-ready values; `arguments` are those after `python -m tools.bench`."""
+def environment() -> dict[str, Any]:
+    """Commit, hardware and versions, as JSON-ready values."""
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "name": name,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m tools.bench", *arguments]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(changed),
         "hardware": hardware(),
         "versions": versions(),
+    }
+
+
+def make_record(name: str, arguments: Sequence[str], settings: dict[str, Any], results: Any) -> dict[str, Any]:
+    """The record as JSON-ready values; `arguments` are those after `python -m tools.bench`."""
+    return {
+        "name": name,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python -m tools.bench", *arguments]),
+        **environment(),
         "settings": settings,
         "results": results,
     }

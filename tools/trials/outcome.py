@@ -1,0 +1,106 @@
+"""A run's folder after the training: what run.jsonl says, put into a result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pretrain.errors import UserError
+from pretrain.metrics import EVENTS_FILE
+from tools.bench.record import environment
+from tools.trials.results import ProbeResult, Result
+from tools.trials.runs import TrialFile
+
+THREADS = 1
+"""CPU threads of a run."""
+
+
+@dataclass
+class Training:
+    """What the events of a training say: see `Result` for what is counted."""
+
+    steps: int = 0
+    tokens: int = 0
+    timed_tokens: int = 0
+    seconds: float = 0.0
+    curve: dict[int, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all recorded intervals; 0 where there is none."""
+        return self.timed_tokens / self.seconds if self.seconds else 0.0
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's events; what a killed run left of a line is no event. Raises UserError."""
+    try:
+        lines = (folder / EVENTS_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / EVENTS_FILE}: cannot be read: {error}") from error
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:  # cut by a kill, and followed by the next attempt's
+            continue
+    return events
+
+
+def training_of(events: list[dict[str, Any]], metric: Literal["accuracy", "loss"]) -> Training:
+    """Reads the events of all attempts of a run, in the order in which they were written."""
+    training = Training()
+    before = 0
+    for event in events:
+        kind = event["event"]
+        if kind in ("start", "resume"):
+            before = event["tokens"]
+        elif kind == "step":
+            tokens = event["tokens"] - before
+            before = event["tokens"]
+            training.timed_tokens += tokens
+            training.seconds += tokens / event["tokens_per_second"]
+            training.steps, training.tokens = event["step"], event["tokens"]
+        elif kind == "eval":
+            training.curve[event["step"]] = event[metric]
+        elif kind == "memory":
+            training.memory = {f"layer {number}": layer for number, layer in enumerate(event["layers"]) if layer}
+    return training
+
+
+def divergence(events: list[dict[str, Any]]) -> str | None:
+    """The error of an attempt whose loss or gradient was not finite; None for any other end."""
+    last = events[-1] if events else {}
+    if last.get("event") != "error" or last.get("type") != FloatingPointError.__name__:
+        return None
+    return f"{last['type']}: {last['message']}"
+
+
+def make_result(
+    folder: Path, trial: TrialFile, probes: Mapping[str, ProbeResult], *, failed: str | None = None
+) -> Result:
+    """The result of the training in a folder and of its probes. Raises UserError for events that cannot be read."""
+    training = training_of(read_events(folder), trial.metric)
+    return Result(
+        study=trial.study,
+        trial=trial.trial,
+        seed=trial.seed,
+        recipe_sha256=trial.recipe_sha256,
+        parameters=trial.parameters,
+        tokens=training.tokens,
+        steps=training.steps,
+        seconds=training.seconds,
+        tokens_per_second=training.tokens_per_second,
+        threads=THREADS,
+        chance=trial.chance,
+        curve=tuple(sorted(training.curve.items())),
+        memory=training.memory,
+        probes=dict(probes),
+        environment=environment(),
+        failed=failed,
+    )
