@@ -12,7 +12,7 @@ from tools.command import duration
 from tools.trials.plots import curves_figure, positions_figure, probes_figure, svg_image
 from tools.trials.record import Record, StudyResults
 from tools.trials.results import Result
-from tools.trials.tables import study_table
+from tools.trials.tables import memory_table, study_table
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -22,7 +22,7 @@ _PAGE = """<!DOCTYPE html>
 <title>Mnemosyne trials</title>
 <style>
 :root {{ color-scheme: light; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto;
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 66rem; margin: 2rem auto;
   padding: 0 1rem; }}
 h1, h2, h3 {{ line-height: 1.25; font-weight: 600; }}
 h2 {{ margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid #ddd; }}
@@ -33,7 +33,9 @@ th, td {{ padding: 0.25rem 0.8rem 0.25rem 0; text-align: right; white-space: now
   vertical-align: top; font-weight: 400; }}
 th:first-child, .facts td {{ text-align: left; }}
 .facts td {{ white-space: normal; }}
-thead th {{ font-weight: 600; border-bottom: 1px solid #999; vertical-align: bottom; }}
+thead th {{ min-width: 5rem; white-space: normal; font-weight: 600; border-bottom: 1px solid #999;
+  vertical-align: bottom; }}
+summary {{ font-weight: 600; cursor: pointer; }}
 img {{ max-width: 100%; height: auto; }}
 .note, .name {{ color: #666; font-size: 0.86rem; }}
 code {{ font-size: 0.86rem; overflow-wrap: anywhere; }}
@@ -93,6 +95,10 @@ def _study(name: str, results: StudyResults) -> str:
         f"Loss by position in the row: {seeds}": positions_figure(results),
     }
     parts += [_plot(heading, figure, title) for heading, figure in plots.items() if figure is not None]
+    memories = memory_table(results)
+    if memories is not None:
+        summary = "What the memories did at the end of training"
+        parts.append(f"<details>\n<summary>{summary}</summary>\n{memories.html()}\n</details>")
     failures = [result for trial in results.study.trials for result in results.diverged(trial)]
     if failures:
         parts.append("<h3>Diverged</h3>\n" + _list(f"{_run(result)}: {result.failed}" for result in failures))
@@ -139,7 +145,7 @@ def _origin(record: Record) -> str:
             environments.append((result.environment, 1))
     for environment, number in environments:
         if len(environments) > 1:
-            facts.append((f"environment of {number} runs", ""))
+            facts.append((f"environment of {number} run{'s' * (number > 1)}", ""))
         facts += [(key.replace("_", " "), _flat(value)) for key, value in environment.items()]
     rows = "\n".join(
         f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in facts

@@ -116,6 +116,25 @@ def _note(results: StudyResults) -> str:
     return note
 
 
+def memory_table(results: StudyResults) -> Table | None:
+    """The memories' last statistics while training, a row for each trial's layer; None where no run has any."""
+    layers: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for trial in results.study.trials:
+        for result in results.finished(trial):
+            for layer, statistics in result.memory.items():
+                for name, value in statistics.items():
+                    layers.setdefault((trial, layer), {}).setdefault(name, []).append(value)
+    names = tuple(dict.fromkeys(name for statistics in layers.values() for name in statistics))
+    rows = tuple(
+        (
+            f"{trial}, {layer}",
+            *(f"{spread(statistics[name]).mean:.4g}" if name in statistics else NOTHING for name in names),
+        )
+        for (trial, layer), statistics in layers.items()
+    )
+    return Table(("memory", *names), rows, "Mean over the seeds that finished.") if rows else None
+
+
 def markdown_report(record: Record) -> str:
     """Every study's title and table as markdown."""
     return "\n\n".join(

@@ -104,7 +104,9 @@ def text(study: str, trial: str, seed: int, gain: float) -> Result:
         probes[name] = {"loss": mean, "bits_per_byte": mean / 2, "tokens": 65536, "row_tokens": context}
         probes[name]["by_position"] = buckets
     curve = [[step, base + 2.5 * math.exp(-step / 200)] for step in range(50, 1000, 50)]
-    return result(study, trial, seed, chance=None, curve=curve, probes=probes)
+    memory = {f"layer {layer}": {"alpha": 0.01, "eta": 0.9 + 0.05 * seed} for layer in (0, 2)}
+    memory = {} if trial == "transformer" else memory
+    return result(study, trial, seed, chance=None, curve=curve, probes=probes, memory=memory)
 
 
 def full_record() -> Record:

@@ -63,6 +63,11 @@ def test_what_failed_and_what_is_missing_is_said(page):
     assert {"mal: seed 2", "transformer: seed 2"} <= set(page.text)
 
 
+def test_the_memories_statistics_can_be_opened(page):
+    assert page.text.count("What the memories did at the end of training") == 1
+    assert {"mac, layer 0", "mac, layer 2", "0.925"} <= set(page.text)
+
+
 def test_how_the_results_were_made_stands_at_the_end(page):
     end = page.text[page.text.index("How these results were made") :]
     assert {"python -m tools.trials run", "1 h 30 min", ENVIRONMENT["commit"]} <= set(end)
@@ -74,4 +79,4 @@ def test_runs_of_two_environments_are_told_apart():
     record = full_record()
     other = record.results[0].model_copy(update={"environment": {"commit": "fedcba"}})
     text = html_page(record.model_copy(update={"results": (other, *record.results[1:])}))
-    assert "environment of 1 runs" in text and "environment of 50 runs" in text and "fedcba" in text
+    assert "environment of 1 run<" in text and "environment of 50 runs" in text and "fedcba" in text

@@ -6,7 +6,7 @@ import pytest
 
 from tests.tools.trials.report_cases import full_record, result
 from tools.trials.record import Record, StudyRecord
-from tools.trials.tables import study_table
+from tools.trials.tables import memory_table, study_table
 
 
 def table(*results, metric="accuracy", seeds=(0, 1, 2), trials=("a",), probes=("p",)):
@@ -78,3 +78,12 @@ def test_every_study_of_a_record_has_a_row_per_trial():
         rows = study_table(record.of_study(name)).rows
         assert tuple(row[0] for row in rows) == study.trials
         assert {len(row) for row in rows} == {5 + len(study.probes)}
+
+
+def test_statistics_of_memories_are_means_over_the_seeds():
+    record = full_record()
+    found = memory_table(record.of_study("text"))
+    assert found.header == ("memory", "alpha", "eta")
+    names = [f"{trial}, layer {layer}" for trial in ("lmm", "mac") for layer in (0, 2)]
+    assert found.rows == tuple((name, "0.01", "0.925") for name in names)
+    assert memory_table(record.of_study("variants")) is None
