@@ -88,6 +88,13 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
 
     # Building this shared-memory operator takes 20 to 60 s and a compiler; only tensor-parallel inference calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its Muon, which is not used here, is imported with every optimizer and asks for compiled functions as it is: that
+    # imports torch's compiler, a quarter of the start of a run.
+    compiler, torch.compile = torch.compile, _not_compiled
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = compiler
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # ZeRO 3 warns of outputs that are no tuples: `_LossModule` unpacks the model's, and no parameter is used
     # outside its own module.
@@ -95,6 +102,10 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     # torch >= 2.13 renames collectives that DeepSpeed 0.19 calls by their old names, once for each call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     return deepspeed
+
+
+def _not_compiled(function: Any = None, **options: Any) -> Any:
+    return function if function is not None else lambda given: given
 
 
 class _LossModule(nn.Module):

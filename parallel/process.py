@@ -89,7 +89,8 @@ def initialize(device: DeviceName = "auto", *, timeout_minutes: float = 30.0, de
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank)
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports a compiler, for a second
+        torch.use_deterministic_algorithms(deterministic)
     if deterministic:  # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
