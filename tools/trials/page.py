@@ -22,7 +22,7 @@ _PAGE = """<!DOCTYPE html>
 <title>Mnemosyne trials</title>
 <style>
 :root {{ color-scheme: light; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 66rem; margin: 2rem auto;
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto;
   padding: 0 1rem; }}
 h1, h2, h3 {{ line-height: 1.25; font-weight: 600; }}
 h2 {{ margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid #ddd; }}
@@ -33,7 +33,7 @@ th, td {{ padding: 0.25rem 0.8rem 0.25rem 0; text-align: right; white-space: now
   vertical-align: top; font-weight: 400; }}
 th:first-child, .facts td {{ text-align: left; }}
 .facts td {{ white-space: normal; }}
-thead th {{ min-width: 5rem; white-space: normal; font-weight: 600; border-bottom: 1px solid #999;
+thead th {{ min-width: 4rem; white-space: normal; font-weight: 600; border-bottom: 1px solid #999;
   vertical-align: bottom; }}
 summary {{ font-weight: 600; cursor: pointer; }}
 img {{ max-width: 100%; height: auto; }}

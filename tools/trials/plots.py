@@ -185,9 +185,8 @@ def _legend(figure: Figure, results: StudyResults, reference: str | None = None)
 
 def _row_name(results: StudyResults, trial: str) -> str:
     """The trial, and how many of its runs are not in the plot."""
-    lacking = {"diverged": len(results.diverged(trial)), "missing": len(results.missing(trial))}
-    words = [f"{number} {what}" for what, number in lacking.items() if number]
-    return f"{trial} ({', '.join(words)})" if words else trial
+    lacking = results.lacking(trial)
+    return f"{trial} ({lacking})" if lacking else trial
 
 
 def _probe_panel(axes: Axes, results: StudyResults, probe: str) -> None:

@@ -132,12 +132,19 @@ class StudyResults:
         known = {result.seed for result in self.results if result.trial == trial}
         return [seed for seed in self.study.seeds if seed not in known]
 
-    def probe_values(self, trial: str, probe: str) -> dict[int, float]:
-        """The study's metric in a probe, by seed, of the seeds that have it; values that are no number are left out."""
+    def lacking(self, trial: str) -> str:
+        """How many of a trial's runs diverged and are missing, in words; empty where none."""
+        counts = {"diverged": len(self.diverged(trial)), "missing": len(self.missing(trial))}
+        return ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+
+    def probe_values(self, trial: str, probe: str, measure: str | None = None) -> dict[int, float]:
+        """A field of a probe's result, the study's metric if none is named, by seed, of the seeds that have it; values
+        that are no number are left out.
+        """
         found = {}
         for result in self.finished(trial):
             if probe in result.probes:
-                value = getattr(result.probes[probe], self.study.metric)
+                value = getattr(result.probes[probe], measure or self.study.metric)
                 if value is not None and math.isfinite(value):
                     found[result.seed] = value
         return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tools.trials.record import Metric, Record, Spread, StudyResults, spread
 
 NOTHING = "–"
+BITS = "bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -68,30 +69,42 @@ def spread_text(found: Spread, metric: Metric) -> str:
 
 
 def study_table(results: StudyResults) -> Table:
-    """The table of a study: a row for each of its trials, also for those that diverged or have no result yet."""
+    """The table of a study: a row for each of its trials, also for those that diverged or have no result yet.
+
+    The losses of probes on text are followed by bits per byte, which can be compared between tokenizers.
+    """
     study = results.study
+    bits = [
+        probe
+        for probe in study.probes
+        if study.metric == "loss" and any(results.probe_values(trial, probe, BITS) for trial in study.trials)
+    ]
     header = ("trial", "parameters", "tokens", "tokens/s", "seeds", *study.probes)
-    return Table(header, tuple(_row(results, trial) for trial in study.trials), _note(results))
+    rows = tuple(_row(results, trial, bits) for trial in study.trials)
+    return Table((*header, *(f"{probe}, bits a byte" for probe in bits)), rows, _note(results))
 
 
-def _row(results: StudyResults, trial: str) -> tuple[str, ...]:
-    """The cells of a trial."""
+def _row(results: StudyResults, trial: str, bits: Sequence[str]) -> tuple[str, ...]:
+    """The cells of a trial; `bits`: the probes whose bits per byte are shown."""
     finished, diverged = results.finished(trial), results.diverged(trial)
     known = [*finished, *diverged]
     seeds = len(results.study.seeds)
-    gone = [f"{len(diverged)} diverged"] * bool(diverged) + [f"{len(results.missing(trial))} missing"] * bool(
-        results.missing(trial)
-    )
-    count = str(seeds) if not gone else f"{len(finished)} of {seeds} ({', '.join(gone)})"
-    cells = [_probe_cell(results, trial, probe) for probe in results.study.probes]
+    lacking = results.lacking(trial)
     return (
         trial,
         f"{known[0].parameters:,}" if known else NOTHING,
         f"{max(result.tokens for result in known):,}" if known else NOTHING,
         f"{sum(result.tokens_per_second for result in finished) / len(finished):,.0f}" if finished else NOTHING,
-        count,
-        *cells,
+        f"{len(finished)} of {seeds} ({lacking})" if lacking else str(seeds),
+        *(_probe_cell(results, trial, probe) for probe in results.study.probes),
+        *(_bits_cell(results, trial, probe) for probe in bits),
     )
+
+
+def _bits_cell(results: StudyResults, trial: str, probe: str) -> str:
+    """Bits per byte of a trial in a probe, the mean alone: the loss beside it shows the range."""
+    values = results.probe_values(trial, probe, BITS)
+    return f"{spread(list(values.values())).mean:.3f}" if values else NOTHING
 
 
 def _probe_cell(results: StudyResults, trial: str, probe: str) -> str:

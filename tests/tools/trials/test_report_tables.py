@@ -77,7 +77,17 @@ def test_every_study_of_a_record_has_a_row_per_trial():
     for name, study in record.studies.items():
         rows = study_table(record.of_study(name)).rows
         assert tuple(row[0] for row in rows) == study.trials
-        assert {len(row) for row in rows} == {5 + len(study.probes)}
+        assert {len(row) for row in rows} == {5 + len(study.probes) * (2 if name == "text" else 1)}
+
+
+def test_bits_per_byte_follow_the_losses_on_text():
+    def run(seed, loss):
+        probe = {"loss": loss, "bits_per_byte": loss / 2, "tokens": 8, "row_tokens": 256}
+        return result("s", "a", seed, chance=None, probes={"p": probe})
+
+    found = table(run(0, 4.0), run(1, 5.0), metric="loss", seeds=(0, 1), trials=("a", "b"))
+    assert found.header[5:] == ("p", "p, bits a byte")
+    assert [row[5:] for row in found.rows] == [("4.500 [4.000..5.000]", "2.250"), ("missing", "–")]
 
 
 def test_statistics_of_memories_are_means_over_the_seeds():
