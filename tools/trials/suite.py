@@ -38,7 +38,7 @@ from pretrain.strict_yaml import load_yaml
 
 FOLDER_NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 SET_BY_THE_COMMAND = ("name", "folder", "seed")
-SET_FOR_TEXT = ("data.train", "data.validation")
+SET_FOR_TEXT = ("data.kind", "data.train", "data.validation")
 SAME_IN_A_STUDY = ("tokens", "batch_tokens", "sequence_length")
 
 
@@ -96,7 +96,7 @@ class StudyConfig(BaseModel):
     """How much larger, as a share, the largest model may be than the smallest; none: any."""
 
     text: bool = False
-    """Whether the data is the text that the user names with --text."""
+    """Whether the data is the text that the user names with --text: the recipe need not name shards then."""
 
     probes: Annotated[dict[str, Annotated[Probe, BeforeValidator(lambda value: value or {})]], Field(min_length=1)]
     """After the training, each on the last checkpoint, by name."""
@@ -210,7 +210,7 @@ def _resolve(
         problems.append(f": seeds: {repeated[0]} stands more than once; give different ones")
     if config.text and sizes is None:
         problems.append(": text is true, and the suite has no sizes of text: add `text: {train_bytes: ..., ...}`")
-    shards = list(zip(SET_FOR_TEXT, map(str, text_shards), strict=True)) if config.text else []
+    shards = list(zip(SET_FOR_TEXT, ("shards", *map(str, text_shards)), strict=True)) if config.text else []
     trials = []
     for trial, changes in config.trials.items():
         try:
@@ -260,8 +260,6 @@ def _differences(config: StudyConfig, trials: list[Trial], sizes: TextSizes | No
         )
     for trial in trials:
         drawn = isinstance(trial.recipe.data, SyntheticConfig)
-        if drawn and config.text:
-            problems.append(f", trial {trial.name}: text is true, and data.kind is synthetic: remove one of them")
         if not drawn and config.metric == "accuracy":
             problems.append(f", trial {trial.name}: metric accuracy needs data with answers; data.kind is shards: loss")
         if not trial.recipe.data.has_held_out:

@@ -77,25 +77,30 @@ def prepare_text(paths: Sequence[Path], sizes: TextSizes, folder: Path, *, longe
     built = _read(folder)
     if built is not None and built.text_sha256 != digest:
         raise UserError(f"{folder}: was built from another text than {_names(paths)}; {_away(folder)}")
+    known = fingerprint is not None
     if fingerprint is None:
         fingerprint = _build(parts, sizes, folder)
-        replace_text(
-            folder / TEXT_FILE,
-            BuiltText(sizes=sizes, text_sha256=digest, fingerprint=fingerprint).model_dump_json(indent=1) + "\n",
-        )
-    held_out = ShardSet.open(shard_folders(folder)[1])
+    _check_held_out(shard_folders(folder)[1], longest_row, scored_tokens)
+    if not known:  # last, so that a text that does not do can be replaced
+        made = BuiltText(sizes=sizes, text_sha256=digest, fingerprint=fingerprint)
+        replace_text(folder / TEXT_FILE, made.model_dump_json(indent=1) + "\n")
+    return fingerprint
+
+
+def _check_held_out(folder: Path, longest_row: int, scored_tokens: int) -> None:
+    """Raises UserError for held-out shards that are too short for the probes."""
+    held_out = ShardSet.open(folder)
     longest = int(held_out.document_tokens.max())
     if longest < longest_row:
         raise UserError(
-            f"--text {_names(paths)}: the longest held-out document has {longest:,} tokens, and a probe reads rows of "
-            f"{longest_row:,}: name longer documents, such as books, and remove {folder}"
+            f"--text: the longest held-out document has {longest:,} tokens, and a probe reads rows of {longest_row:,}: "
+            "name longer documents, such as books, or raise text.validation_bytes"
         )
     if held_out.tokens < scored_tokens:
         raise UserError(
-            f"text.validation_bytes {sizes.validation_bytes:,}: come to {held_out.tokens:,} tokens, and a probe scores "
-            f"{scored_tokens:,}: raise it, and remove {folder}"
+            f"text.validation_bytes: the held-out text has {held_out.tokens:,} tokens, and a probe scores "
+            f"{scored_tokens:,}: raise it, or lower the probe's tokens"
         )
-    return fingerprint
 
 
 def divide(documents: Iterable[str], sizes: TextSizes) -> dict[str, list[str]]:
