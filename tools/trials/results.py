@@ -20,11 +20,14 @@ VERSION = 1
 RESULT_FILE = "result.json"
 SUITE_FILE = "suite.json"
 
+# In JSON as NaN and Infinity: what a diverging run scored is to be read again as it was.
+_CONFIG = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
+
 
 class Bucket(BaseModel):
     """Loss of the targets at some positions of their rows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = _CONFIG
 
     first: int
     """First position, counted from 0."""
@@ -42,7 +45,7 @@ class Bucket(BaseModel):
 class ProbeResult(BaseModel):
     """What a trained model scored on held-out rows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = _CONFIG
 
     loss: float
     """Mean over the scored tokens, in nats."""
@@ -66,8 +69,7 @@ class ProbeResult(BaseModel):
 class Result(BaseModel):
     """A run that was trained and probed, or whose loss was no number any more."""
 
-    # In JSON as NaN and Infinity: what a diverging run scored is to be read again as it was.
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
+    model_config = _CONFIG
 
     format: Literal["mnemosyne-trial"] = FORMAT
     """Tells the file from others."""

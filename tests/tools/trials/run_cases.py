@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from tools.trials.runs import Run, runs_of
 from tools.trials.suite import Suite, load_suite
 
 RECIPE: dict[str, Any] = {
@@ -71,8 +70,3 @@ def write_suite(folder: Path, text: dict[str, Any] | None = None, **studies: dic
 def load(path: Path) -> Suite:
     """The suite of a file, with text at a place where there is none."""
     return load_suite(path, (path.parent / "train", path.parent / "validation"))
-
-
-def first_run(folder: Path, **changes: Any) -> Run:
-    """The first run of a suite of one study with these changes; its results are beside the suite."""
-    return runs_of(load(write_suite(folder, study=changes)), folder / "out")[0]
