@@ -124,6 +124,27 @@ class RunLog:
                 self._events.close()
 
 
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, of all its attempts, in the order in which they were written; none where it has not begun.
+
+    What a killed attempt left of a line is no event. Raises UserError when the file cannot be read.
+    """
+    path = folder / EVENTS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
 @contextmanager
 def _explained(place: str) -> Iterator[None]:
     try:

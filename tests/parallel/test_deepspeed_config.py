@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,14 +14,14 @@ from parallel.config import ParallelConfig
 from parallel.deepspeed_config import deepspeed_config
 
 
-def settings(config: ParallelConfig, clip: float = 0.7) -> dict[str, Any]:
+def settings(config: ParallelConfig, clip: float = 0.7, num_parameters: int = 1000) -> dict[str, Any]:
     return deepspeed_config(
         config,
         micro_batch_size=2,
         accumulation=3,
         data_ranks=4,
         gradient_clip=clip,
-        num_parameters=1000,
+        num_parameters=num_parameters,
         on_gpu=False,
     )
 
@@ -45,6 +48,24 @@ def test_the_batch_is_derived_and_buckets_are_no_larger_than_the_model() -> None
     assert made["train_batch_size"] == 24
     assert made["zero_optimization"]["reduce_bucket_size"] == 1000
     assert made["zero_optimization"]["stage3_max_live_parameters"] == 2000
+
+
+def test_buckets_are_even_for_a_model_with_an_odd_number_of_parameters() -> None:
+    zero = settings(ParallelConfig(zero_stage=1), num_parameters=1001)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 1002
+
+
+def test_a_start_does_not_import_torchs_compiler() -> None:
+    """It takes longer than all else that DeepSpeed imports."""
+    program = (
+        "import sys, torch; from parallel.engine import _import_deepspeed; from parallel.process import initialize;"
+        "initialize('cpu'); compiler = torch.compile; _import_deepspeed(torch.device('cpu'));"
+        "import deepspeed.runtime.zero.muon.muon_optimizer;"
+        "assert torch.compile is compiler; assert 'torch._inductor.compile_fx' not in sys.modules; print('fine')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.stdout.endswith("fine\n"), result.stderr
 
 
 def test_bf16_without_zero_is_refused() -> None:

@@ -39,10 +39,10 @@ def test_a_training_that_ends_before_the_kill_is_an_error(tmp_path):
 
 def test_events_of_a_killed_run_are_read_without_the_line_that_was_cut(tmp_path):
     events = tmp_path / "run.jsonl"
-    assert step_losses(events) == []
+    assert step_losses(tmp_path) == []
     lines = [{"event": "start"}, {"event": "step", "step": 1, "loss": 0.1 + 0.2}, {"event": "save", "step": 1}]
     events.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "st')
-    assert step_losses(events) == [(1, 0.1 + 0.2)]
+    assert step_losses(tmp_path) == [(1, 0.1 + 0.2)]
 
 
 def test_only_finished_checkpoints_count(tmp_path):

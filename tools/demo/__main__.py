@@ -198,7 +198,7 @@ def train_with_a_kill(demo: Demo, recipe: Recipe, overrides: Sequence[str]) -> t
         demo.show(command)
         if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode != 0:
             raise UserError(f"the resumed training failed; its logs are in {recipe.folder / 'logs'}")
-    losses = step_losses(recipe.folder / "run.jsonl")
+    losses = step_losses(recipe.folder)
     return kill, compare_replay(losses)
 
 

@@ -1,6 +1,5 @@
 """The demo's training: started, killed half-way with everything it started, resumed, and its losses compared."""
 
-import json
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from pretrain.errors import UserError
+from pretrain.metrics import read_events
 
 POLL_SECONDS = 0.1
 GONE_SECONDS = 10
@@ -39,10 +39,10 @@ def train_killed(command: Sequence[str], run_folder: Path, kill_step: int) -> Ki
     launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         while launcher.poll() is None:
-            losses = step_losses(run_folder / "run.jsonl")
+            losses = step_losses(run_folder)
             saved = newest_checkpoint(run_folder)
             if saved is not None and losses and losses[-1][0] >= max(kill_step, checkpoint_step(saved) + 1):
-                return Kill(kill_tree(launcher), step_losses(run_folder / "run.jsonl")[-1][0], checkpoint_step(saved))
+                return Kill(kill_tree(launcher), step_losses(run_folder)[-1][0], checkpoint_step(saved))
             time.sleep(POLL_SECONDS)
     finally:
         kill_tree(launcher)
@@ -68,19 +68,9 @@ def kill_tree(launcher: "subprocess.Popen[bytes]") -> int:
     return len(tree)
 
 
-def step_losses(run_jsonl: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every step event in the order written; a line cut off by a kill is left out."""
-    if not run_jsonl.is_file():
-        return []
-    losses = []
-    for line in run_jsonl.read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if event.get("event") == "step":
-            losses.append((int(event["step"]), float(event["loss"])))
-    return losses
+def step_losses(run_folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every step event in the order written. Raises UserError for events that cannot be read."""
+    return [(event["step"], event["loss"]) for event in read_events(run_folder) if event["event"] == "step"]
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:

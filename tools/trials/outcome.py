@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.errors import UserError
-from pretrain.metrics import EVENTS_FILE
+from pretrain.metrics import read_events
 from tools.bench.record import environment
 from tools.trials.results import ProbeResult, Result
 from tools.trials.runs import TrialFile
@@ -33,23 +31,6 @@ class Training:
     def tokens_per_second(self) -> float:
         """Over all recorded intervals; 0 where there is none."""
         return self.timed_tokens / self.seconds if self.seconds else 0.0
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's events; what a killed run left of a line is no event. Raises UserError."""
-    try:
-        lines = (folder / EVENTS_FILE).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / EVENTS_FILE}: cannot be read: {error}") from error
-    events = []
-    for line in lines:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:  # cut by a kill, and followed by the next attempt's
-            continue
-    return events
 
 
 def training_of(events: list[dict[str, Any]], metric: Literal["accuracy", "loss"]) -> Training:

@@ -83,7 +83,7 @@ def load_trained(folder: Path, recipe: Recipe) -> TitansLM:
     checkpoint = find_checkpoint(folder)
     steps, found = recipe.batches(1).steps, checkpoint_step(checkpoint)
     if found != steps:
-        raise UserError(f"{checkpoint}: is of step {found} of {steps}; train to the end first")
+        raise UserError(f"{checkpoint}: is of step {found} of {steps}; remove newer, damaged ones and train to the end")
     model = TitansLM(recipe.model)
     load_parameters(model, checkpoint)
     return model.eval()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from pretrain.metrics import read_events
 from tools.command import duration
-from tools.trials.outcome import read_events
 from tools.trials.runner import Ended, Job
 from tools.trials.runs import Run
 from tools.trials.tables import value_text
@@ -43,7 +44,8 @@ class Clock:
 
     def describe(self) -> str:
         """What is under way, for the live line."""
-        return ", ".join(f"{job.run.name} {_place(job)}" for job in self._jobs)
+        under_way = ", ".join(f"{job.run.name} {_place(job)}" for job in self._jobs)
+        return f"{self.left(len(self._jobs) + len(self._waiting))}: {under_way}"
 
     def left(self, number: int) -> str:
         """`number` of runs that have not ended, and how long they will take."""
@@ -79,9 +81,10 @@ class LiveLine:
         return self._terminal and time.monotonic() - self._shown >= LIVE_SECONDS
 
     def show(self, text: str) -> None:
-        """Shows the text."""
+        """Shows as much of the text as the terminal has room for."""
         self._shown = time.monotonic()
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        room = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:room]}\x1b[K", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Removes the line."""

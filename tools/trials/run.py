@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.errors import UserError
-from tools.command import positive_int, writing
+from pretrain.folder_lock import locked
+from tools.command import positive_int
 from tools.trials.progress import Clock, LiveLine, describe_ended
 from tools.trials.record import Record, StudyRecord, gather, read_record
 from tools.trials.results import SUITE_FILE, replace_text
@@ -76,9 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--text: none of the runs that are asked for reads text: drop it, or choose others with --only")
     if arguments.dry_run:
         fingerprint = read_fingerprint(output / TEXT_FOLDER, suite.text)
-        print_plan([with_text(one, fingerprint) for one in selected])
+        print_plan([with_text(one, fingerprint) for one in selected], text_is_named=bool(arguments.text))
         return 0
-    with alone_in(output):
+    with locked(output, busy="another call runs trials in it", place="an --output"):
         runs = with_texts(suite, selected, arguments.text, output)
         states = require_same_recipes(runs, restart=arguments.restart)
         record = write_suite(suite, output, arguments.command)
@@ -163,7 +163,7 @@ def run_left(runs: Sequence[Run], states: dict[str, State], workers: int, output
     """Runs what has no result yet, and says how each ended; returns the exit status."""
     left = [one for one in runs if states[one.name] not in OVER]
     print(f"{len(runs)} runs: {len(runs) - len(left)} done, {len(left)} left, {workers} at a time", flush=True)
-    clock = Clock(workers, [(one, one.result().seconds) for one in runs if states[one.name] in OVER])
+    clock = Clock(workers, [(one, one.result().seconds) for one in runs if states[one.name] == "done"])
     line = LiveLine()
     failures: list[Ended] = []
     started, before = time.monotonic(), record.seconds or 0.0
@@ -192,27 +192,21 @@ def run_left(runs: Sequence[Run], states: dict[str, State], workers: int, output
     return 1 if failures else 0
 
 
-def print_plan(runs: Sequence[Run]) -> None:
-    """All runs in their order."""
-    table = Table("run", "parameters", "steps", "tokens", "state")
+def print_plan(runs: Sequence[Run], *, text_is_named: bool) -> None:
+    """All runs in their order, and how far they are."""
+    table = Table()
+    table.add_column("run", overflow="fold")
+    for name in ("parameters", "steps", "tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("state")
+    states = Counter[str]()
     for one in runs:
-        state = one.state() if one.text or not one.study.config.text else "needs --text"
+        if one.study.config.text and one.text is None:  # no text was built, so that no run of it was started
+            state: str = "to do" if text_is_named else "needs --text"
+        else:
+            state = one.state()
+        states[state] += 1
         tokens = one.recipe.batches(1).total_tokens
         table.add_row(one.name, f"{one.trial.parameters:,}", f"{one.steps:,}", f"{tokens:,}", state)
     Console().print(table)
-
-
-@contextmanager
-def alone_in(output: Path) -> Iterator[None]:
-    """Holds the output folder for this call. Raises UserError where another call holds it, or it cannot be written."""
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "a")  # noqa: SIM115  (closed below, which ends the lock)
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{output}: another call runs trials in it; wait for its end, or give another --output"
-            ) from error
-        yield
+    print(f"{len(runs)} runs: {', '.join(f'{number} {state}' for state, number in states.items())}")

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from launch.processes import ProcessGroup, RankCommand, RankProcess, SignalRelay, describe_exit
-from tools.trials.outcome import THREADS, divergence, make_result, read_events
+from pretrain.metrics import read_events
+from tools.trials.outcome import THREADS, divergence, make_result
 from tools.trials.results import Result, write_result
 from tools.trials.runs import RECIPE_FILE, Run, read_trial_file
 

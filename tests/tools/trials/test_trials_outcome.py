@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pretrain.errors import UserError
-from pretrain.metrics import RunLog
+from pretrain.metrics import RunLog, read_events
 from tests.tools.trials.report_cases import result
-from tools.trials.outcome import divergence, read_events, training_of
+from tools.trials.outcome import divergence, training_of
 from tools.trials.results import read_result, read_results, run_folder, write_result
 
 

@@ -17,6 +17,7 @@ import torch
 from model import TitansLM
 from pretrain.config import load_recipe
 from pretrain.errors import UserError
+from pretrain.folder_lock import locked
 from tests.data_cases import documents
 from tests.tools.trials.report_cases import result
 from tests.tools.trials.run_cases import PLAIN, STUDY, TEXT_SIZES, TEXT_STUDY, WILD, load, write_suite
@@ -220,6 +221,14 @@ def test_options_that_fit_nothing_are_refused(tmp_path: Path, capsys: pytest.Cap
         assert main(["run", suite, "--output", str(tmp_path / "out"), *options]) == 2
         assert part in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_two_calls_do_not_run_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite, output = write_suite(tmp_path, study={}), tmp_path / "out"
+    with locked(output, busy="", place=""):
+        assert main(["run", str(suite), "--output", str(output)]) == 2
+    assert "another call runs trials in it; wait for its end, or give an --output" in capsys.readouterr().err
+    assert not (output / "suite.json").exists()
 
 
 def test_studies_of_text_are_left_out_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
