@@ -11,9 +11,6 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from pretrain.errors import UserError
 from pretrain.folder_lock import locked
 from tools.command import positive_int
@@ -194,11 +191,7 @@ def run_left(runs: Sequence[Run], states: dict[str, State], workers: int, output
 
 def print_plan(runs: Sequence[Run], *, text_is_named: bool) -> None:
     """All runs in their order, and how far they are."""
-    table = Table()
-    table.add_column("run", overflow="fold")
-    for name in ("parameters", "steps", "tokens"):
-        table.add_column(name, justify="right")
-    table.add_column("state")
+    rows = [("run", "parameters", "steps", "tokens", "state")]
     states = Counter[str]()
     for one in runs:
         if one.study.config.text and one.text is None:  # no text was built, so that no run of it was started
@@ -207,6 +200,8 @@ def print_plan(runs: Sequence[Run], *, text_is_named: bool) -> None:
             state = one.state()
         states[state] += 1
         tokens = one.recipe.batches(1).total_tokens
-        table.add_row(one.name, f"{one.trial.parameters:,}", f"{one.steps:,}", f"{tokens:,}", state)
-    Console().print(table)
+        rows.append((one.name, f"{one.trial.parameters:,}", f"{one.steps:,}", f"{tokens:,}", state))
+    name, parameters, steps, tokens_width, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for row in rows:  # as wide as the names are: a table of the terminal's width would break them
+        print(f"{row[0]:{name}}  {row[1]:>{parameters}}  {row[2]:>{steps}}  {row[3]:>{tokens_width}}  {row[4]}")
     print(f"{len(runs)} runs: {', '.join(f'{number} {state}' for state, number in states.items())}")
