@@ -79,10 +79,17 @@ def run(arguments: argparse.Namespace) -> int:
         runs = with_texts(suite, selected, arguments.text, output)
         states = require_same_recipes(runs, restart=arguments.restart)
         record = write_suite(suite, output, arguments.command)
-        status = run_left(runs, states, arguments.workers or len(os.sched_getaffinity(0)), output, record)
+        workers = arguments.workers or len(os.sched_getaffinity(0))
+        try:
+            failures = run_left(runs, states, workers, output, record)
+        except Interrupted as signal_came:
+            print(f"{signal_came}: ended; the same command goes on from here", file=sys.stderr)
+            return 128 + signal_came.number
         print(markdown_report(gather(output)[0]))
-        print(f"results: {output}; plots: python -m tools.trials report {output}")
-    return status
+        print(f"results: {output}; plots: python -m tools.trials report {output}", flush=True)
+    for ended in failures:
+        print(f"failed: {ended.run.name}, {ended.failure} ({ended.log}); the next call tries it again", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def select(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
@@ -156,8 +163,8 @@ def write_suite(suite: Suite, output: Path, command: str) -> Record:
     return record
 
 
-def run_left(runs: Sequence[Run], states: dict[str, State], workers: int, output: Path, record: Record) -> int:
-    """Runs what has no result yet, and says how each ended; returns the exit status."""
+def run_left(runs: Sequence[Run], states: dict[str, State], workers: int, output: Path, record: Record) -> list[Ended]:
+    """Runs what has no result yet, saying how each ended; returns those that failed. Raises Interrupted at a signal."""
     left = [one for one in runs if states[one.name] not in OVER]
     print(f"{len(runs)} runs: {len(runs) - len(left)} done, {len(left)} left, {workers} at a time", flush=True)
     clock = Clock(workers, [(one, one.result().seconds) for one in runs if states[one.name] == "done"])
@@ -180,13 +187,9 @@ def run_left(runs: Sequence[Run], states: dict[str, State], workers: int, output
             print(f"{describe_ended(ended)}; {clock.left(waiting)}", flush=True)
             record = record.model_copy(update={"seconds": before + time.monotonic() - started})
             replace_text(output / SUITE_FILE, record.model_dump_json(indent=1) + "\n")
-    except Interrupted as signal_came:
+    finally:
         line.clear()
-        print(f"{signal_came}: ended; the same command goes on from here", file=sys.stderr)
-        return 128 + signal_came.number
-    for ended in failures:
-        print(f"failed: {ended.run.name}, {ended.failure} ({ended.log}); the next call tries it again", file=sys.stderr)
-    return 1 if failures else 0
+    return failures
 
 
 def print_plan(runs: Sequence[Run], *, text_is_named: bool) -> None:

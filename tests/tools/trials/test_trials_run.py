@@ -184,6 +184,7 @@ def test_a_failure_is_reported_with_its_last_words_and_tried_again(tmp_path: Pat
     process = start(suite, output)
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == 1
+    assert printed.splitlines()[-1].startswith("failed: study/plain/seed-0, training: exit code 2 (")
     assert "study/plain/seed-0  FAILED" in printed and "training: exit code 2" in printed
     assert "  | error: folder" in printed and str(folder / "logs" / "training.log") in printed
     (run,) = runs_of(load(suite), output)
@@ -198,7 +199,7 @@ def test_a_signal_ends_every_process_and_says_how_to_go_on(tmp_path: Path) -> No
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM: ended; the same command goes on from here" in printed
+    assert printed.endswith("SIGTERM: ended; the same command goes on from here\n")
     assert len(children) >= 2 and not any(child.is_running() for child in children)
     assert not list(output.glob("*/*/*/result.json"))
 
