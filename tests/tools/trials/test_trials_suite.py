@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from pretrain.data import SyntheticConfig
 from pretrain.errors import UserError
 from tests.tools.trials.run_cases import PLAIN, RECIPE, TEXT_SIZES, TEXT_STUDY, WILD, load, write_suite
-from tools.trials.suite import Probe
+from tools.trials.run import SUITE
+from tools.trials.suite import Probe, load_suite
+from tools.trials.text import shard_folders
 
 
 def complaint(folder: Path, **changes: Any) -> str:
@@ -104,3 +107,19 @@ def test_a_file_that_is_none_is_said_so(tmp_path: Path) -> None:
         (tmp_path / "suite.yaml").write_text(text)
         with pytest.raises(UserError, match=part):
             load(tmp_path / "suite.yaml")
+
+
+def test_the_projects_suite_is_right_and_asks_beyond_every_window(tmp_path: Path) -> None:
+    suite = load_suite(SUITE, shard_folders(tmp_path))
+    studies = {study.name: study for study in suite.studies}
+    for name in ("variants", "passkey"):
+        trials = {trial.name: trial.recipe.model for trial in studies[name].trials}
+        assert {"mac", "mag", "lmm", "transformer-window"} <= trials.keys()
+        reach = max(model.window or model.segment or 0 for model in trials.values())
+        filler = {probe: (one.task or {})["filler"] for probe, one in studies[name].probes.items()}
+        assert min(filler["16 windows"]) >= 16 * reach and min(filler["64 windows"]) >= 64 * reach
+        training = studies[name].trials[0].recipe.training.sequence_length
+        row = SyntheticConfig.model_validate({"task": studies[name].probes["4x length"].task}).task.row_tokens
+        assert row >= 4 * training
+        sizes = [trial.parameters for trial in studies[name].trials]
+        assert max(sizes) <= 1.03 * min(sizes)
