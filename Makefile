@@ -1,13 +1,14 @@
 # `make demo` and `make test` do all their set-up: a virtual environment in .venv, made once and brought up to date when
 # the requirements change. They need Python 3.11 or newer with its venv module.
 #   make demo DATA=path/to/text     the demo on your own text
+#   make trials TEXT=path/to/books  the trials with those that read books; TRIALS="--only 'variants/*'" for some of them
 #   make test PYTEST="-m slow"      the tests that take minutes; any pytest options
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo trials test lint clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -15,6 +16,10 @@ help: ## show the targets
 
 demo: $(VENV)/.installed ## text to a trained, resumed, exported model on the CPU, in about five minutes
 	$(RUN) -m tools.demo $(if $(DATA),--data "$(DATA)") $(DEMO)
+
+trials: $(VENV)/.installed ## what each part of the memory is worth: ninety small trainings, under an hour on two cores
+	$(RUN) -m tools.trials run $(if $(TEXT),--text "$(TEXT)") $(TRIALS)
+	$(RUN) -m tools.trials report
 
 test: $(VENV)/.installed-dev ## the tests
 	$(RUN) -m pytest $(PYTEST)
