@@ -138,7 +138,9 @@ class ProcessGroup(AbstractContextManager["ProcessGroup"]):
 
 
 class SignalRelay(AbstractContextManager["SignalRelay"]):
-    """Notes SIGINT, SIGTERM and SIGHUP while ranks run, so that the loop can hand them on instead of dying."""
+    """Notes SIGINT, SIGTERM and SIGHUP while ranks run, so that the loop can hand them on instead of dying. A SIGHUP
+    that is ignored stays so: that is what nohup is for.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -148,7 +150,8 @@ class SignalRelay(AbstractContextManager["SignalRelay"]):
 
     def __enter__(self) -> "SignalRelay":
         for number in self.SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

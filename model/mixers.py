@@ -99,7 +99,7 @@ class MacMixer(nn.Module):
         self.writes_tokens = config.mac_writes == "residual"
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = AttentionLayer(config, 1.0)
-        # Attention averages: its output is many times smaller than a token, and so would be what the memory is taught.
+        # Attention averages: alone, its output is many times smaller than a token, and so would be what it is taught.
         self.written = RMSNorm(config.dim, config.norm_eps)
         self.memory = MemoryLayer(config, 1.0)
         self.join = Join(config, scale)

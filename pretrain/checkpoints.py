@@ -27,6 +27,8 @@ from pretrain.durable import file_sha256, sync
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _VERSION = 1
+CHECKPOINTS_FOLDER = "checkpoints"
+"""Where they are in a run's folder."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 FileEntries = dict[str, dict[str, str | int]]

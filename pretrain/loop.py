@@ -15,7 +15,7 @@ from model.flops import flops_per_token
 from parallel.engine import Engine, StepResult
 from parallel.process import World
 from pretrain.agreement import agreed
-from pretrain.checkpoints import Checkpoints, loud
+from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
 from pretrain.data import Data, Loader, Share, Source
 from pretrain.devices import peak_flops, peak_memory_bytes
@@ -28,8 +28,6 @@ from pretrain.optimizer import build_optimizer
 from pretrain.resume import TrainerState, choose_checkpoint, restore, write_checkpoint
 from pretrain.rng import seed_rank
 from pretrain.schedule import learning_rate
-
-CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:

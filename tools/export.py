@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from model import ModelConfig
 from parallel.state_files import read_parameters
-from pretrain.checkpoints import MANIFEST, checkpoint_step, list_checkpoints, problems
+from pretrain.checkpoints import CHECKPOINTS_FOLDER, MANIFEST, checkpoint_step, list_checkpoints, problems
 from pretrain.errors import UserError
 from pretrain.resume import MODEL_FILE, RECIPE_FILE, TOKENIZER_FILE, TRAINER_FILE, read_trainer_state
 from tools.command import run_command
@@ -36,7 +36,7 @@ def find_checkpoint(path: Path) -> Path:
         if found := _problems(path):
             raise UserError(f"{path} is not whole: {'; '.join(found)}; export another checkpoint")
         return path
-    candidates = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    candidates = list_checkpoints(path / CHECKPOINTS_FOLDER) or list_checkpoints(path)
     if not candidates:
         raise UserError(f"{path}: holds no checkpoints; give a checkpoint, or the folder of a run")
     for candidate in candidates:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.metrics import read_events
-from tools.bench.record import environment
 from tools.trials.results import ProbeResult, Result
 from tools.trials.runs import TrialFile
 
@@ -82,6 +81,6 @@ def make_result(
         curve=tuple(sorted(training.curve.items())),
         memory=training.memory,
         probes=dict(probes),
-        environment=environment(),
+        environment=trial.environment,
         failed=failed,
     )

@@ -51,22 +51,22 @@ code {{ font-size: 0.86rem; overflow-wrap: anywhere; }}
 def html_page(record: Record) -> str:
     """The report: what there is, then each study's table and plots, then how the results were made."""
     studies = {name: record.of_study(name) for name in record.studies}
-    parts = ["<h1>Mnemosyne trials</h1>", f"<p>{html.escape(_counts(studies))}</p>", _contents(studies)]
+    parts = ["<h1>Mnemosyne trials</h1>", f"<p>{html.escape(_counts(record))}</p>", _contents(studies)]
     parts += [_study(name, results) for name, results in studies.items()]
     parts.append(_origin(record))
     return _PAGE.format(body="\n".join(parts))
 
 
-def _counts(studies: Mapping[str, StudyResults]) -> str:
+def _counts(record: Record) -> str:
     """How many runs there should be, and what became of them."""
-    counts = {"finished": 0, "diverged": 0, "missing": 0}
-    for results in studies.values():
-        for trial in results.study.trials:
-            counts["finished"] += len(results.finished(trial))
-            counts["diverged"] += len(results.diverged(trial))
-            counts["missing"] += len(results.missing(trial))
+    diverged = sum(result.failed is not None for result in record.results)
+    counts = {
+        "finished": len(record.results) - diverged,
+        "diverged": diverged,
+        "missing": len(record.missing()),
+    }
     words = [f"{number} {what}" for what, number in counts.items() if number]
-    return f"{len(studies)} studies of {sum(counts.values())} runs: {', '.join(words)}."
+    return f"{len(record.studies)} studies of {sum(counts.values())} runs: {', '.join(words)}."
 
 
 def _contents(studies: Mapping[str, StudyResults]) -> str:
@@ -129,10 +129,10 @@ def _run(result: Result) -> str:
 
 def _origin(record: Record) -> str:
     """How the results were made: command, time, and each environment with the number of its runs."""
-    facts: list[tuple[str, str]] = [("command", record.command)]
+    facts: list[tuple[str, str]] = [("last command", record.command)]
     facts.append(("training, all runs together", duration(sum(result.seconds for result in record.results))))
     if record.seconds is not None:
-        facts.append(("from start to end", duration(record.seconds)))
+        facts.append(("wall time of all calls", duration(record.seconds)))
     threads = sorted({result.threads for result in record.results})
     facts.append(("threads of a run", ", ".join(map(str, threads))))
     environments: list[tuple[dict[str, Any], int]] = []

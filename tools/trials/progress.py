@@ -53,8 +53,9 @@ class Clock:
             return "none left"
         seconds = [self._expected(run) for run in self._waiting]
         seconds += [max(self._expected(job.run) - job.seconds, 0.0) for job in self._jobs if not _has_ended(job)]
-        total = sum(seconds) / self._workers
-        return f"{number} left" + ("" if math.isnan(total) else f", about {duration(total)}")
+        if math.isnan(sum(seconds)):
+            return f"{number} left"
+        return f"{number} left, about {duration(max(sum(seconds) / self._workers, *seconds, 0.0))}"
 
     def _note(self, run: Run, seconds: float) -> None:
         self._seconds[run.path].append(seconds)

@@ -41,6 +41,9 @@ class StudyRecord(BaseModel):
     probes: tuple[str, ...]
     """Names, in the order of the suite."""
 
+    beside: tuple[str, ...] = ()
+    """Trials of other studies, `study/trial`, that its table and plots begin with."""
+
 
 class Record(BaseModel):
     """All results of a suite, and what was to be run."""
@@ -54,10 +57,13 @@ class Record(BaseModel):
     """Of the format."""
 
     command: str
-    """What makes these results."""
+    """The last call that ran some of it."""
 
     seconds: float | None = Field(default=None, ge=0)
-    """Wall seconds of the suite; None where unknown."""
+    """Wall seconds of all calls, what was run again or replaced included; None where unknown."""
+
+    expected: dict[str, str] = {}
+    """`recipe_sha256` of a run's result, by `study/trial/seed-n`; a result with another is of an older suite."""
 
     studies: dict[str, StudyRecord]
     """By name, in the order of the suite."""
@@ -79,13 +85,23 @@ class Record(BaseModel):
         return self
 
     def has(self, result: Result) -> bool:
-        """Whether a result is of one of the studies' runs."""
+        """Whether a result is of one of the studies' runs, as the suite has them now."""
         study = self.studies.get(result.study)
-        return study is not None and result.trial in study.trials and result.seed in study.seeds
+        if study is None or result.trial not in study.trials or result.seed not in study.seeds:
+            return False
+        run = _path(result.study, result.trial, result.seed)
+        return self.expected.get(run, result.recipe_sha256) == result.recipe_sha256
 
     def of_study(self, name: str) -> StudyResults:
-        """The results of one study."""
-        return StudyResults(self.studies[name], tuple(result for result in self.results if result.study == name))
+        """The results of one study, those of the trials beside it first, which are called `study/trial` there."""
+        study = self.studies[name]
+        shown = study.model_copy(update={"trials": (*study.beside, *study.trials)})
+        lent = [
+            result.model_copy(update={"study": name, "trial": path})
+            for result in self.results
+            if (path := f"{result.study}/{result.trial}") in study.beside and result.seed in study.seeds
+        ]
+        return StudyResults(shown, (*lent, *(result for result in self.results if result.study == name)))
 
     def missing(self) -> list[str]:
         """`study/trial/seed-n` of every run without a result."""
@@ -213,8 +229,8 @@ def read_record(path: Path) -> Record:
 
 
 def gather(output: Path) -> tuple[Record, list[str]]:
-    """The record of a suite's folder, and `study/trial/seed-n` of results there that are not of the suite, which the
-    record leaves out. Raises UserError where no suite was run, and for a file that cannot be read.
+    """The record of a suite's folder, and `study/trial/seed-n` of results there that are not of the suite, or of an
+    older one, which the record leaves out. Raises UserError where no suite was run, and for a file that cannot be read.
     """
     suite = output / SUITE_FILE
     if not suite.is_file():

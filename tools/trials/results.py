@@ -87,7 +87,7 @@ class Result(BaseModel):
     """The run's seed."""
 
     recipe_sha256: str
-    """Of the recipe's text without `folder`, and of the probes: what the result is of."""
+    """What the result is of: the recipe's fields without `folder`, the text, the metric and the probes."""
 
     parameters: int
     """Of the model."""
@@ -122,7 +122,7 @@ class Result(BaseModel):
     """By name, in the order of the suite; empty where the run failed."""
 
     environment: dict[str, Any]
-    """Commit, hardware and versions, as tools.bench.record tells them."""
+    """When the training began: commit, hardware and versions, as tools.bench.record tells them."""
 
     failed: str | None = Field(default=None, min_length=1)
     """The error of a run that diverged: its loss or gradient was not finite. None for one that finished."""

@@ -25,6 +25,8 @@ from tools.trials.text import TEXT_FOLDER, prepare_text, read_fingerprint, shard
 
 SUITE = Path(__file__).parents[2] / "launch" / "recipes" / "trials" / "suite.yaml"
 OVER: tuple[State, ...] = ("done", "diverged")
+NOTE_SECONDS = 10.0
+"""Between two notes of how long the suite has taken."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs what is left to run; returns 0 when every selected run has its result, 1 where one failed, 128 + n at a
-    signal. Raises UserError.
+    """Runs what is left to run; returns 0 when every selected run that could be run has its result, 1 where one failed,
+    128 + n at a signal. Raises UserError.
     """
+    started = time.monotonic()
     output: Path = arguments.output
     if arguments.dry_run and (unused := [f"--{name}" for name in ("restart", "workers") if getattr(arguments, name)]):
         raise UserError(f"{unused[0]} with --dry-run, which starts nothing: drop one of them")
@@ -72,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text and not any(one.study.config.text for one in selected):
         raise UserError("--text: none of the runs that are asked for reads text: drop it, or choose others with --only")
     if arguments.dry_run:
-        fingerprint = read_fingerprint(output / TEXT_FOLDER, suite.text)
+        reading = any(one.study.config.text for one in selected)
+        fingerprint = read_fingerprint(output / TEXT_FOLDER, suite.text) if reading else None
         print_plan([with_text(one, fingerprint) for one in selected], text_is_named=bool(arguments.text))
         return 0
     with locked(output, busy="another call runs trials in it", place="an --output"):
@@ -81,11 +85,14 @@ def run(arguments: argparse.Namespace) -> int:
         record = write_suite(suite, output, arguments.command)
         workers = arguments.workers or len(os.sched_getaffinity(0))
         try:
-            failures = run_left(runs, states, workers, output, record)
+            failures = run_left(runs, states, workers, output, record, started)
         except Interrupted as signal_came:
             print(f"{signal_came}: ended; the same command goes on from here", file=sys.stderr)
             return 128 + signal_came.number
-        print(markdown_report(gather(output)[0]))
+        found, others = gather(output)
+        print(markdown_report(found))
+        if others:
+            print(f"left out, as they are not of this suite: {', '.join(others)}", file=sys.stderr)
         print(f"results: {output}; plots: python -m tools.trials report {output}", flush=True)
     for ended in failures:
         print(f"failed: {ended.run.name}, {ended.failure} ({ended.log}); the next call tries it again", file=sys.stderr)
@@ -118,6 +125,8 @@ def with_texts(suite: Suite, runs: Sequence[Run], paths: Sequence[Path] | None, 
         fingerprint: str | None = prepare_text(paths, suite.text, folder, longest_row=longest, scored_tokens=scored)
     else:
         fingerprint = read_fingerprint(folder, suite.text)
+    if fingerprint is None and len(reading) == len(runs):
+        raise UserError("all runs that are asked for read text: name books, or a folder of them, with --text")
     if fingerprint is None:
         studies = ", ".join(dict.fromkeys(one.study.name for one in reading))
         print(f"left out: {studies}, {len(reading)} runs that read text; name books, or a folder of them, with --text")
@@ -146,37 +155,65 @@ def write_suite(suite: Suite, output: Path, command: str) -> Record:
     record = Record(
         command=command,
         seconds=(read_record(path).seconds or 0.0) if path.exists() else 0.0,
-        studies={
-            study.name: StudyRecord(
-                title=study.config.title,
-                metric=study.config.metric,
-                sequence_length=study.trials[0].recipe.training.sequence_length,
-                trials=tuple(trial.name for trial in study.trials),
-                seeds=study.config.seeds,
-                probes=tuple(study.probes),
-            )
-            for study in suite.studies
-        },
+        studies=study_records(suite),
+        expected=expected_results(suite, output),
         results=(),
     )
     replace_text(path, record.model_dump_json(indent=1) + "\n")
     return record
 
 
-def run_left(runs: Sequence[Run], states: dict[str, State], workers: int, output: Path, record: Record) -> list[Ended]:
-    """Runs what has no result yet, saying how each ended; returns those that failed. Raises Interrupted at a signal."""
+def study_records(suite: Suite) -> dict[str, StudyRecord]:
+    """What a report says of the studies, by name."""
+    return {
+        study.name: StudyRecord(
+            title=study.config.title,
+            metric=study.config.metric,
+            sequence_length=study.trials[0].recipe.training.sequence_length,
+            trials=tuple(trial.name for trial in study.trials),
+            seeds=study.config.seeds,
+            probes=tuple(study.probes),
+            beside=study.config.beside,
+        )
+        for study in suite.studies
+    }
+
+
+def expected_results(suite: Suite, output: Path) -> dict[str, str]:
+    """What the result of every run must be of, by the run's name; runs of text only where the text is known."""
+    text = any(study.config.text for study in suite.studies)
+    fingerprint = read_fingerprint(output / TEXT_FOLDER, suite.text) if text else None
+    runs = [with_text(one, fingerprint) for one in runs_of(suite, output)]
+    return {one.name: one.identity() for one in runs if one.text is not None or not one.study.config.text}
+
+
+def run_left(
+    runs: Sequence[Run], states: dict[str, State], workers: int, output: Path, record: Record, started: float
+) -> list[Ended]:
+    """Runs what has no result yet, saying how each ended; returns those that failed. `started`: when the call began, by
+    the monotonic clock. Raises Interrupted at a signal.
+    """
     left = [one for one in runs if states[one.name] not in OVER]
     print(f"{len(runs)} runs: {len(runs) - len(left)} done, {len(left)} left, {workers} at a time", flush=True)
     clock = Clock(workers, [(one, one.result().seconds) for one in runs if states[one.name] == "done"])
     line = LiveLine()
     failures: list[Ended] = []
-    started, before = time.monotonic(), record.seconds or 0.0
+    before = record.seconds or 0.0
     waiting = len(left)
+    noted = started
+
+    def note_seconds() -> None:
+        nonlocal noted
+        noted = time.monotonic()
+        now = record.model_copy(update={"seconds": before + noted - started})
+        replace_text(output / SUITE_FILE, now.model_dump_json(indent=1) + "\n")
 
     def watch(jobs: Sequence[Job], queue: Iterable[Run]) -> None:
         clock.see(jobs, queue)
         if line.due:
             line.show(clock.describe())
+        if time.monotonic() - noted > NOTE_SECONDS:  # so that a kill loses little of what the suite has taken
+            note_seconds()
 
     try:
         for ended in run_all(left, workers, watch):
@@ -185,10 +222,9 @@ def run_left(runs: Sequence[Run], states: dict[str, State], workers: int, output
             failures += [ended] * (ended.result is None)
             line.clear()
             print(f"{describe_ended(ended)}; {clock.left(waiting)}", flush=True)
-            record = record.model_copy(update={"seconds": before + time.monotonic() - started})
-            replace_text(output / SUITE_FILE, record.model_dump_json(indent=1) + "\n")
     finally:
         line.clear()
+        note_seconds()
     return failures
 
 

@@ -18,10 +18,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from model.flops import flops_per_token
+from pretrain.checkpoints import CHECKPOINTS_FOLDER, checkpoint_step, list_checkpoints
 from pretrain.config import Recipe
 from pretrain.data import SyntheticConfig
 from pretrain.errors import UserError
-from tools.demo.training import checkpoint_step, newest_checkpoint
+from tools.bench.record import environment
 from tools.trials.results import RESULT_FILE, Result, read_result, replace_text, run_folder
 from tools.trials.suite import Probe, Study, Suite, Trial
 
@@ -62,6 +63,9 @@ class TrialFile(BaseModel):
 
     probes: dict[str, Probe]
     """By name, with every default filled in."""
+
+    environment: dict[str, Any]
+    """Of the training's start: commit, hardware and versions, as tools.bench.record tells them."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,9 @@ class Run:
         return flops_per_token(self.trial.recipe.model, training.sequence_length).total * training.tokens
 
     def identity(self) -> str:
-        """sha256 over all that the result depends on: the recipe wherever it lies, the text, and the probes."""
+        """sha256 over what the result depends on: the recipe wherever it lies, the text, the metric and the probes. Of
+        shards that are not the command's own, the folder stands for what is in them.
+        """
         probes = {name: probe.model_dump(mode="json") for name, probe in self.study.probes.items()}
         content = {"recipe": self._comparable(self.recipe.model_dump(mode="json")), "probes": probes, "text": self.text}
         content["metric"] = self.study.config.metric
@@ -119,15 +125,15 @@ class Run:
             if result.recipe_sha256 == self.identity():
                 return "done" if result.failed is None else "diverged"
         if not (self.folder / RECIPE_FILE).exists():
-            return "to do" if not (self.folder / RESULT_FILE).exists() else "of another recipe"
+            left = (self.folder / RESULT_FILE).exists() or self._checkpoints()
+            return "of another recipe" if left else "to do"
         if not self._same_training():
             return "of another recipe"
         return "trained" if self.is_trained() else "started"
 
     def is_trained(self) -> bool:
         """Whether the checkpoint of the last step is there."""
-        newest = newest_checkpoint(self.folder)
-        return newest is not None and checkpoint_step(newest) == self.steps
+        return self.steps in (checkpoint_step(checkpoint) for checkpoint in self._checkpoints())
 
     def result(self) -> Result:
         """The result of a run that is done. Raises UserError where it cannot be read."""
@@ -136,6 +142,7 @@ class Run:
     def prepare(self) -> None:
         """Writes what the training and the probes read. Raises UserError where it cannot be written."""
         data = self.trial.recipe.data
+        begun = bool(self._checkpoints()) and (self.folder / TRIAL_FILE).exists()
         file = TrialFile(
             study=self.study.name,
             trial=self.trial.name,
@@ -146,6 +153,7 @@ class Run:
             parameters=self.trial.parameters,
             chance=data.task.chance if isinstance(data, SyntheticConfig) else None,
             probes=dict(self.study.probes),
+            environment=read_trial_file(self.folder).environment if begun else environment(),
         )
         # The recipe last: a folder that has one has both, and may hold a started training.
         replace_text(self.folder / TRIAL_FILE, file.model_dump_json(indent=1) + "\n")
@@ -153,10 +161,17 @@ class Run:
 
     def remove(self) -> None:
         """Removes the run's folder. Raises UserError where that fails."""
+        leaving = self.folder.with_name(f".{self.folder.name}.removed")
         try:
-            shutil.rmtree(self.folder)
+            if leaving.exists():  # left by a call that was killed
+                shutil.rmtree(leaving)
+            self.folder.replace(leaving)  # first: half a folder could be taken for a run of the new recipe
+            shutil.rmtree(leaving)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be removed: {error.strerror}") from error
+
+    def _checkpoints(self) -> list[Path]:
+        return list_checkpoints(self.folder / CHECKPOINTS_FOLDER)
 
     def _comparable(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe's fields without the places of its files, where their content is known otherwise."""

@@ -95,6 +95,10 @@ class StudyConfig(BaseModel):
     same_parameters: float | None = Field(default=None, ge=0)
     """How much larger, as a share, the largest model may be than the smallest; none: any."""
 
+    beside: tuple[str, ...] = ()
+    """Trials of other studies, `study/trial`, to show first in the table and the plots: they must have been trained and
+    probed as this study's are, such as the baseline of several studies."""
+
     text: bool = False
     """Whether the data is the text that the user names with --text: the recipe need not name shards then."""
 
@@ -166,6 +170,8 @@ def load_suite(path: Path, text_shards: tuple[Path, Path]) -> Suite:
         found, wrong = _resolve(path, name, study, config.text, text_shards)
         studies.append(found)
         problems += [f"study {name}{text}" for text in wrong]
+    for study in studies:
+        problems += [f"study {study.name}: beside: {text}" for text in _not_beside(study, studies)]
     if problems:
         raise UserError(f"suite {path}:\n" + "\n".join(problems))
     return Suite(path, tuple(studies), config.text)
@@ -228,6 +234,25 @@ def _resolve(
             except UserError as error:
                 problems.append(f", probe {probe}: {error}")
     return Study(name, config, tuple(trials), probes), problems
+
+
+def _not_beside(study: Study, studies: list[Study]) -> list[str]:
+    """What keeps the trials of other studies from being shown with the study's."""
+    trials = {f"{other.name}/{trial.name}": (other, trial) for other in studies for trial in other.trials}
+    problems = []
+    for path in study.config.beside:
+        if path not in trials:
+            problems.append(f"there is no trial {path}; {suggest(path, list(trials))}")
+            continue
+        other, trial = trials[path]
+        training = [getattr(one.recipe, part) for one in (trial, *study.trials[:1]) for part in ("training", "data")]
+        if other is study or training[:2] != training[2:]:
+            problems.append(f"{path} is not another study's, trained on the same data and tokens: remove it")
+        elif any(other.probes.get(name) != probe for name, probe in study.probes.items()):
+            problems.append(f"{path} has not all of this study's probes: make them the same, or remove it")
+        elif not set(study.config.seeds) <= set(other.config.seeds):
+            problems.append(f"{path} has not all of this study's seeds: make them the same, or remove it")
+    return problems
 
 
 def _trial_recipe(base: Path, changes: Mapping[str, Any], shards: list[tuple[str, str]]) -> Recipe:
@@ -300,6 +325,11 @@ def _probe_of(probe: Probe, recipe: Recipe) -> Probe:
     try:
         rows = SyntheticConfig.model_validate({"task": fields})
         rows.check_fits(sequence_length=rows.task.row_tokens, vocab_size=recipe.model.vocab_size, held_out_tokens=1)
+        if rows.task.chance != data.task.chance:
+            raise ValueError(
+                f"task: guessing gets {100 * rows.task.chance:.2g} % right there and {100 * data.task.chance:.2g} % in "
+                "training, so that they can't be drawn together: leave kind, and the number of answers, as they are"
+            )
     except ValidationError as error:
         raise UserError(explain(error, SyntheticConfig).strip()) from None
     except ValueError as error:

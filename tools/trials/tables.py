@@ -126,6 +126,15 @@ def _note(results: StudyResults) -> str:
     note += f": mean over {seeds} seeds [smallest..largest]." if seeds > 1 else ", one seed."
     if accuracy and results.chance is not None:
         note += f" Guessing gets {value_text(results.chance, 'accuracy')}."
+    scored = {
+        probe: found.tokens
+        for result in results.results
+        for probe, found in result.probes.items()
+        if probe in results.study.probes
+    }
+    if scored:
+        counts = ", ".join(f"{number:,} {probe}" for probe, number in scored.items())
+        note += f" {'Answers' if accuracy else 'Tokens'} scored with each seed: {counts}."
     return note
 
 

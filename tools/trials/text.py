@@ -65,7 +65,7 @@ def prepare_text(paths: Sequence[Path], sizes: TextSizes, folder: Path, *, longe
     """Builds tokenizer and shards unless they are there; returns their fingerprint.
 
     Args:
-        longest_row: tokens of the longest row of a probe, which a held-out document must fill.
+        longest_row: tokens of the longest row of a probe; the longest held-out document must fill one.
         scored_tokens: tokens of the largest probe, which the held-out text must have.
 
     Raises:

@@ -52,6 +52,27 @@ def test_runs_without_a_result_are_known():
     assert [run.seed for run in variants.finished("mal")] == [0]
 
 
+def test_trials_beside_a_study_come_first_and_are_no_runs_of_its_own():
+    record = full_record()
+    ablations = record.studies["ablations"].model_copy(update={"beside": ("variants/lmm", "variants/mal")})
+    lent = record.model_copy(update={"studies": {**record.studies, "ablations": ablations}})
+    results = lent.of_study("ablations")
+    assert results.study.trials[:3] == ("variants/lmm", "variants/mal", "everything")
+    own = record.of_study("variants").probe_values("lmm", "16 windows")
+    assert results.probe_values("variants/lmm", "16 windows") == {seed: own[seed] for seed in (0, 1)}
+    assert [run.seed for run in results.diverged("variants/mal")] == [1]
+    assert lent.missing() == record.missing()
+    assert study_table(results).rows[0][0] == "variants/lmm"
+
+
+def test_a_result_of_another_recipe_is_not_the_suites():
+    record = full_record()
+    run = record.results[0]
+    path = f"{run.study}/{run.trial}/seed-{run.seed}"
+    assert record.model_copy(update={"expected": {path: run.recipe_sha256}}).has(run)
+    assert not record.model_copy(update={"expected": {path: "1" * 64}}).has(run)
+
+
 STUDY = StudyRecord(title="t", metric="accuracy", sequence_length=8, trials=("a",), seeds=(0,), probes=("p",))
 
 

@@ -25,16 +25,19 @@ def test_a_cell_is_mean_and_range_over_the_seeds():
     found = table(*runs)
     assert found.header == ("trial", "parameters", "tokens", "tokens/s", "seeds", "p")
     assert found.rows == (("a", "123,456", "1,612,800", "3,000", "3", "94.0 % [90.0..98.0]"),)
-    assert found.note == "Right answers: mean over 3 seeds [smallest..largest]. Guessing gets 3.1 %."
+    assert found.note == (
+        "Right answers: mean over 3 seeds [smallest..largest]. Guessing gets 3.1 %. Answers scored with each seed: 8 p."
+    )
     losses = table(*runs, metric="loss")
     assert losses.rows[0][-1] == "0.060 [0.020..0.100]"
-    assert losses.note == "Loss in nats a token: mean over 3 seeds [smallest..largest]."
+    scored = "Tokens scored with each seed: 8 p."
+    assert losses.note == f"Loss in nats a token: mean over 3 seeds [smallest..largest]. {scored}"
 
 
 def test_one_seed_has_no_range():
     found = table(reached("a", 0, 0.5), seeds=(0,))
     assert found.rows[0][-2:] == ("1", "50.0 %")
-    assert found.note == "Right answers, one seed. Guessing gets 3.1 %."
+    assert found.note == "Right answers, one seed. Guessing gets 3.1 %. Answers scored with each seed: 8 p."
 
 
 def test_diverged_and_missing_runs_are_shown_and_not_averaged():
@@ -56,7 +59,7 @@ def test_markdown_and_html_show_the_same_cells():
         "| trial | parameters | tokens | tokens/s | seeds | p |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: |\n"
         "| a | 123,456 | 1,612,800 | 18,300 | 1 | 50.0 % |\n\n"
-        "Right answers, one seed. Guessing gets 3.1 %."
+        "Right answers, one seed. Guessing gets 3.1 %. Answers scored with each seed: 8 p."
     )
     html = found.html()
     assert all(f">{cell}<" in html for cell in (*found.header, *found.rows[0], found.note))

@@ -22,15 +22,17 @@ from tests.data_cases import documents
 from tests.tools.trials.report_cases import result
 from tests.tools.trials.run_cases import PLAIN, STUDY, TEXT_SIZES, TEXT_STUDY, WILD, load, write_suite
 from tests.training_cases import events
+from tools.command import duration
 from tools.demo.training import kill_tree, newest_checkpoint
 from tools.trials.__main__ import main
 from tools.trials.probe import run as run_probes
 from tools.trials.probe import run_probe
 from tools.trials.progress import Clock
-from tools.trials.results import Result, read_result, run_folder
+from tools.trials.record import gather
+from tools.trials.results import Result, read_result, run_folder, write_result
 from tools.trials.run import require_same_recipes
 from tools.trials.runner import Ended
-from tools.trials.runs import Run, runs_of
+from tools.trials.runs import Run, read_trial_file, runs_of
 from tools.trials.suite import TextSizes, load_suite
 from tools.trials.text import prepare_text, shard_folders
 
@@ -176,6 +178,41 @@ def test_restart_removes_what_differs_alone(tmp_path: Path) -> None:
     assert kept.folder.exists() and not changed.folder.exists()
 
 
+def test_half_a_folder_is_not_taken_for_a_run_of_the_suite(tmp_path: Path) -> None:
+    (run,) = runs_of(load(write_suite(tmp_path, study={"seeds": [0], "trials": {PLAIN: None}})), tmp_path / "out")
+    run.prepare()
+    (run.folder / "checkpoints" / f"step-{STEPS:08d}").mkdir(parents=True)
+    assert run.state() == "trained"
+    (run.folder / "recipe.yaml").unlink()
+    assert run.state() == "of another recipe", "whose weights nobody knows"
+    run.folder.with_name(".seed-0.removed").mkdir()
+    require_same_recipes([run], restart=True)
+    assert not list(run.folder.parent.iterdir())
+
+
+def test_a_result_of_an_older_suite_is_in_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    suite = write_suite(tmp_path, study={"trials": {PLAIN: None}})
+    now, later = runs_of(load(suite), output)
+    write_result(now.folder, result("study", PLAIN, 0, recipe_sha256=now.identity()))
+    write_result(later.folder, result("study", PLAIN, 1, recipe_sha256="0" * 64))
+    assert main(["run", str(suite), "--output", str(output), "--seeds", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "1 of 2 (1 missing)" in printed.out and "left out" in printed.err and later.name in printed.err
+    record, others = gather(output)
+    assert record.missing() == others == [later.name]
+
+
+def test_the_environment_is_that_of_the_trainings_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = runs_of(load(write_suite(tmp_path, study={"seeds": [0], "trials": {PLAIN: None}})), tmp_path / "out")
+    for commit, begun, expected in [("a", False, "a"), ("b", False, "b"), ("c", True, "b")]:
+        monkeypatch.setattr("tools.trials.runs.environment", lambda commit=commit: {"commit": commit})
+        if begun:
+            (run.folder / "checkpoints" / "step-00000008").mkdir(parents=True)
+        run.prepare()
+        assert read_trial_file(run.folder).environment == {"commit": expected}
+
+
 def test_a_failure_is_reported_with_its_last_words_and_tried_again(tmp_path: Path) -> None:
     suite, output = write_suite(tmp_path, study={"seeds": [0], "trials": {PLAIN: None}}), tmp_path / "out"
     folder = run_folder(output, "study", PLAIN, 0)
@@ -233,11 +270,16 @@ def test_two_calls_do_not_run_in_one_folder(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_studies_of_text_are_left_out_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    suite = write_suite(tmp_path, TEXT_SIZES, books=TEXT_STUDY)
-    assert main(["run", str(suite), "--output", str(tmp_path / "out")]) == 0
+    suite = write_suite(tmp_path, TEXT_SIZES, books=TEXT_STUDY, study={"seeds": [0], "trials": {PLAIN: None}})
+    output = tmp_path / "out"
+    (run,) = (one for one in runs_of(load(suite), output) if not one.study.config.text)
+    write_result(run.folder, result("study", PLAIN, 0, recipe_sha256=run.identity()))
+    assert main(["run", str(suite), "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "left out: books, 1 runs that read text" in printed and "--text" in printed
-    assert "0 runs: 0 done, 0 left" in printed
+    assert "1 runs: 1 done, 0 left" in printed
+    assert main(["run", str(suite), "--output", str(output), "--only", "books/*"]) == 2
+    assert "all runs that are asked for read text: name books" in capsys.readouterr().err
 
 
 def test_a_probe_of_text_scores_by_position(tmp_path: Path) -> None:
@@ -279,5 +321,8 @@ def test_what_is_left_is_estimated_by_the_same_trial_and_else_by_work(tmp_path: 
     clock.add(Ended(a, 5.0, None, "failed"))
     assert clock.left(2) == "2 left", "a failure says nothing of how long a run takes"
     clock.add(Ended(a, 20.0, result("study", "a", 0)))
-    expected = (20 + 20 * b.work / a.work) / 2
-    assert clock.left(2) == f"2 left, about {round(expected)} s"
+    longest = 20 * b.work / a.work
+    assert longest > 20, "two workers can't share it"
+    assert clock.left(2) == f"2 left, about {duration(longest)}"
+    clock.see([], [runs["study/a/seed-1"]] * 3)
+    assert clock.left(3) == "3 left, about 30 s"

@@ -45,6 +45,9 @@ def test_probes_have_every_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
+        ({"beside": ["study/plain"]}, ["study study: beside: study/plain is not another study's"]),
+        ({"beside": ["study/plane"]}, ["beside: there is no trial study/plane; did you mean study/plain?"]),
+        ({"probes": {"a": {"task": {"num_values": 8}}}}, ["probe a: task: guessing gets 12 % right there and 3.1 %"]),
         ({"titel": "x"}, ["studies.study.titel: unknown; did you mean title?"]),
         ({"probes": {"a": {"row": 3}}}, ["studies.study.probes.a.row: unknown; did you mean rows?"]),
         ({"seeds": []}, ["studies.study.seeds"]),
@@ -109,6 +112,20 @@ def test_a_file_that_is_none_is_said_so(tmp_path: Path) -> None:
             load(tmp_path / "suite.yaml")
 
 
+def test_a_trial_beside_a_study_is_trained_and_probed_as_it_is(tmp_path: Path) -> None:
+    def lent(**changes: Any) -> Path:
+        return write_suite(tmp_path, study={}, other={**changes, "beside": ["study/plain"]})
+
+    assert load(lent()).studies[1].config.beside == ("study/plain",)
+    for changes, problem in [
+        ({"probes": {"as trained": {"rows": 3}}}, "has not all of this study's probes"),
+        ({"seeds": [0, 2]}, "has not all of this study's seeds"),
+        ({"changes": {"training.tokens": 64}}, "is not another study's, trained on the same data and tokens"),
+    ]:
+        with pytest.raises(UserError, match=f"study other: beside: study/plain {problem}"):
+            load(lent(**changes))
+
+
 def test_the_projects_suite_is_right_and_asks_beyond_every_window(tmp_path: Path) -> None:
     suite = load_suite(SUITE, shard_folders(tmp_path))
     studies = {study.name: study for study in suite.studies}
@@ -116,6 +133,8 @@ def test_the_projects_suite_is_right_and_asks_beyond_every_window(tmp_path: Path
         trials = {trial.name: trial.recipe.model for trial in studies[name].trials}
         assert {"mac", "mag", "lmm", "transformer-window"} <= trials.keys()
         reach = max(model.window or model.segment or 0 for model in trials.values())
+        if name == "passkey":  # the key stands before all of the filler
+            assert all((one.task or {})["depth"] == 0 for probe, one in studies[name].probes.items() if "w" in probe)
         filler = {probe: (one.task or {})["filler"] for probe, one in studies[name].probes.items()}
         assert min(filler["16 windows"]) >= 16 * reach and min(filler["64 windows"]) >= 64 * reach
         training = studies[name].trials[0].recipe.training.sequence_length
