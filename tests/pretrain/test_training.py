@@ -133,7 +133,10 @@ def test_only_the_newest_checkpoints_are_kept(runs: Path) -> None:
 
 def test_events_tell_the_run(runs: Path) -> None:
     kinds = [event["event"] for event in events(runs / "zero1") if event["event"] != "step"]
-    assert kinds == ["start", "save", "eval", "save", "save", "eval", "save", "eval", "save", "done"]
+    run = ["start", "save", "eval", "save", "save", "eval", "save", "memory", "eval", "save", "done"]
+    assert kinds == run
+    (memory,) = events(runs / "zero1", "memory")
+    assert [set(layer) >= {"alpha", "eta", "theta"} for layer in memory["layers"]] == [True, True]
 
 
 def test_tensorboard_has_the_curves(runs: Path) -> None:
