@@ -17,7 +17,7 @@ from parallel.process import World
 from pretrain.agreement import agreed
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
-from pretrain.data import Data, Loader, Share, Source
+from pretrain.data import Data, Division, Loader, Share, Source
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
@@ -98,14 +98,14 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
 
 def open_training_data(recipe: Recipe, batches: Batches, world: World, source: Source, state: TrainerState) -> Loader:
     """The loader, standing where `state` left off. Raises UserError for a cursor of other data."""
-    return source.open_loader(
+    division = Division(
         sequence_length=recipe.training.sequence_length,
         micro_batch_size=recipe.training.micro_batch_size,
         accumulation=batches.accumulation,
         rank=world.rank,
         world_size=world.size,
-        cursor=state.cursor,
     )
+    return source.open_loader(division, state.cursor)
 
 
 @contextmanager

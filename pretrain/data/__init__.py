@@ -8,7 +8,8 @@ division over ranks in `loader`. Tokenised shards: the folder's format is descri
 
 from pretrain.data.config import DataConfig, ShardsConfig, open_shards
 from pretrain.data.cursor import Cursor
-from pretrain.data.loader import Batch, Loader, open_loader
+from pretrain.data.loader import Batch, Division, Loader
+from pretrain.data.shard_source import ShardSource
 from pretrain.data.shards import ShardSet, TokenizerInfo
 from pretrain.data.source import Data, HeldOut, Share, Source, SourceConfig
 from pretrain.data.synthetic import SyntheticConfig
@@ -19,16 +20,17 @@ __all__ = [
     "Cursor",
     "Data",
     "DataConfig",
+    "Division",
     "HeldOut",
     "Loader",
     "ShardSet",
+    "ShardSource",
     "ShardsConfig",
     "Share",
     "Source",
     "SourceConfig",
     "SyntheticConfig",
     "TokenizerInfo",
-    "open_loader",
     "open_shards",
     "sequential_batches",
 ]

@@ -41,11 +41,13 @@ class Cursor(BaseModel):
             field = ".".join(map(str, first["loc"])) or "JSON"
             raise UserError(f"data cursor: {field}: {first['msg']}; the checkpoint that holds it is damaged") from None
 
-    def check(self, expected: "Cursor", changed: str) -> None:
-        """Raises UserError when this cursor does not belong to the order of `expected` (whose position is ignored).
+    def moved_to(self, cursor: "Cursor | None", changed: str) -> "Cursor":
+        """`cursor`, which must belong to the order of this one, or this one where there is none to move to.
 
-        `changed`: what to say of another fingerprint.
+        Raises UserError for one of another order, seed, length or data; `changed`: what to say of other data.
         """
+        if cursor is None:
+            return self
         advice = {
             "fingerprint": changed,
             "sequence_length": (
@@ -55,9 +57,10 @@ class Cursor(BaseModel):
             "order": "set data.order back, or start a new run",
         }
         problems = [
-            f"{name} {getattr(self, name)} in the checkpoint, {getattr(expected, name)} now ({fix})"
+            f"{name} {getattr(cursor, name)} in the checkpoint, {getattr(self, name)} now ({fix})"
             for name, fix in advice.items()
-            if getattr(self, name) != getattr(expected, name)
+            if getattr(cursor, name) != getattr(self, name)
         ]
         if problems:
             raise UserError("the checkpoint's data cursor does not fit this run: " + "; ".join(problems))
+        return cursor

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 
 from pretrain.data.cursor import Cursor
-from pretrain.data.packing import Order, Packing
-from pretrain.data.shards import ShardSet
 from pretrain.errors import UserError
 
 # Enough that a worker is never idle while another's step waits to be taken.
@@ -41,37 +39,6 @@ class RowReader(Protocol):
         """Tokens and targets of global samples: int64 [n] -> two int64 [n, sequence_length]."""
 
 
-def open_loader(
-    shards: ShardSet,
-    *,
-    sequence_length: int,
-    micro_batch_size: int,
-    accumulation: int,
-    rank: int,
-    world_size: int,
-    seed: int,
-    num_workers: int = 0,
-    cursor: Cursor | None = None,
-    order: Order = "rows",
-) -> "Loader":
-    """The endless iterator over a rank's steps, from `cursor` or from the beginning.
-
-    Raises UserError for a size that is not positive, a set too small for one row, and a cursor of other data, length,
-    seed or order.
-    """
-    require_positive(sequence_length=sequence_length)
-    packing = Packing(shards, sequence_length=sequence_length, seed=seed, order=order)
-    start = Cursor(position=0, sequence_length=sequence_length, seed=seed, order=order, fingerprint=shards.fingerprint)
-    if cursor is not None:
-        changed = (
-            f"the data in {shards.folder} changed: give the shards that the run began with as data.train, or start a "
-            "new run on these"
-        )
-        cursor.check(start, changed)
-        start = cursor
-    return Loader(packing, start, (accumulation, world_size, micro_batch_size), rank, num_workers)
-
-
 def require_positive(**sizes: int) -> None:
     """Raises UserError for a size below 1."""
     for name, value in sizes.items():
@@ -85,29 +52,43 @@ def require_rank(rank: int, world_size: int) -> None:
         raise UserError(f"rank {rank}: must be at least 0 and below world_size {world_size}")
 
 
+@dataclass(frozen=True)
+class Division:
+    """How the rows of every step are dealt out, and whose part is meant. Raises UserError for a size that is not
+    positive, and a rank outside its world.
+    """
+
+    sequence_length: int
+    micro_batch_size: int
+    accumulation: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        require_positive(**{name: size for name, size in vars(self).items() if name != "rank"})
+        require_rank(self.rank, self.world_size)
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """The shape in which a step's samples are dealt out: micro-batch, rank, row."""
+        return self.accumulation, self.world_size, self.micro_batch_size
+
+
 class Loader:
     """Iterates over steps: each `next()` gives the list, `accumulation` long, of this rank's Batches. Never ends.
 
     Use it as a context manager, or call `close()`: either ends its workers. One consumer at a time.
     """
 
-    def __init__(
-        self, rows: RowReader, start: Cursor, layout: tuple[int, int, int], rank: int, num_workers: int
-    ) -> None:
-        """`layout`: (accumulation, world_size, micro_batch_size), the shape in which a step's samples are dealt out.
-
-        Raises UserError for a size that is not positive, and a rank outside its world.
-        """
-        accumulation, world_size, micro_batch_size = layout
-        require_positive(accumulation=accumulation, world_size=world_size, micro_batch_size=micro_batch_size)
-        require_rank(rank, world_size)
+    def __init__(self, rows: RowReader, start: Cursor, division: Division, num_workers: int) -> None:
+        """`rows` are of `division.sequence_length`. Raises UserError for a negative number of workers."""
         if num_workers < 0:
             raise UserError(f"data.num_workers {num_workers}: must be at least 0")
         self._rows = rows
         self._start = start
-        self._layout = layout
-        self._rank = rank
-        self._step_samples = int(np.prod(layout))
+        self._layout = division.layout
+        self._rank = division.rank
+        self._step_samples = int(np.prod(division.layout))
         self._taken = 0  # steps handed out
         self._pool = ThreadPoolExecutor(num_workers, "data") if num_workers else None
         self._ahead: deque[Future[list[Batch]]] = deque()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain.data.cursor import Cursor
-from pretrain.data.loader import Batch, Loader, open_loader
-from pretrain.data.packing import Order
+from pretrain.data.loader import Batch, Division, Loader
+from pretrain.data.packing import Order, Packing
 from pretrain.data.shards import ShardSet, TokenizerInfo
 from pretrain.data.validation import sequential_batches
 
@@ -36,29 +36,24 @@ class ShardSource:
         """The tokenizer that made the shards."""
         return self.shards.tokenizer
 
-    def open_loader(
-        self,
-        *,
-        sequence_length: int,
-        micro_batch_size: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        cursor: Cursor | None,
-    ) -> Loader:
-        """See `pretrain.data.loader.open_loader`."""
-        return open_loader(
-            self.shards,
-            sequence_length=sequence_length,
-            micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
-            rank=rank,
-            world_size=world_size,
+    def open_loader(self, division: Division, cursor: Cursor | None) -> Loader:
+        """The iterator over a rank's steps. Raises UserError for a set too small for one row, and a cursor of other
+        data, length, seed or order.
+        """
+        length = division.sequence_length
+        packing = Packing(self.shards, sequence_length=length, seed=self.seed, order=self.order)
+        start = Cursor(
+            position=0,
+            sequence_length=length,
             seed=self.seed,
-            num_workers=self.num_workers,
-            cursor=cursor,
             order=self.order,
+            fingerprint=self.shards.fingerprint,
         )
+        changed = (
+            f"the data in {self.shards.folder} changed: give the shards that the run began with as data.train, or "
+            "start a new run on these"
+        )
+        return Loader(packing, start.moved_to(cursor, changed), division, self.num_workers)
 
     def describe(self, total_tokens: int) -> str:
         """Documents, tokens, and passes over them."""

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from pretrain.data.cursor import Cursor
-from pretrain.data.loader import Batch, Loader
+from pretrain.data.loader import Batch, Division, Loader
 from pretrain.data.shards import TokenizerInfo
 from pretrain.quantities import Seed
 
@@ -41,16 +41,7 @@ class Source(Protocol):
     def tokenizer(self) -> TokenizerInfo | None:
         """The tokenizer that made the tokens; None where they stand for no text."""
 
-    def open_loader(
-        self,
-        *,
-        sequence_length: int,
-        micro_batch_size: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        cursor: Cursor | None,
-    ) -> Loader:
+    def open_loader(self, division: Division, cursor: Cursor | None) -> Loader:
         """The iterator over a rank's steps, from `cursor` or from the beginning. Raises UserError for a cursor of
         other data.
         """

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from pretrain.data import Cursor, ShardSet, open_loader
+from pretrain.data import Cursor, Division, Loader, ShardSet, ShardSource
 from pretrain.errors import UserError
 from tests.data_cases import documents, make_shards, make_tokenizer
 
@@ -19,18 +19,16 @@ def shards(tmp_path_factory):
     return make_shards(folder, make_tokenizer(folder), documents(40, words=20))
 
 
+def open_loader(shards, *, seed=5, order="rows", num_workers=0, cursor=None, **division) -> Loader:
+    return ShardSource(shards, seed, order, num_workers).open_loader(Division(**division), cursor)
+
+
 def load(shards, *, world_size=1, rank=0, micro=2, workers=0, cursor=None, **changes):
     """A loader whose steps hold GLOBAL_ROWS rows over all ranks."""
-    options = {"sequence_length": LENGTH, "seed": 5} | changes
+    options = {"sequence_length": LENGTH, "num_workers": workers, "cursor": cursor} | changes
+    accumulation = GLOBAL_ROWS // (micro * world_size)
     return open_loader(
-        shards,
-        micro_batch_size=micro,
-        accumulation=GLOBAL_ROWS // (micro * world_size),
-        rank=rank,
-        world_size=world_size,
-        num_workers=workers,
-        cursor=cursor,
-        **options,
+        shards, micro_batch_size=micro, accumulation=accumulation, rank=rank, world_size=world_size, **options
     )
 
 

@@ -18,7 +18,7 @@ import yaml
 from kernels.cross_entropy import token_scores
 from parallel.engine import IGNORED, Scored
 from pretrain.config import load_recipe
-from pretrain.data import Batch, Cursor
+from pretrain.data import Batch, Cursor, Division
 from pretrain.data.synthetic import (
     ASK,
     MARK,
@@ -162,14 +162,7 @@ def test_rows_stay_what_they_are() -> None:
 
 def load(source: SyntheticSource, world: int, accumulation: int, *, cursor: Cursor | None = None, length: int = 112):
     return [
-        source.open_loader(
-            sequence_length=length,
-            micro_batch_size=3,
-            accumulation=accumulation,
-            rank=rank,
-            world_size=world,
-            cursor=cursor,
-        )
+        source.open_loader(Division(length, 3, accumulation, rank, world), cursor)
         for rank in range(world)
     ]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pretrain.data.cursor import Cursor
-from pretrain.data.loader import Batch, Loader, require_positive, require_rank
+from pretrain.data.loader import Batch, Division, Loader, require_positive, require_rank
 from pretrain.data.synthetic.draws import Draws, Split
 from pretrain.data.synthetic.task import PAD, Task
 from pretrain.data.validation import IGNORE_INDEX
@@ -64,29 +64,18 @@ class SyntheticSource:
         """Tokens of the task."""
         return self.task.vocab_size
 
-    def open_loader(
-        self,
-        *,
-        sequence_length: int,
-        micro_batch_size: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        cursor: Cursor | None,
-    ) -> Loader:
+    def open_loader(self, division: Division, cursor: Cursor | None) -> Loader:
         """The iterator over a rank's steps. Raises UserError for a cursor of other data."""
-        rows = DrawnRows(self.task, self.seed, "train", sequence_length)
+        rows = DrawnRows(self.task, self.seed, "train", division.sequence_length)
         start = Cursor(
             position=0,
-            sequence_length=sequence_length,
+            sequence_length=division.sequence_length,
             seed=self.seed,
             order="drawn",
             fingerprint=fingerprint(self.task),
         )
-        if cursor is not None:
-            cursor.check(start, "data.task is not what the run began with: set it back, or start a new run")
-            start = cursor
-        return Loader(rows, start, (accumulation, world_size, micro_batch_size), rank, self.num_workers)
+        changed = "data.task is not what the run began with: set it back, or start a new run"
+        return Loader(rows, start.moved_to(cursor, changed), division, self.num_workers)
 
     def describe(self, total_tokens: int) -> str:
         """The task's numbers."""
