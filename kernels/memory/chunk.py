@@ -1,8 +1,9 @@
-"""The exact dual form over a group of consecutive chunks (README.md, section 2), from differentiable operations.
+"""The exact dual form over a group of consecutive chunks (README.md, section 2).
 
 Inside a chunk every token's gradient is taken at the chunk's first weights, so the weights after token t are the first
 ones plus a sum of outer products; reads, writes and the chunk's end are then a few matrix products, and no token has
-weights of its own. Tensors of a group are [B, H, n, C, ...]: n chunks of C tokens.
+weights of its own. Tensors of a group are [n, N, C, ...]: n chunks of C tokens for N = batch * heads memories. The
+state of a layer is one tensor [N, 2 * d_in, d_out], weights above momentum, so that a product with both is one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,19 @@ from kernels.memory.decay import decay_matrix
 from kernels.memory.options import MIN_ONE_MINUS_ETA, MemoryOptions
 
 
+class GroupTokens(NamedTuple):
+    """The tokens of a group; a chunk that was open has its last M <= C tokens' queries only."""
+
+    q: Tensor  # [n, N, M, D]
+    k: Tensor  # [n, N, C, D]
+    v: Tensor  # [n, N, C, D]
+    alpha: Tensor  # [n, N, C]
+    eta: Tensor  # [n, N, C]
+    theta: Tensor  # [n, N, C]
+
+
 class GroupGates(NamedTuple):
-    """Products of gates over each chunk: matrices [B, H, n, C, C], vectors [B, H, n, C] (names as in README.md)."""
+    """Products of gates over each chunk: matrices [n, N, C, C], vectors [n, N, C] (names as in README.md)."""
 
     write: Tensor  # P = A @ H
     momentum_last: Tensor  # H[C, :]
@@ -28,16 +40,21 @@ class GroupGates(NamedTuple):
     p: Tensor
 
 
-class ChunkWrites(NamedTuple):
-    """What the tokens of one chunk write: for each layer the inputs X, gradients D and steps theta."""
+class LayerWrites(NamedTuple):
+    """What a chunk's tokens write to one layer, and what that was computed from.
 
-    inputs: list[Tensor]  # L x [B, H, C, d_in]
-    gradients: list[Tensor]  # L x [B, H, C, d_out]
-    steps: list[Tensor]  # L x [B, H, C]
+    Tensors are [N, C, d] of one chunk, or [n, N, C, d] of a group's.
+    """
+
+    inputs: Tensor  # X, the layer's inputs
+    outputs: Tensor  # X @ W
+    pulled: Tensor | None  # the inner gradient after the activation, which D is before; None at the last layer
+    gradients: Tensor  # D, the inner gradient at the layer's outputs
+    steps: Tensor  # theta, [..., C]
 
 
 def group_gates(alpha: Tensor, eta: Tensor) -> GroupGates:
-    """Products of the gates; alpha, eta [B, H, n, C]."""
+    """Products of the gates; alpha, eta [n, N, C]. From differentiable operations."""
     keep = 1 - alpha
     keeps, momenta = decay_matrix(keep), decay_matrix(eta)
     a = keeps[..., 0] * keep[..., :1]
@@ -46,129 +63,165 @@ def group_gates(alpha: Tensor, eta: Tensor) -> GroupGates:
     return GroupGates(keeps @ momenta, momenta[..., -1, :], a, e, p)
 
 
+def step_scale(theta: Tensor, eta: Tensor) -> Tensor:
+    """c = theta / (1 - eta), of which the overlap in the step bound is a sum."""
+    return theta / (1 - eta).clamp_min(MIN_ONE_MINUS_ETA)
+
+
 def bounded_steps(theta: Tensor, eta: Tensor, inputs: Tensor, bound: float) -> Tensor:
     """theta limited by the chunk's overlap of features: equal keys can't add up to an unstable step.
 
     README.md, section 3.
 
     Args:
-        theta, eta: [B, H, C].
-        inputs: [B, H, C, d], one layer's inputs at the chunk's first weights.
+        theta, eta: [N, C].
+        inputs: [N, C, d], one layer's inputs at the chunk's first weights.
         bound: b, the inverse of the largest total step along one direction.
     """
-    scale = theta / (1 - eta).clamp_min(MIN_ONE_MINUS_ETA)
-    overlap = ((inputs @ inputs.mT).abs().tril() @ scale.unsqueeze(-1)).squeeze(-1)
+    overlaps = (inputs @ inputs.mT).abs_().tril_()
+    overlap = (overlaps @ step_scale(theta, eta).unsqueeze(-1)).squeeze(-1)
     return theta / (bound * overlap).clamp_min(1.0)
 
 
 def chunk_writes(
     k: Tensor, v: Tensor, eta: Tensor, theta: Tensor, weights: Sequence[Tensor], options: MemoryOptions
-) -> ChunkWrites:
-    """Inner forward and backward pass of one chunk's keys: k, v [B, H, C, D], gates [B, H, C], weights [B, H, i, o]."""
-    inputs, hidden = [k], []
+) -> list[LayerWrites]:
+    """Inner forward and backward pass of one chunk's keys: k, v [N, C, D], gates [N, C], weights L x [N, i, o]."""
+    inputs, outputs = [k], []
     for weight in weights[:-1]:
-        hidden.append(inputs[-1] @ weight)
-        inputs.append(activate(hidden[-1], options.activation, options.activation_scale))
-    gradient = 2 * (inputs[-1] @ weights[-1] - v) if options.objective == "l2" else -v
-    gradients = [gradient]
-    for z, weight in zip(reversed(hidden), reversed(weights[1:]), strict=True):
-        gradients.append(activate_vjp(z, gradients[-1] @ weight.mT, options.activation, options.activation_scale))
-    gradients.reverse()
+        outputs.append(inputs[-1] @ weight)
+        inputs.append(activate(outputs[-1], options.activation, options.activation_scale))
+    outputs.append(inputs[-1] @ weights[-1])
+    gradients = [2 * (outputs[-1] - v) if options.objective == "l2" else -v]
+    pulled: list[Tensor | None] = [None]
+    for z, weight in zip(reversed(outputs[:-1]), reversed(weights[1:]), strict=True):
+        pulled.append(gradients[-1] @ weight.mT)
+        gradients.append(activate_vjp(z, pulled[-1], options.activation, options.activation_scale))
     if options.step_bound is None:
         steps = [theta] * len(weights)
     else:
         steps = [bounded_steps(theta, eta, x, options.step_bound) for x in inputs]
-    return ChunkWrites(inputs, gradients, steps)
+    return [
+        LayerWrites(*each) for each in zip(inputs, outputs, reversed(pulled), reversed(gradients), steps, strict=True)
+    ]
+
+
+def scaled_inputs(inputs: Tensor, steps: Tensor, write_last: Tensor, momentum_last: Tensor) -> Tensor:
+    """A chunk's inputs times what is left of their writes at its end, in the weights and in the momentum.
+
+    Args:
+        inputs: [N, C, d_in].
+        steps, write_last, momentum_last: [N, C]; the last two are the last rows of P and H.
+
+    Returns:
+        [N, C, 2 * d_in]: the chunk adds `-result^T D` to the layer's state.
+    """
+    return torch.cat([inputs * (last * steps).unsqueeze(-1) for last in (write_last, momentum_last)], dim=-1)
 
 
 def advance(
-    writes: ChunkWrites,
+    writes: LayerWrites, gates: GroupGates, index: int, learned: Tensor | None, state: Tensor, out: Tensor
+) -> None:
+    """One layer's state after chunk `index` of the group, [N, 2 * i, o], written to `out`."""
+    a, e, p = (x[index, :, -1, None, None] for x in (gates.a, gates.e, gates.p))
+    weights, momentum = state.chunk(2, dim=1)
+    new_weights, new_momentum = out.chunk(2, dim=1)
+    torch.mul(weights, a, out=new_weights)
+    new_weights.addcmul_(momentum, p)
+    if learned is not None:
+        new_weights.addcmul_(learned, 1 - a)
+    torch.mul(momentum, e, out=new_momentum)
+    scaled = scaled_inputs(writes.inputs, writes.steps, gates.write[index, :, -1], gates.momentum_last[index])
+    out.baddbmm_(scaled.mT, writes.gradients, alpha=-1)
+
+
+class GroupTrace(NamedTuple):
+    """All chunks' states and writes, one entry a layer."""
+
+    states: list[Tensor]  # L x [n, N, 2 * i, o], at each chunk's start
+    writes: list[LayerWrites]  # L, of [n, N, C, ...]
+    end: list[Tensor] | None  # L x [N, 2 * i, o], after the last chunk, if asked for
+
+
+def write_group(
+    tokens: GroupTokens,
     gates: GroupGates,
-    index: int,
-    learned: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    momentum: Sequence[Tensor],
+    learned: Sequence[Tensor | None],
+    state: Sequence[Tensor],
     options: MemoryOptions,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and momentum after chunk `index` of the group."""
-    write_last = gates.write[:, :, index, -1]
-    momentum_last = gates.momentum_last[:, :, index]
-    a, e, p = (x[:, :, index, -1, None, None] for x in (gates.a, gates.e, gates.p))
-    new_weights, new_momentum = [], []
-    for x, d, theta, w0, w, s in zip(*writes, learned, weights, momentum, strict=True):
-        both = torch.cat([(write_last * theta).unsqueeze(-1) * d, (momentum_last * theta).unsqueeze(-1) * d], dim=-1)
-        to_weights, to_momentum = (x.mT @ both).chunk(2, dim=-1)
-        kept = a * w + p * s
-        if options.forget_to == "init":
-            kept = kept + (1 - a) * w0
-        new_weights.append(kept - to_weights)
-        new_momentum.append(e * s - to_momentum)
-    return new_weights, new_momentum
+    with_end: bool,
+) -> GroupTrace:
+    """Chunk after chunk: the inner gradients at its first weights, and the state after it.
+
+    Args:
+        learned: L tensors W_0 [N, i, o]; None when the memory forgets to zero.
+        state: L tensors [N, 2 * i, o] at the group's start.
+        with_end: also compute the state after the last chunk.
+    """
+    num_chunks = tokens.k.shape[0]
+    states = [s.new_empty(num_chunks, *s.shape) for s in state]
+    for buffer, s in zip(states, state, strict=True):
+        buffer[0] = s
+    end = [torch.empty_like(s) for s in state] if with_end else None
+    chunks = []
+    for index in range(num_chunks):
+        weights = [buffer[index].chunk(2, dim=1)[0] for buffer in states]
+        chunk = (x[index] for x in (tokens.k, tokens.v, tokens.eta, tokens.theta))
+        chunks.append(chunk_writes(*chunk, weights, options))
+        following = [buffer[index + 1] for buffer in states] if index + 1 < num_chunks else end
+        if following is not None:
+            for layer, w0, buffer, out in zip(chunks[-1], learned, states, following, strict=True):
+                advance(layer, gates, index, w0, buffer[index], out)
+    writes = [
+        LayerWrites(*(None if field[0] is None else torch.stack(field) for field in zip(*layer, strict=True)))
+        for layer in zip(*chunks, strict=True)
+    ]
+    return GroupTrace(states, writes, end)
+
+
+class LayerRead(NamedTuple):
+    """A layer's read-out of a group and what its gradient needs again."""
+
+    inputs: Tensor  # [n, N, M, i]
+    mixed: Tensor  # [n, N, M, 2 * i], the inputs times a beside the inputs times p
+    scores: Tensor  # [n, N, M, C], inputs against the keys' inputs
+    coefficients: Tensor  # [n, N, M, C], P theta
+    outputs: Tensor  # [n, N, M, o]
+
+
+def times_learned(x: Tensor, learned: Tensor) -> Tensor:
+    """x [n, N, M, i] @ W_0 [N, i, o], without a copy of W_0 for every chunk."""
+    return (x.transpose(0, 1).flatten(1, 2) @ learned).unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+
+
+def read_layer(x: Tensor, gates: GroupGates, learned: Tensor | None, states: Tensor, writes: LayerWrites) -> LayerRead:
+    """One layer's outputs for the last M tokens of each chunk."""
+    num_queries = x.shape[-2]
+    a, p = (gate[..., -num_queries:, None] for gate in (gates.a, gates.p))
+    mixed = torch.cat([x * a, x * p], dim=-1)
+    scores = x @ writes.inputs.mT
+    coefficients = gates.write[..., -num_queries:, :] * writes.steps.unsqueeze(-2)
+    out = mixed @ states
+    if learned is not None:
+        out.addcmul_(times_learned(x, learned), 1 - a)
+    out.view(-1, *out.shape[2:]).baddbmm_(
+        (scores * coefficients).flatten(0, 1), writes.gradients.flatten(0, 1), alpha=-1
+    )
+    return LayerRead(x, mixed, scores, coefficients, out)
 
 
 def read_group(
-    q: Tensor,
-    writes: Sequence[ChunkWrites],
-    gates: GroupGates,
-    learned: Sequence[Tensor],
-    states: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
-    options: MemoryOptions,
-) -> Tensor:
-    """Read-out of all chunks of a group at once: q [B, H, n, M, D] are the queries of each chunk's last M tokens."""
-    num_queries = q.shape[-2]
-    write = gates.write[..., -num_queries:, :]
-    a, p = (x[..., -num_queries:, None] for x in (gates.a, gates.p))
-    x = q
-    for layer, w0 in enumerate(learned):
-        weight = torch.stack([weights[layer] for weights, _ in states], dim=2)
-        momentum = torch.stack([momentum[layer] for _, momentum in states], dim=2)
-        keys = torch.stack([w.inputs[layer] for w in writes], dim=2)
-        gradients = torch.stack([w.gradients[layer] for w in writes], dim=2)
-        theta = torch.stack([w.steps[layer] for w in writes], dim=2)
-        out = a * (x @ weight) + p * (x @ momentum) - ((x @ keys.mT) * (write * theta.unsqueeze(-2))) @ gradients
-        if options.forget_to == "init":
-            out = out + (1 - a) * (x @ w0.unsqueeze(1))
-        x = out if layer == len(learned) - 1 else activate(out, options.activation, options.activation_scale)
-    return x
+    q: Tensor, gates: GroupGates, learned: Sequence[Tensor | None], trace: GroupTrace, options: MemoryOptions
+) -> list[LayerRead]:
+    """Read-out of all chunks of a group at once, layer by layer; the last one's outputs are y [n, N, M, D]."""
+    reads: list[LayerRead] = []
+    for w0, states, writes in zip(learned, trace.states, trace.writes, strict=True):
+        x = activate(reads[-1].outputs, options.activation, options.activation_scale) if reads else q
+        reads.append(read_layer(x, gates, w0, states, writes))
+    return reads
 
 
-def run_group(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    eta: Tensor,
-    theta: Tensor,
-    learned: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    momentum: Sequence[Tensor],
-    options: MemoryOptions,
-    with_surprise: bool = False,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
-    """One group of chunks.
-
-    Args:
-        q: [B, H, n, M, D], queries of the last M <= C tokens of each chunk.
-        k, v: [B, H, n, C, D]; alpha, eta, theta: [B, H, n, C].
-        learned: L tensors W_0 [H, i, o]; weights, momentum: L tensors [B, H, i, o] at the group's start.
-        with_surprise: also return the norm of each token's inner gradient.
-
-    Returns:
-        y [B, H, n, M, D], weights and momentum after the group, and surprise [B, H, n, C] or None.
-    """
-    gates = group_gates(alpha, eta)
-    states, writes = [], []
-    for index in range(k.shape[2]):
-        chunk = (x[:, :, index] for x in (k, v, eta, theta))
-        states.append((weights, momentum))
-        writes.append(chunk_writes(*chunk, weights, options))
-        weights, momentum = advance(writes[-1], gates, index, learned, weights, momentum, options)
-    y = read_group(q, writes, gates, learned, states, options)
-    surprise = torch.stack([inner_gradient_norm(w) for w in writes], dim=2) if with_surprise else None
-    return y, list(weights), list(momentum), surprise
-
-
-def inner_gradient_norm(writes: ChunkWrites) -> Tensor:
-    """Norm of u_t over all layers, [B, H, C]: each layer's gradient is the outer product of its input and its D."""
-    squares = [x.square().sum(-1) * d.square().sum(-1) for x, d in zip(writes.inputs, writes.gradients, strict=True)]
+def inner_gradient_norm(writes: Sequence[LayerWrites]) -> Tensor:
+    """Norm of u_t over all layers, [n, N, C]: each layer's gradient is the outer product of its input and its D."""
+    squares = [layer.inputs.square().sum(-1) * layer.gradients.square().sum(-1) for layer in writes]
     return torch.stack(squares).sum(0).sqrt()

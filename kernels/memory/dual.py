@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.memory.chunk import run_group
+from kernels.memory.chunk import GroupTokens, group_gates, inner_gradient_norm, read_group, write_group
+from kernels.memory.chunk_gradient import group_gradients
 from kernels.memory.options import MemoryOptions
 from kernels.memory.state import MemoryState, state_dtype
 
-# A longer group stores fewer states and has a larger backward graph: at 4 heads of 64, depth 2, expansion 4 a state is
-# 1 MB, so 2 KB a token.
+# A longer group stores fewer states between forward and backward, and has more chunks' states at once while it runs: at
+# 4 heads of 64, depth 2, expansion 4 a state is 1 MB, so 2 KB a token are stored.
 GROUP_TOKENS = 512
 
 
@@ -51,15 +52,15 @@ def plan_groups(num_open: int, num_tokens: int, chunk_size: int) -> Iterator[Gro
         yield Group(start, 1, total - start, start)
 
 
-def _chunked(x: Tensor, start: int, num_chunks: int, size: int) -> Tensor:
-    """[B, T, H, ...] -> [B, H, n, size, ...] of the tokens from `start` on, in the dtype of the arithmetic."""
-    x = state_dtype(x[:, start : start + num_chunks * size])
-    return x.unflatten(1, (num_chunks, size)).movedim(3, 1)
+def _chunked(x: Tensor, num_chunks: int) -> Tensor:
+    """[B, n * C, H, ...] -> [n, B * H, C, ...], in the dtype of the arithmetic."""
+    x = state_dtype(x).unflatten(1, (num_chunks, -1))
+    return x.movedim((1, 0, 3), (0, 1, 2)).flatten(1, 2)
 
 
-def _unchunked(x: Tensor) -> Tensor:
-    """[B, H, n, C, ...] -> [B, n * C, H, ...]."""
-    return x.movedim(1, 3).flatten(1, 2)
+def _unchunked(x: Tensor, batch_size: int) -> Tensor:
+    """[n, B * H, C, ...] -> [B, n * C, H, ...]."""
+    return x.unflatten(1, (batch_size, -1)).movedim((0, 1, 2), (1, 0, 3)).flatten(1, 2)
 
 
 class _Plan(NamedTuple):
@@ -72,15 +73,36 @@ class _Plan(NamedTuple):
     with_surprise: bool
     keep_states: bool
 
-    def slices(self, group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Chunked q, k, v, alpha, eta, theta of a group; q starts `num_open` tokens later than the keys."""
-        num_queries = (group.stop - group.first_query) // group.num_chunks
-        q = _chunked(tensors[0], group.first_query - self.num_open, group.num_chunks, num_queries)
-        return [q, *(_chunked(x, group.start, group.num_chunks, group.size) for x in tensors[1:])]
+    def spans(self, group: Group) -> tuple[slice, slice]:
+        """Where the group's queries and keys stand; queries start `num_open` tokens later than keys."""
+        return slice(group.first_query - self.num_open, group.stop - self.num_open), slice(group.start, group.stop)
+
+    def tokens(self, group: Group, tensors: Sequence[Tensor]) -> GroupTokens:
+        """q, k, v, alpha, eta, theta of a group."""
+        queries, keys = self.spans(group)
+        pieces = (x[:, span] for x, span in zip(tensors, (queries, *[keys] * 5), strict=True))
+        return GroupTokens(*(_chunked(x, group.num_chunks) for x in pieces))
 
     def is_open(self, group: Group) -> bool:
         """Whether the group is a chunk that is not full: it is read and written, but the state stays at its start."""
         return group.size < self.options.chunk_size
+
+    def targets(self, learned: Sequence[Tensor], batch_size: int) -> list[Tensor | None]:
+        """What each memory forgets to: W_0 of its head, L x [B * H, i, o], or None for zero."""
+        if self.options.forget_to == "zero":
+            return [None] * self.depth
+        return [w.expand(batch_size, *w.shape).flatten(0, 1) for w in learned]
+
+
+def _stacked(weights: Sequence[Tensor], momentum: Sequence[Tensor]) -> list[Tensor]:
+    """L x [B, H, i, o] of each -> L x [B * H, 2 * i, o], as chunk.py has them."""
+    return [torch.cat(pair, dim=2).flatten(0, 1) for pair in zip(weights, momentum, strict=True)]
+
+
+def _unstacked(state: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    """L x [B * H, 2 * i, o] -> L weights and then L momenta [B, H, i, o], each with storage of its own."""
+    pairs = [s.unflatten(0, (batch_size, -1)).chunk(2, dim=2) for s in state]
+    return [part.clone(memory_format=torch.contiguous_format) for side in zip(*pairs, strict=True) for part in side]
 
 
 class _DualForm(torch.autograd.Function):
@@ -89,90 +111,64 @@ class _DualForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         tokens, depth = tensors[:6], plan.depth
-        learned, weights, momentum = (list(tensors[6 + i * depth : 6 + (i + 1) * depth]) for i in range(3))
-        first = (weights, momentum)
+        batch_size = tokens[0].shape[0]
+        learned = plan.targets(tensors[6 : 6 + depth], batch_size)
+        state = _stacked(tensors[6 + depth : 6 + 2 * depth], tensors[6 + 2 * depth :])
         y, surprise, boundaries = tokens[0].new_empty(tokens[0].shape), [], []
         for group in plan.groups:
             # The first group's state is an input, saved with the others; only later ones are stored.
-            boundaries.append((weights, momentum) if plan.keep_states and boundaries else None)
-            out, new_weights, new_momentum, norm = run_group(
-                *plan.slices(group, tokens), learned, weights, momentum, plan.options, plan.with_surprise
-            )
-            y[:, group.first_query - plan.num_open : group.stop - plan.num_open] = _unchunked(out)
-            if norm is not None:
-                surprise.append(_unchunked(norm))
-            if not plan.is_open(group):
-                weights, momentum = new_weights, new_momentum
+            boundaries.append(state if plan.keep_states and boundaries else None)
+            piece = plan.tokens(group, tokens)
+            gates = group_gates(piece.alpha, piece.eta)
+            trace = write_group(piece, gates, learned, state, plan.options, with_end=not plan.is_open(group))
+            reads = read_group(piece.q, gates, learned, trace, plan.options)
+            y[:, plan.spans(group)[0]] = _unchunked(reads[-1].outputs, batch_size)
+            if plan.with_surprise:
+                surprise.append(_unchunked(inner_gradient_norm(trace.writes), batch_size))
+            if trace.end is not None:
+                state = trace.end
         # All through save_for_backward, intermediates too: activation checkpointing can then drop and recompute them.
         ctx.plan, ctx.has_boundary = plan, [boundary is not None for boundary in boundaries]
-        ctx.save_for_backward(*tensors, *(x for boundary in boundaries if boundary for pair in boundary for x in pair))
-        end = [w.clone() if w is old else w for w, old in zip(weights + momentum, first[0] + first[1], strict=True)]
+        ctx.save_for_backward(*tensors, *(s for boundary in boundaries if boundary for s in boundary))
         norms = torch.cat(surprise, dim=1) if surprise else y.new_empty(0)
         ctx.mark_non_differentiable(norms)
-        return y, norms, *end
+        return y, norms, *_unstacked(state, batch_size)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor, _: Tensor, *grad_state: Tensor
+        ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor, _: Tensor, *grad_end: Tensor
     ) -> tuple[Tensor | None, ...]:
         plan, depth = ctx.plan, ctx.plan.depth
         saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
         tensors, stored = saved[: 6 + 3 * depth], list(saved[6 + 3 * depth :])
-        tokens, learned, first = tensors[:6], tensors[6 : 6 + depth], tensors[6 + depth :]
+        tokens, learned = tensors[:6], tensors[6 : 6 + depth]
+        batch_size = tokens[0].shape[0]
+        targets = plan.targets(learned, batch_size)
         grads = [torch.zeros_like(x) for x in tokens]
         grad_learned = [torch.zeros_like(w) for w in learned]
-        grad_state = list(grad_state)
+        grad_state = _stacked(grad_end[:depth], grad_end[depth:])
         for group, has_boundary in zip(reversed(plan.groups), reversed(ctx.has_boundary), strict=True):
-            state = first
             if has_boundary:
-                state = stored[-2 * depth :]
-                del stored[-2 * depth :]
-            queries = slice(group.first_query - plan.num_open, group.stop - plan.num_open)
-            keys = slice(group.start, group.stop)
-            pieces = [tokens[0][:, queries], *(x[:, keys] for x in tokens[1:])]
-            grad_y_group = grad_y[:, queries]
-            into_tokens, into_learned, into_state = _group_backward(
-                plan, group, pieces, learned, state, grad_y_group, grad_state
-            )
-            for total, piece, where in zip(grads, into_tokens, (queries, *[keys] * 5), strict=True):
-                total[:, where] += piece
-            for total, piece in zip(grad_learned, into_learned, strict=True):
-                total += piece
-            grad_state = into_state
-        return None, *grads, *grad_learned, *grad_state
-
-
-def _group_backward(
-    plan: _Plan,
-    group: Group,
-    tokens: Sequence[Tensor],
-    learned: Sequence[Tensor],
-    state: Sequence[Tensor],
-    grad_y: Tensor,
-    grad_state: Sequence[Tensor],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Recomputes one group with a graph and returns the gradients of its tokens, of W_0 and of its first state."""
-    depth = plan.depth
-    leaves = [x.detach().requires_grad_() for x in (*tokens, *learned, *state)]
-    with torch.enable_grad():
-        num_queries = (group.stop - group.first_query) // group.num_chunks
-        q = _chunked(leaves[0], 0, group.num_chunks, num_queries)
-        rest = [_chunked(x, 0, group.num_chunks, group.size) for x in leaves[1:6]]
-        y, weights, momentum, _ = run_group(
-            q, *rest, leaves[6 : 6 + depth], leaves[6 + depth : 6 + 2 * depth], leaves[6 + 2 * depth :], plan.options
-        )
-        outputs, cotangents = [_unchunked(y)], [grad_y.to(y.dtype)]
-        if not plan.is_open(group):
-            outputs += [*weights, *momentum]
-            cotangents += grad_state
-    # A dot objective doesn't look at the weights, an open chunk changes none: such leaves get no gradient here.
-    found = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
-    into_state = grads[6 + depth :]
-    if plan.is_open(group):
-        into_state = [g + later for g, later in zip(into_state, grad_state, strict=True)]
-    return grads[:6], grads[6 : 6 + depth], into_state
+                state = stored[-depth:]
+                del stored[-depth:]
+            else:
+                state = _stacked(tensors[6 + depth : 6 + 2 * depth], tensors[6 + 2 * depth :])
+            queries, keys = plan.spans(group)
+            found = group_gradients(
+                plan.tokens(group, tokens), targets, state, plan.options,
+                _chunked(grad_y[:, queries], group.num_chunks), None if plan.is_open(group) else grad_state,
+            )  # fmt: skip
+            for total, piece, span in zip(grads, found.tokens, (queries, *[keys] * 5), strict=True):
+                total[:, span] += _unchunked(piece, batch_size)
+            for total, piece in zip(grad_learned, found.learned, strict=True):
+                if piece is not None:
+                    total += piece.unflatten(0, (batch_size, -1)).sum(0)
+            if plan.is_open(group):
+                grad_state = [g + later for g, later in zip(found.state, grad_state, strict=True)]
+            else:
+                grad_state = found.state
+        return None, *grads, *grad_learned, *_unstacked(grad_state, batch_size)
 
 
 def neural_memory_dual(

@@ -161,10 +161,7 @@ def test_rows_stay_what_they_are() -> None:
 
 
 def load(source: SyntheticSource, world: int, accumulation: int, *, cursor: Cursor | None = None, length: int = 112):
-    return [
-        source.open_loader(Division(length, 3, accumulation, rank, world), cursor)
-        for rank in range(world)
-    ]
+    return [source.open_loader(Division(length, 3, accumulation, rank, world), cursor) for rank in range(world)]
 
 
 def step_rows(loaders: list, steps: int) -> list[tuple[list[int], list[int]]]:
