@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from pretrain.checkpoints import CHECKPOINTS_FOLDER, MANIFEST, checkpoint_step, list_checkpoints
 from pretrain.errors import UserError
 from pretrain.metrics import read_events
 
@@ -40,9 +41,10 @@ def train_killed(command: Sequence[str], run_folder: Path, kill_step: int) -> Ki
     try:
         while launcher.poll() is None:
             losses = step_losses(run_folder)
-            saved = newest_checkpoint(run_folder)
-            if saved is not None and losses and losses[-1][0] >= max(kill_step, checkpoint_step(saved) + 1):
-                return Kill(kill_tree(launcher), step_losses(run_folder)[-1][0], checkpoint_step(saved))
+            newest = newest_checkpoint(run_folder)
+            saved = checkpoint_step(newest) if newest else None
+            if saved is not None and losses and losses[-1][0] >= max(kill_step, saved + 1):
+                return Kill(kill_tree(launcher), step_losses(run_folder)[-1][0], saved)
             time.sleep(POLL_SECONDS)
     finally:
         kill_tree(launcher)
@@ -75,13 +77,8 @@ def step_losses(run_folder: Path) -> list[tuple[int, float]]:
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end: its manifest is written last."""
-    whole = sorted(path.parent for path in (run_folder / "checkpoints").glob("step-*/manifest.json"))
-    return whole[-1] if whole else None
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The number of steps done at a checkpoint folder `step-N`."""
-    return int(checkpoint.name.removeprefix("step-"))
+    checkpoints = list_checkpoints(run_folder / CHECKPOINTS_FOLDER)
+    return next((path for path in checkpoints if (path / MANIFEST).is_file()), None)
 
 
 def compare_replay(losses: Sequence[tuple[int, float]]) -> Replay:
