@@ -1,6 +1,7 @@
 """The memory layer: projections, gates, the neural memory, output (Titans, arXiv 2501.00663, sections 3.1 and 4.4)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -197,6 +198,15 @@ def _statistics(gates: Gates, surprise: Tensor, memory: MemoryState) -> Stats:
     norm = torch.stack([weight.float().square().sum((-2, -1)) for weight in memory.weights]).sum(0).sqrt()
     named = {**gates._asdict(), "surprise": surprise, "weight_norm": norm}
     return {name: value.float().mean() for name, value in named.items()}
+
+
+def mean_statistics(parts: Sequence[tuple[int, Stats]]) -> Stats:
+    """A layer's statistics over pieces of (length, statistics) in order: means; the weights' norm is that of the last."""
+    total, last = sum(length for length, _ in parts), parts[-1][1]
+    return {
+        name: value if name == "weight_norm" else sum(length * stats[name] for length, stats in parts) / total
+        for name, value in last.items()
+    }
 
 
 def end_segment(state: MemoryLayerState) -> MemoryLayerState:

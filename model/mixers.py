@@ -7,7 +7,7 @@ from model.attention import AttentionLayer
 from model.config import ModelConfig
 from model.join import Join
 from model.layers import RMSNorm
-from model.memory import MemoryLayer, Stats, end_segment
+from model.memory import MemoryLayer, Stats, end_segment, mean_statistics
 from model.rope import Rotary
 from model.state import LayerState
 
@@ -122,7 +122,7 @@ class MacMixer(nn.Module):
             parts.append((stop - start, stats))
             start, restart = stop, None
         y, m = (torch.cat(pieces, 1) for pieces in zip(*outputs, strict=True))
-        return x + self.join(y, m, tokens), state, _average(parts) if with_stats else {}
+        return x + self.join(y, m, tokens), state, mean_statistics(parts) if with_stats else {}
 
     def _piece(
         self, tokens: Tensor, rotary: Rotary, state: LayerState, restart: Tensor | None, with_stats: bool
@@ -135,14 +135,6 @@ class MacMixer(nn.Module):
         if cache.k.shape[1] == self.segment:
             return y, m, LayerState(end_segment(memory), None), stats
         return y, m, LayerState(memory, cache), stats
-
-
-def _average(parts: list[tuple[int, Stats]]) -> Stats:
-    """Means over pieces of different lengths; the weights' norm is that of the last."""
-    total = sum(length for length, _ in parts)
-    last = parts[-1][1]
-    means = {name: sum(length * stats[name] for length, stats in parts) / total for name in last}
-    return {**means, "weight_norm": last["weight_norm"]}
 
 
 MIXERS = {"mac": MacMixer, "mag": MagMixer, "mal": MalMixer, "lmm": MemoryMixer, "transformer": AttentionMixer}

@@ -112,12 +112,15 @@ class ModelState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under its path, contiguous and detached, as safetensors takes them; see `from_tensors`."""
-        flat = {path: tensor.detach().contiguous().clone() for path, tensor in self.named_tensors()}
-        return {**flat, "num_layers": torch.tensor(len(self.layers))}
+        return {path: tensor.detach().contiguous().clone() for path, tensor in self.flat().items()}
+
+    def flat(self) -> dict[str, Tensor]:
+        """Every tensor under its path, in its graph, and all that `from_tensors` needs beside them."""
+        return {**dict(self.named_tensors()), "num_layers": torch.tensor(len(self.layers))}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ModelState:
-        """The state that `tensors()` came from, bit for bit.
+        """The state that `tensors()` or `flat()` came from, bit for bit; of the latter, in its graph.
 
         Raises:
             ValueError: a tensor is missing or none of a state's.

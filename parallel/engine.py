@@ -20,10 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.memory import mean_statistics
+from parallel.boundary_states import State, open_boundary_states
 from parallel.config import ParallelConfig
 from parallel.deepspeed_config import deepspeed_config
 from parallel.fragments import Fragment, fragments, make_optimizer_state, optimizer_step, spread_masters
+from parallel.loss_module import LossModule, flattened, unflattened
 from parallel.process import World
+from parallel.segments import Segments, run_segments
 from parallel.state_files import (
     KINDS,
     MOMENTS,
@@ -96,7 +100,7 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     finally:
         torch.compile = compiler
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # ZeRO 3 warns of outputs that are no tuples: `_LossModule` unpacks the model's, and no parameter is used
+    # ZeRO 3 warns of outputs that are no tuples: `LossModule` unpacks the model's, and no parameter is used
     # outside its own module.
     importlib.import_module("deepspeed.runtime.zero.utils").warned = True
     # torch >= 2.13 renames collectives that DeepSpeed 0.19 calls by their old names, once for each call.
@@ -106,21 +110,6 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
 
 def _not_compiled(function: Any = None, **options: Any) -> Any:
     return function if function is not None else lambda given: given
-
-
-class _LossModule(nn.Module):
-    # DeepSpeed starts its backward pass from hooks on the tensors that it finds in the output, and it looks into
-    # tuples only. With the model's own output class the hooks are missing, and gradients accumulated in bf16 were
-    # counted twice.
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, tokens: Tensor, targets: Tensor, with_stats: bool = False, with_correct: bool = False
-    ) -> tuple[Tensor, list[dict[str, Tensor]] | None, Tensor | None]:
-        output = self.model(tokens, targets=targets, with_stats=with_stats, with_correct=with_correct)
-        return output.loss_sum, output.stats, output.correct
 
 
 class Engine:
@@ -137,6 +126,8 @@ class Engine:
             with each step.
         accumulation: micro-batches of a step.
         gradient_clip: largest global gradient norm; 0.0 turns clipping off.
+        segments: how rows are cut, for a model that also takes a `ModelState` and gives it as `.state`; None: each
+            micro-batch is run whole.
 
     Raises:
         ValueError: the model has state that checkpoints would lose (persistent buffers).
@@ -152,6 +143,7 @@ class Engine:
         micro_batch_size: int,
         accumulation: int,
         gradient_clip: float,
+        segments: Segments | None = None,
     ) -> None:
         _require_no_buffers(model)
         self.world = world
@@ -160,8 +152,11 @@ class Engine:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
         self._clip = gradient_clip
+        self._segments = segments
         self._optimizer = optimizer
         self._ungraded: set[str] | None = None
+        self._hooks: list[Any] = []
+        self._norm: Tensor | None = None
         deepspeed = _import_deepspeed(world.device)
         # Left behind by an earlier engine of this process; with them set, the next one takes that engine's groups.
         deepspeed.utils.groups.mpu = None
@@ -169,7 +164,7 @@ class Engine:
         settings = deepspeed_config(
             config,
             micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
+            accumulation=accumulation * (1 if segments is None else segments.count),
             data_ranks=world.size,
             gradient_clip=gradient_clip,
             num_parameters=self.num_parameters,
@@ -179,7 +174,7 @@ class Engine:
         """The model. Under ZeRO 3 its parameters are empty outside its forward."""
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
             self._engine, *_ = deepspeed.initialize(
-                model=_LossModule(self.module), optimizer=optimizer, config=settings
+                model=LossModule(self.module), optimizer=optimizer, config=settings
             )
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, *, with_stats: bool = False) -> StepResult:
@@ -198,20 +193,14 @@ class Engine:
         scale = self.world.size / tokens.clamp(min=1).to(torch.float32)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
         stats: list[dict[str, Tensor]] | None = None
-        first = optimizer_step(self._optimizer) == 0 and self._ungraded is None
-        hooks = self._watch_gradients() if first else []
+        if optimizer_step(self._optimizer) == 0 and self._ungraded is None:
+            self._hooks = self._watch_gradients()
         for index, (inputs, targets) in enumerate(moved):
-            last = index == len(moved) - 1
-            loss, stats, _ = self._engine(inputs, targets, with_stats=with_stats and last)
-            # The convention already divides by the whole step's tokens, so DeepSpeed must not divide by the
-            # accumulation again.
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
-            loss_sum += loss.detach()
-            norm = self._clip_without_zero() if last else None
-            if last and first:
-                self._require_gradients(hooks)
-            self._engine.step()
+            of_last = with_stats and index == len(moved) - 1
+            loss, stats = self._forward_and_backward(inputs, targets, scale, of_last)
+            loss_sum += loss
         dist.all_reduce(loss_sum)
+        norm = self._norm
         if norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         return StepResult(
@@ -226,7 +215,7 @@ class Engine:
         self._engine.eval()
         with torch.no_grad():
             for inputs, targets in self._in_step(batches):
-                loss, _, correct = self._engine(inputs, targets, with_correct=with_correct)
+                loss, _, correct, _ = self._engine(inputs, targets, with_correct=with_correct)
                 totals[0] += loss
                 totals[1] += (targets != IGNORED).sum()
                 if correct is not None:
@@ -295,6 +284,42 @@ class Engine:
         """Let go of hooks and buffers, so that another engine can be built in this process."""
         self._engine.destroy()
 
+    def _forward_and_backward(
+        self, inputs: Tensor, targets: Tensor, scale: Tensor, with_stats: bool
+    ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
+        """A micro-batch, whole or by segments: its sum of losses, and its layers' statistics if asked for."""
+        segments = self._segments
+        if segments is None:
+            loss, stats, _, _ = self._engine(inputs, targets, with_stats)
+            self._backward(loss * scale)
+            return loss.detach(), stats
+
+        def forward(tokens: Tensor, targets: Tensor, state: State) -> tuple[Tensor, State, Any]:
+            asked = with_stats and torch.is_grad_enabled()
+            loss, stats, _, after = self._engine(tokens, targets, asked, False, flattened(state))
+            return loss, unflattened(after), stats
+
+        with open_boundary_states(segments.boundary_states, segments.folder) as boundaries:
+            result = run_segments(
+                segments.cut(inputs, targets),
+                forward,
+                self._backward,
+                boundaries=boundaries,
+                scale=scale,
+                truncate_every=segments.truncate_every,
+            )
+        return result.loss_sum, _mean_over_segments(result.asides) if with_stats else None
+
+    def _backward(self, loss: Tensor) -> None:
+        """One of the step's backward passes; behind the last one the optimizer steps."""
+        # The convention already divides by the whole step's tokens, so DeepSpeed must not divide by the
+        # accumulation again.
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if self._engine.is_gradient_accumulation_boundary():
+            self._norm = self._clip_without_zero()
+            self._require_gradients()
+        self._engine.step()
+
     def _fragments(self) -> list[Fragment]:
         return list(fragments(self.module, self._engine.optimizer, self.config.zero_stage, self.world.rank))
 
@@ -346,15 +371,21 @@ class Engine:
 
         return [p.register_post_accumulate_grad_hook(watch(n)) for n, p in self.module.named_parameters()]
 
-    def _require_gradients(self, hooks: Iterable[Any]) -> None:
+    def _require_gradients(self) -> None:
         # ZeRO's flat tensors would apply weight decay to such a parameter without ever training it.
-        for hook in hooks:
+        for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         if self._ungraded:
             raise ValueError(
                 f"no gradient reaches {', '.join(sorted(self._ungraded)[:5])}: remove the parameter or freeze it "
                 "(requires_grad=False) before the optimizer is built"
             )
+
+
+def _mean_over_segments(stats: list[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    """The layers' statistics of segments of one length."""
+    return [mean_statistics([(1, segment) for segment in layer]) for layer in zip(*stats, strict=True)]
 
 
 def _require_no_buffers(model: nn.Module) -> None:
