@@ -201,7 +201,7 @@ def _statistics(gates: Gates, surprise: Tensor, memory: MemoryState) -> Stats:
 
 
 def mean_statistics(parts: Sequence[tuple[int, Stats]]) -> Stats:
-    """A layer's statistics over pieces of (length, statistics) in order: means; the weights' norm is that of the last."""
+    """A layer's statistics over pieces, (length, statistics) in order: means, but of the weights' norm the last."""
     total, last = sum(length for length, _ in parts), parts[-1][1]
     return {
         name: value if name == "weight_norm" else sum(length * stats[name] for length, stats in parts) / total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,7 @@ State = dict[str, Tensor]
 
 Place = Literal["device", "host", "disk"]
 
-FOLDER_PREFIX = "boundary-states-"
-"""How the names of the temporary folders begin; one that is there when a run starts was left by a killed one."""
+_FOLDER_PREFIX = "boundary-states-"
 
 
 class BoundaryStates(ABC):
@@ -107,10 +107,16 @@ def open_boundary_states(place: Place, folder: Path | None) -> Iterator[Boundary
         folder: where the temporary folder of "disk" is made; it must exist. The others need none.
     """
     if place == "disk":
-        with TemporaryDirectory(prefix=FOLDER_PREFIX, dir=folder) as path:
+        with TemporaryDirectory(prefix=_FOLDER_PREFIX, dir=folder) as path:
             yield DiskStates(Path(path))
     else:
         yield HostStates() if place == "host" else DeviceStates()
+
+
+def remove_left_boundary_states(folder: Path) -> None:
+    """Remove what a killed process left in `folder`; for when nobody else trains there."""
+    for path in folder.glob(f"{_FOLDER_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)  # it takes room, and harms nothing
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

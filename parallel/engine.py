@@ -173,9 +173,7 @@ class Engine:
         self.module = model.to(world.device)
         """The model. Under ZeRO 3 its parameters are empty outside its forward."""
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
-            self._engine, *_ = deepspeed.initialize(
-                model=LossModule(self.module), optimizer=optimizer, config=settings
-            )
+            self._engine, *_ = deepspeed.initialize(model=LossModule(self.module), optimizer=optimizer, config=settings)
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, *, with_stats: bool = False) -> StepResult:
         """One optimizer step over this rank's micro-batches. Every rank calls it.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model import ModelConfig
+from parallel.boundary_states import Place
 from parallel.config import ParallelConfig
+from parallel.segments import Segments
 from pretrain.data.config import DataConfig
 from pretrain.errors import UserError
 from pretrain.optimizer import OptimizerConfig
@@ -36,6 +38,61 @@ class TrainingConfig(BaseModel):
 
     micro_batch_size: int = Field(default=1, ge=1)
     """Rows that a rank takes through one backward pass. It changes memory and speed, not what is learned."""
+
+    segment_length: Tokens | None = None
+    """Tokens that are run forward and backward at a time, the memory carried on: a divisor of sequence_length, so that
+    a row takes the memory of a segment. None: rows are run whole."""
+
+    gradient: Literal["exact", "truncated"] = "exact"
+    """How far gradients flow back through segments: exact, through the whole row, whatever segment_length is; or
+    truncated, to where they stop every truncate_every segments."""
+
+    truncate_every: int | None = Field(default=None, ge=1)
+    """Segments that a truncated gradient flows through: it stops between them and those before."""
+
+    boundary_states: Place = "device"
+    """Where the states between segments wait for the backward pass: on the device, in the host's memory, or on the
+    disk of the run's folder."""
+
+    @model_validator(mode="after")
+    def _segments_fit(self) -> TrainingConfig:
+        if self.segment_length is None:
+            for name in ("gradient", "truncate_every", "boundary_states"):
+                if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is {value}, but without segment_length rows are run whole: set it")
+        elif self.sequence_length % self.segment_length:
+            divisors = [n for n in range(1, self.sequence_length + 1) if self.sequence_length % n == 0]
+            below = [n for n in divisors if n < self.segment_length][-1:]
+            above = [n for n in divisors if n > self.segment_length][:1]
+            raise ValueError(
+                f"segment_length {self.segment_length} does not divide sequence_length {self.sequence_length}: "
+                f"{' or '.join(map(str, below + above))} would"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gradient_reaches_as_far_as_said(self) -> TrainingConfig:
+        if self.gradient == "exact" and self.truncate_every is not None:
+            raise ValueError(
+                f"truncate_every is {self.truncate_every}, but gradient is exact: make it truncated, or remove "
+                "truncate_every"
+            )
+        if self.gradient == "truncated" and self.truncate_every is None:
+            raise ValueError(
+                "gradient is truncated, but truncate_every is not set: give the number of segments that a gradient "
+                "flows through"
+            )
+        if self.boundary_states != "device" and 1 in (self.truncate_every, self.num_segments):
+            raise ValueError(
+                f"boundary_states is {self.boundary_states}, but gradients flow through one segment only, and no state "
+                "waits for them: remove it"
+            )
+        return self
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of a row; 1 where rows are run whole."""
+        return 1 if self.segment_length is None else self.sequence_length // self.segment_length
 
 
 class CheckpointConfig(BaseModel):
@@ -170,6 +227,19 @@ class Recipe(BaseModel):
     def data_seed(self) -> int:
         """The seed of the data's order, or of its draws."""
         return self.seed if self.data.seed is None else self.data.seed
+
+    def segments(self) -> Segments | None:
+        """How the engine cuts rows; None: it runs them whole."""
+        training = self.training
+        if training.segment_length is None:
+            return None
+        return Segments(
+            length=training.segment_length,
+            count=training.num_segments,
+            truncate_every=training.truncate_every,
+            boundary_states=training.boundary_states,
+            folder=self.folder,
+        )
 
     def batches(self, ranks: int) -> Batches:
         """How a step is divided over `ranks`.

@@ -12,6 +12,7 @@ import torch
 
 from model import TitansLM
 from model.flops import flops_per_token
+from parallel.boundary_states import remove_left_boundary_states
 from parallel.engine import Engine, StepResult
 from parallel.process import World
 from pretrain.agreement import agreed
@@ -52,6 +53,8 @@ def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
 def _train_alone(recipe: Recipe, world: World, batches: Batches, data: Data, resume: str) -> None:
     checkpoints = Checkpoints(recipe.folder / CHECKPOINTS_FOLDER, recipe.checkpoint.keep, world)
     warnings: list[str] = []
+    if world.is_main:  # the others make theirs behind the next barrier
+        remove_left_boundary_states(recipe.folder)
     start_from = choose_checkpoint(checkpoints, resume, warnings.append)
     engine = build_engine(recipe, batches, world)
     if start_from is not None:
@@ -93,6 +96,7 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
         micro_batch_size=recipe.training.micro_batch_size,
         accumulation=batches.accumulation,
         gradient_clip=recipe.optimizer.gradient_clip,
+        segments=recipe.segments(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -16,19 +17,21 @@ _LOSS_CHUNK_TOKENS = 1024  # rows of logits that the chunked cross-entropy holds
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank. Parameters, gradients and optimizer are counted; activations are an estimate from the
-    shapes.
+    """Bytes of one rank. Parameters, gradients and optimizer are counted; activations and the states between segments
+    are estimates from the shapes.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
+    boundary_states: int
+    """Those that wait on the device."""
 
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.boundary_states
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -52,11 +55,43 @@ def estimate_memory(recipe: Recipe, parameters: int, ranks: int) -> MemoryEstima
         gradients=4 * parameters // share(2),
         optimizer=4 * copies * parameters // share(1),
         activations=_activation_bytes(recipe, width),
+        boundary_states=boundary_bytes(recipe) if recipe.training.boundary_states == "device" else 0,
     )
 
 
+def boundary_bytes(recipe: Recipe) -> int:
+    """The states between segments that one micro-batch holds at a time, from the shapes of the model's state."""
+    training, width = recipe.training, 2 if recipe.parallel.precision == "bf16" else 4
+    if training.segment_length is None:
+        return 0
+    stretch = min(training.truncate_every or training.num_segments, training.num_segments)
+    # Before each segment that gradients flow through at a time stands one, but there is none at the row's beginning.
+    segments = range(max(1, training.num_segments - stretch), training.num_segments)
+    held = sum(state_bytes(recipe.model, width, segment * training.segment_length) for segment in segments)
+    return training.micro_batch_size * held
+
+
+def state_bytes(model: ModelConfig, width: int, seen: int) -> int:
+    """The state of one row after `seen` tokens, with `width` bytes a number outside the memory's own weights: fp32
+    weights and momentum, the attention's keys and values; tails and open chunks, which are small, left out.
+    """
+    weights = 0
+    if model.memory is not None:
+        widths = [model.head_dim, *[model.memory.expansion * model.head_dim] * (model.memory.depth - 1), model.head_dim]
+        weights = 4 * model.num_heads * sum(before * after for before, after in pairwise(widths))
+    if model.variant == "mac":
+        inside = seen % model.segment
+        # Inside a segment also the weights at its start; two streams of keys and values: tokens and the memory's reads.
+        return model.num_layers * (weights * (3 if inside else 2) + 4 * width * inside * model.dim)
+    cached = 0
+    if model.has_attention:
+        cached = seen if model.window is None else min(seen, model.window - 1)
+    return model.num_layers * (2 * weights + 2 * width * cached * model.dim)
+
+
 def _activation_bytes(recipe: Recipe, width: int) -> int:
-    model, tokens = recipe.model, recipe.training.micro_batch_size * recipe.training.sequence_length
+    model, training = recipe.model, recipe.training
+    tokens = training.micro_batch_size * (training.segment_length or training.sequence_length)
     # Inputs and outputs of norms, projections and gates of a mixer and of the feed-forward, in units of their widths.
     layer = width * tokens * ((14 if model.memory else 0) * model.dim + (10 if model.has_attention else 0) * model.dim)
     layer += width * tokens * (3 * model.ffn_dim + 3 * model.dim)
@@ -78,11 +113,13 @@ def describe(recipe: Recipe, ranks: int) -> str:
     context = recipe.training.sequence_length
     flops = flops_per_token(recipe.model, context)
     memory = estimate_memory(recipe, parameters, ranks)
+    whole = recipe.training.segment_length is None
     lines = [
         f"parameters          {parameters:,}",
         f"tokens              {batches.total_tokens:,} in {batches.steps:,} steps of {recipe.training.batch_tokens:,}",
         f"a step              {batches.rows} rows of {context:,} = {ranks} rank(s) x {batches.accumulation} "
         f"micro-batch(es) x {recipe.training.micro_batch_size} row(s)",
+        *_segment_lines(recipe),
         f"FLOPs a token       {flops.total:,.0f} (memory's inner updates: {flops.memory:,.0f})",
         f"FLOPs of the run    {flops.total * batches.total_tokens:.3g}",
         *_data_lines(recipe, batches.total_tokens),
@@ -91,10 +128,27 @@ def describe(recipe: Recipe, ranks: int) -> str:
         f"  parameters        {_size(memory.parameters)}",
         f"  gradients         {_size(memory.gradients)}",
         f"  optimizer         {_size(memory.optimizer)}",
-        f"  activations       {_size(memory.activations)}, one micro-batch, estimated from the shapes",
+        f"  activations       {_size(memory.activations)}, {'one micro-batch' if whole else 'a segment of one'}, "
+        "estimated from the shapes",
+        *([] if whole else [f"  boundary states   {_size(memory.boundary_states)}, estimated from the shapes"]),
         f"a checkpoint        {_size(12 * parameters)}; {recipe.checkpoint.keep} are kept",
     ]
     return recipe.to_yaml() + "\n" + "\n".join(f"# {line}" for line in lines)
+
+
+def _segment_lines(recipe: Recipe) -> list[str]:
+    training = recipe.training
+    if training.segment_length is None:
+        return []
+    gradient = "exact: through the whole row"
+    if training.gradient == "truncated":
+        gradient = f"truncated: it stops every {training.truncate_every} segment(s)"
+    places = {"device": "on the device", "host": "in the host's memory", "disk": "on disk, in the run's folder"}
+    return [
+        f"a row               {training.num_segments} segment(s) of {training.segment_length:,} tokens",
+        f"  gradient          {gradient}",
+        f"  boundary states   {_size(boundary_bytes(recipe))} at a time, {places[training.boundary_states]}",
+    ]
 
 
 def _data_lines(recipe: Recipe, total_tokens: int) -> list[str]:

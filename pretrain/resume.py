@@ -123,8 +123,8 @@ def read_trainer_state(folder: Path) -> TrainerState:
 def check_fits(folder: Path, recipe: Recipe, tokenizer: TokenizerInfo | None) -> TrainerState:
     """The checkpoint's trainer state, after checking that it belongs to this model and this tokenizer.
 
-    The data and its order are checked by the cursor when the loader opens. Learning rate, schedule, layout,
-    precision and intervals may change: the recipe's hold.
+    The data and its order are checked by the cursor when the loader opens. Learning rate, schedule, segments and how
+    far gradients flow through them, layout, precision and intervals may change: the recipe's hold.
 
     Raises:
         UserError: naming the fields that differ.
