@@ -55,6 +55,7 @@ def test_help_has_every_field_with_its_docstring(capsys: pytest.CaptureFixture[s
     for part in ("--model.memory.chunk INT", "--parallel.zero_stage 0|1|2|3  (default: 1)", "--training.tokens TOKENS"):
         assert part in text
     assert "Largest global norm of the gradient; 0 turns clipping off." in text
+    assert "--training.boundary_states device|host|disk" in text
 
 
 def test_a_dry_run_prints_a_recipe_and_touches_nothing(

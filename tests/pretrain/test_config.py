@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from parallel.segments import Segments
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import UserError
 from pretrain.strict_yaml import load_yaml
@@ -115,6 +116,34 @@ def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value
         ({"optimizer.betas": "[.nan, 0.9]"}, "optimizer.betas.0: nan does not fit"),
         ({"model.memory.step_bound": ".inf"}, "model.memory.step_bound: inf does not fit"),
         ({"parallel.timeout_minutes": ".inf"}, "parallel.timeout_minutes: inf does not fit"),
+        ({"training.gradient": "truncated"}, "gradient is truncated, but without segment_length rows are run whole"),
+        ({"training.truncate_every": "2"}, "truncate_every is 2, but without segment_length"),
+        ({"training.boundary_states": "disk"}, "boundary_states is disk, but without segment_length"),
+        ({"training.segment_length": "12"}, "segment_length 12 does not divide sequence_length 32: 8 or 16 would"),
+        ({"training.segment_length": "64"}, "segment_length 64 does not divide sequence_length 32: 32 would"),
+        (
+            {"training.segment_length": "8", "training.truncate_every": "2"},
+            "truncate_every is 2, but gradient is exact: make it truncated, or remove truncate_every",
+        ),
+        (
+            {"training.segment_length": "8", "training.gradient": "truncated"},
+            "gradient is truncated, but truncate_every is not set",
+        ),
+        (
+            {
+                "training.segment_length": "8",
+                "training.gradient": "truncated",
+                "training.truncate_every": "1",
+                "training.boundary_states": "host",
+            },
+            "boundary_states is host, but gradients flow through one segment only",
+        ),
+        (
+            {"training.segment_length": "32", "training.boundary_states": "disk"},
+            "boundary_states is disk, but gradients flow through one segment only",
+        ),
+        ({"training.segment_length": "8", "training.gradient": "none"}, "training.gradient: 'none' does not fit"),
+        ({"training.segment_length": "8", "training.truncate_every": "0"}, "training.truncate_every: 0 does not fit"),
     ],
 )
 def test_a_value_without_effect_or_bound_is_refused(
@@ -202,6 +231,16 @@ def test_the_division_of_a_step_is_derived(recipe_file: Path) -> None:
     overrides = [("training.batch_tokens", "256"), ("training.tokens", "1000"), ("training.micro_batch_size", "2")]
     batches = load_recipe(recipe_file, overrides).batches(2)
     assert (batches.rows, batches.accumulation, batches.steps, batches.total_tokens) == (8, 2, 4, 1024)
+
+
+def test_rows_are_cut_as_the_recipe_says(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file).segments() is None
+    exact = load_recipe(recipe_file, [("training.segment_length", "8"), ("training.boundary_states", "disk")])
+    assert exact.segments() == Segments(8, 4, None, "disk", exact.folder)
+    assert exact.batches(1) == load_recipe(recipe_file).batches(1), "micro-batches are whole rows, however they are run"
+    overrides = [("segment_length", "0.03125Ki"), ("gradient", "truncated"), ("truncate_every", "7")]
+    truncated = load_recipe(recipe_file, [(f"training.{name}", value) for name, value in overrides])
+    assert truncated.segments() == Segments(32, 1, 7, "device", truncated.folder)
 
 
 def test_every_field_has_a_docstring() -> None:

@@ -1,0 +1,119 @@
+"""Runs on every rank of test_segmented_engine.py: trains small language models, whole and by segments, and writes what
+it saw.
+
+Arguments: OUTPUT.json TRIAL..., a trial being the fields of `Trial` in order, joined by commas.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel.boundary_states import Place
+from parallel.config import ParallelConfig
+from parallel.engine import Engine
+from parallel.process import World, exit_now, initialize, shutdown
+from parallel.segments import Segments
+from tests.model_cases import build_model, random_tokens
+
+ROWS, LENGTH, STEPS, CLIP = 4, 16, 3, 0.5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training; on the command line its fields' text."""
+
+    case: str
+    """Of tests.model_cases."""
+    stage: int
+    segments: int = 0
+    """0: rows are run whole."""
+    truncate_every: int = 0
+    """0: exact."""
+    accumulation: int = 1
+    recompute: bool = False
+    """Activation checkpointing."""
+    precision: str = "fp32"
+    place: Place = "device"
+
+    def __str__(self) -> str:
+        return ",".join(str(int(value) if isinstance(value, bool) else value) for value in vars(self).values())
+
+    @classmethod
+    def parse(cls, text: str) -> Trial:
+        case, stage, segments, every, accumulation, recompute, precision, place = text.split(",")
+        numbers = (int(stage), int(segments), int(every), int(accumulation))
+        return cls(case, *numbers, bool(int(recompute)), precision, place)
+
+
+@dataclass(frozen=True)
+class Rows:
+    tokens: Tensor
+    targets: Tensor
+
+
+def own_rows(world: World, step: int, accumulation: int) -> list[Rows]:
+    """This rank's micro-batches of a step; rows and segments differ in how many targets count."""
+    tokens = random_tokens(ROWS, LENGTH + 1, seed=step)
+    targets = tokens[:, 1:].clone()
+    for row in range(ROWS):
+        targets[row, : 4 * row + step % 4] = -100
+    size = ROWS // accumulation // world.size
+    starts = [(m * world.size + world.rank) * size for m in range(accumulation)]
+    return [Rows(tokens[s : s + size, :-1], targets[s : s + size]) for s in starts]
+
+
+def build(trial: Trial, world: World, folder: Path) -> Engine:
+    model = build_model(trial.case, torch.float32)
+    model.set_activation_checkpointing(trial.recompute)
+    segments = None
+    if trial.segments:
+        length = LENGTH // trial.segments
+        segments = Segments(length, trial.segments, trial.truncate_every or None, trial.place, folder)
+    gathered = {"keep_gathered_below": 20} if trial.stage == 3 else {}
+    return Engine(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1),
+        ParallelConfig(zero_stage=trial.stage, precision=trial.precision, device="cpu", **gathered),
+        world,
+        micro_batch_size=ROWS // trial.accumulation // world.size,
+        accumulation=trial.accumulation,
+        gradient_clip=CLIP,
+        segments=segments,
+    )
+
+
+def run(trial: Trial, world: World, folder: Path) -> dict[str, object]:
+    engine = build(trial, world, folder)
+    results = [
+        engine.train_step(own_rows(world, step, trial.accumulation), 3e-3, with_stats=step == STEPS - 1)
+        for step in range(STEPS)
+    ]
+    scored = engine.evaluate(own_rows(world, 99, 1))
+    engine.destroy()
+    return {
+        "losses": [float(result.loss) for result in results],
+        "norms": [float(result.grad_norm) for result in results],
+        "tokens": [int(result.tokens) for result in results],
+        "stats": [{name: float(value) for name, value in layer.items()} for layer in results[-1].stats or []],
+        "evaluated": scored.nats,
+    }
+
+
+def main(output: str, trials: list[str]) -> None:
+    world = initialize("cpu")
+    torch.set_num_threads(1)
+    seen = {text: run(Trial.parse(text), world, Path(output).parent) for text in trials}
+    if world.is_main:
+        Path(output).write_text(json.dumps(seen))
+    shutdown()
+    exit_now(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

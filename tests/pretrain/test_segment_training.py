@@ -1,0 +1,100 @@
+"""Whole training runs by segments: the losses of whole rows, killed and resumed runs, a changed cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed_helper import run_ranks
+from tests.training_cases import events, losses, make_data, pretrain, write_recipe
+
+STEPS = 8
+WORKER = "tests/pretrain/train_worker.py"
+CONSTANT = {"kind": "constant", "warmup_tokens": 0}
+EXACT = {"segment_length": 8, "boundary_states": "disk"}
+TRUNCATED = {"segment_length": 8, "gradient": "truncated", "truncate_every": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_recipe(data: Path, folder: Path, training: dict[str, Any], *, steps: int = STEPS, stage: int = 1) -> Path:
+    """A recipe whose rate does not depend on how many steps there are to be."""
+    path = write_recipe(
+        data,
+        folder,
+        steps=steps,
+        schedule=CONSTANT,
+        training=training,
+        parallel={"zero_stage": stage, "activation_checkpointing": stage == 3},
+        evaluation={"every_tokens": None},
+    )
+    return path.rename(path.with_name(f"{folder.name}-{steps}-{len(training)}.yaml"))
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One launch of two ranks: whole rows; segments under ZeRO 1 with accumulation; under ZeRO 3 in one go and resumed;
+    begun on whole rows and gone on by segments; truncated.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    recipes = [
+        make_recipe(data, folder / "whole", {}),
+        make_recipe(data, folder / "accumulated", {**EXACT, "micro_batch_size": 1}),
+        make_recipe(data, folder / "exact", EXACT, stage=3),
+        make_recipe(data, folder / "resumed", EXACT, stage=3, steps=4),
+        make_recipe(data, folder / "resumed", EXACT, stage=3),
+        make_recipe(data, folder / "changed", {}, steps=4),
+        make_recipe(data, folder / "changed", {"segment_length": 16}),
+        make_recipe(data, folder / "truncated", TRUNCATED),
+    ]
+    run_ranks([WORKER, *map(str, recipes)], ranks=2, timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("run", ["accumulated", "exact", "resumed", "changed"])
+def test_segments_give_the_losses_of_whole_rows(runs: Path, run: str) -> None:
+    expected = losses(runs / "whole")
+    assert list(expected) == list(range(1, STEPS + 1))
+    assert losses(runs / run) == pytest.approx(expected, rel=1e-5)
+    for field in ("tokens", "gradient_norm"):
+        seen, whole = ([e[field] for e in events(runs / name, "step")] for name in (run, "whole"))
+        assert seen == pytest.approx(whole, rel=1e-3)
+
+
+def test_a_resumed_run_repeats_every_bit(runs: Path) -> None:
+    assert [event["step"] for event in events(runs / "resumed", "resume")] == [4]
+    assert losses(runs / "resumed") == losses(runs / "exact")
+
+
+def test_truncated_gradients_train_another_model(runs: Path) -> None:
+    whole, truncated = losses(runs / "whole"), losses(runs / "truncated")
+    assert truncated[1] == pytest.approx(whole[1], rel=1e-5)
+    assert truncated[STEPS] != pytest.approx(whole[STEPS], rel=1e-5)
+    assert truncated[STEPS] < truncated[1]
+
+
+def test_nothing_of_the_states_on_disk_is_left(runs: Path) -> None:
+    for run in ("accumulated", "exact", "resumed"):
+        assert sorted(path.name for path in (runs / run).iterdir() if path.is_dir()) == ["checkpoints", "tensorboard"]
+
+
+def test_a_killed_run_goes_on_and_leaves_nothing_behind(data: Path, runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    recipe = make_recipe(data, folder, EXACT)
+    killed = pretrain(
+        recipe,
+        check=False,
+        kill_when=lambda: len(losses(folder)) >= 5 and any(folder.glob("boundary-states-*/*")),
+    )
+    assert killed.codes == [-9]
+    assert not events(folder, "done")
+    (folder / "boundary-states-of-it").mkdir()  # the one it was in may have been at its end
+    pretrain(recipe)
+    assert [event["step"] for event in events(folder, "resume")] == [4]
+    assert losses(folder) == pytest.approx(losses(runs / "whole"), rel=1e-5)
+    assert not list(folder.glob("boundary-states-*"))
