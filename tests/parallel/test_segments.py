@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import ModelState, TitansLM
 from parallel.boundary_states import DeviceStates, Place, State, open_boundary_states
@@ -257,6 +258,34 @@ def test_graphs_hold_one_segment_at_a_time_whatever_the_length(case: str) -> Non
     assert whole > 4 * eight
     assert boundaries.most == 6  # one leads into each but the first and the last, whose states are at hand
     assert not any(reference() is not None for reference in boundaries.devices_tensors)
+
+
+def live_bytes() -> int:
+    """Of every floating-point tensor that Python holds."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.is_floating_point()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_no_state_stays_but_those_that_wait(every: int | None, tmp_path: Path) -> None:
+    """With those on disk, a row of any length has the memory of a short one."""
+    model = build_model("mac")
+    peaks = []
+    for count in (3, 6):
+        held: list[int] = []
+
+        def backward(loss: Tensor, held: list[int] = held) -> None:
+            loss.backward()
+            held.append(live_bytes())
+
+        with open_boundary_states("disk", tmp_path) as boundaries:
+            run_segments(
+                pieces_of([8] * count), forward_of(model), backward, boundaries=boundaries, truncate_every=every
+            )
+        assert len(held) == count
+        peaks.append(max(held))
+    assert peaks[1] <= peaks[0] + 8 * 6  # the losses of the other segments
 
 
 def test_only_the_states_of_one_stretch_wait() -> None:
