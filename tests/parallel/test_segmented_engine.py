@@ -16,13 +16,14 @@ WHOLE_BF16 = Trial("mac", 1, precision="bf16")
 
 ALONE = [Trial("mac", 0, 4), Trial("mac", 0, 4, accumulation=2), Trial("mac", 3, 4, accumulation=2)]
 EXACT = [
-    *(Trial("mac", stage, 4, accumulation=accumulation) for stage in (1, 2, 3) for accumulation in (1, 2)),
-    *(Trial(case, 3, 4) for case in CASES if case != "mac"),
-    Trial("mac", 1, 1),
+    *(Trial("mac", stage, 4, accumulation=2) for stage in (1, 2, 3)),
+    Trial("mac", 1, 4),
     Trial("mac", 2, 16, place="host"),
+    Trial("mac", 3, 4),
+    Trial("mac", 1, 1),
+    Trial("mag", 3, 4, recompute=True),
     Trial("lmm", 3, 8, place="disk", accumulation=2),
-    *(Trial("mag", stage, 4, recompute=True) for stage in (1, 3)),
-    Trial("mac", 2, 4, truncate_every=4),
+    *(Trial(case, 3, 4) for case in ("mal", "lmm-softmax", "transformer")),
 ]
 TRUNCATED = [Trial("mac", stage, 4, truncate_every=2, accumulation=2) for stage in (1, 2, 3)]
 TRUNCATED_ALONE = Trial("mac", 0, 4, truncate_every=2)
