@@ -23,16 +23,23 @@ Place = Literal["device", "host", "disk"]
 _FOLDER_PREFIX = "boundary-states-"
 
 
+class BoundaryStatesError(OSError):
+    """The disk did not take, or not give back, a state. The message names the option, the place, and the fix."""
+
+
 class BoundaryStates(ABC):
     """Holds states by the number of the segment that they lead into. A state is taken once, and is gone then."""
 
     @abstractmethod
     def put(self, segment: int, state: State) -> None:
-        """Keep the values of a state, whatever becomes of its tensors. Raises OSError when there is no room on disk."""
+        """Keep the values of a state, whatever becomes of its tensors. Raises BoundaryStatesError where that fails."""
 
     @abstractmethod
     def take(self, segment: int) -> State:
-        """The values that were put, bit for bit, outside any graph, each tensor on the device that it came from."""
+        """The values that were put, bit for bit, outside any graph, each tensor on the device that it came from.
+
+        Raises BoundaryStatesError where reading them fails.
+        """
 
 
 class DeviceStates(BoundaryStates):
@@ -79,20 +86,16 @@ class DiskStates(BoundaryStates):
         """See BoundaryStates."""
         # Copies: safetensors refuses tensors that share memory.
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) for name, tensor in state.items()}
-        try:
+        with _explained(self._path(segment)):
             save_file(tensors, self._path(segment))
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"training.boundary_states: {self._path(segment)} cannot be written ({error}); free disk space, or "
-                "keep them on the host"
-            ) from error
         self._devices[segment] = {name: tensor.device for name, tensor in state.items()}
 
     def take(self, segment: int) -> State:
         """See BoundaryStates."""
         path, devices = self._path(segment), self._devices.pop(segment)
-        held = load_file(path)
-        path.unlink()
+        with _explained(path):
+            held = load_file(path)
+            path.unlink()
         return {name: held[name].to(device) for name, device in devices.items()}
 
     def _path(self, segment: int) -> Path:
@@ -105,9 +108,15 @@ def open_boundary_states(place: Place, folder: Path | None) -> Iterator[Boundary
 
     Args:
         folder: where the temporary folder of "disk" is made; it must exist. The others need none.
+
+    Raises:
+        BoundaryStatesError: no temporary folder can be made.
     """
     if place == "disk":
-        with TemporaryDirectory(prefix=_FOLDER_PREFIX, dir=folder) as path:
+        with _explained(folder):
+            # What cannot be removed does no harm, and must not hide the error that ended the block.
+            temporary = TemporaryDirectory(prefix=_FOLDER_PREFIX, dir=folder, ignore_cleanup_errors=True)
+        with temporary as path:
             yield DiskStates(Path(path))
     else:
         yield HostStates() if place == "host" else DeviceStates()
@@ -117,6 +126,16 @@ def remove_left_boundary_states(folder: Path) -> None:
     """Remove what a killed process left in `folder`; for when nobody else trains there."""
     for path in folder.glob(f"{_FOLDER_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)  # it takes room, and harms nothing
+
+
+@contextmanager
+def _explained(path: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BoundaryStatesError(
+            f"training.boundary_states: disk failed at {path} ({error}); free disk space there, or set it to host"
+        ) from error
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

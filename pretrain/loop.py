@@ -12,7 +12,7 @@ import torch
 
 from model import TitansLM
 from model.flops import flops_per_token
-from parallel.boundary_states import remove_left_boundary_states
+from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_states
 from parallel.engine import Engine, StepResult
 from parallel.process import World
 from pretrain.agreement import agreed
@@ -179,7 +179,10 @@ class Run:
             with_stats = record and (last or step % recipe.logging.memory_interval == 0)
             watch.start()
             rate = learning_rate(recipe.schedule, recipe.optimizer.lr, tokens, self.batches.total_tokens)
-            result = self.engine.train_step(next(loader), rate, with_stats=with_stats)
+            try:
+                result = self.engine.train_step(next(loader), rate, with_stats=with_stats)
+            except BoundaryStatesError as error:
+                raise UserError(str(error)) from error
             watch.stop()
             state = state.model_copy(update={"step": step, "tokens": tokens, "cursor": loader.cursor()})
             save = last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel.boundary_states import (
-    BoundaryStates,
+    BoundaryStatesError,
     DiskStates,
     Place,
     State,
@@ -71,10 +71,19 @@ def test_a_file_lasts_from_put_to_take(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_room_is_an_error_with_its_way_out(tmp_path: Path) -> None:
-    states: BoundaryStates = DiskStates(tmp_path / "absent")
-    with pytest.raises(OSError, match="training.boundary_states: .*keep them on the host"):
-        states.put(0, make_state())
+def test_a_disk_that_fails_is_an_error_with_its_place_and_the_way_out(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    message = r"training\.boundary_states: disk failed at .*absent.*; free disk space there, or set it to host"
+    with pytest.raises(BoundaryStatesError, match=message):
+        DiskStates(absent).put(0, make_state())
+    with pytest.raises(BoundaryStatesError, match=message), open_boundary_states("disk", absent):
+        pass
+    with open_boundary_states("disk", tmp_path) as states:
+        states.put(1, make_state())
+        (file,) = tmp_path.rglob("*.safetensors")
+        file.unlink()
+        with pytest.raises(BoundaryStatesError, match=r"disk failed at .*1\.safetensors"):
+            states.take(1)
 
 
 @pytest.fixture
