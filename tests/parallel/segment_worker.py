@@ -1,17 +1,20 @@
 """Runs on every rank of test_segmented_engine.py: trains small language models, whole and by segments, and writes what
 it saw.
 
-Arguments: OUTPUT.json TRIAL..., a trial being the fields of `Trial` in order, joined by commas.
+Arguments: OUTPUT.pt TRIAL..., a trial being the fields of `Trial` in order, joined by commas.
 """
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel.boundary_states import Place
@@ -19,9 +22,11 @@ from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from parallel.process import World, exit_now, initialize, shutdown
 from parallel.segments import Segments
+from parallel.state_files import StateReader
 from tests.model_cases import build_model, random_tokens
 
-ROWS, LENGTH, STEPS, CLIP = 4, 16, 3, 0.5
+ROWS, LENGTH, STEPS, CLIP = 4, 16, 2, 0.5
+BETA = 0.5
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def build(trial: Trial, world: World, folder: Path) -> Engine:
     gathered = {"keep_gathered_below": 20} if trial.stage == 3 else {}
     return Engine(
         model,
-        torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1),
+        torch.optim.AdamW(model.parameters(), lr=0.0, betas=(BETA, 0.95), weight_decay=0.1),
         ParallelConfig(zero_stage=trial.stage, precision=trial.precision, device="cpu", **gathered),
         world,
         micro_batch_size=ROWS // trial.accumulation // world.size,
@@ -88,17 +93,52 @@ def build(trial: Trial, world: World, folder: Path) -> Engine:
     )
 
 
+def first_gradients(engine: Engine, world: World, folder: Path) -> dict[str, Tensor]:
+    """On rank 0 every parameter's gradient of the first step, after clipping: its first moment over 1 - beta."""
+    folder.mkdir(exist_ok=True)
+    engine.save(folder)
+    dist.barrier()
+    if not world.is_main:
+        return {}
+    with StateReader(folder) as reader:
+        return {
+            name: reader.read("exp_avg", name, 0, shape.numel()) / (1 - BETA) for name, shape in engine.shapes.items()
+        }
+
+
+@contextmanager
+def counted_reductions() -> Iterator[list[int]]:
+    """Yields the numbers of elements of the tensors that all ranks sum from now on."""
+    sizes: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *arguments, **options)
+
+    dist.all_reduce = counted
+    try:
+        yield sizes
+    finally:
+        dist.all_reduce = all_reduce
+
+
 def run(trial: Trial, world: World, folder: Path) -> dict[str, object]:
-    engine = build(trial, world, folder)
-    results = [
-        engine.train_step(own_rows(world, step, trial.accumulation), 3e-3, with_stats=step == STEPS - 1)
-        for step in range(STEPS)
-    ]
+    engine = build(trial, world, folder / "boundaries")
+    results = []
+    for step in range(STEPS):
+        rows = own_rows(world, step, trial.accumulation)
+        with counted_reductions() as reductions:
+            results.append(engine.train_step(rows, 3e-3, with_stats=step == STEPS - 1))
+        if step == 0:
+            gradients = first_gradients(engine, world, folder / str(trial))
     scored = engine.evaluate(own_rows(world, 99, 1))
     engine.destroy()
     return {
         "losses": [float(result.loss) for result in results],
         "norms": [float(result.grad_norm) for result in results],
+        "gradients": gradients,
+        "reduced": sum(reductions) / engine.num_parameters,
         "tokens": [int(result.tokens) for result in results],
         "stats": [{name: float(value) for name, value in layer.items()} for layer in results[-1].stats or []],
         "evaluated": scored.nats,
@@ -110,7 +150,7 @@ def main(output: str, trials: list[str]) -> None:
     torch.set_num_threads(1)
     seen = {text: run(Trial.parse(text), world, Path(output).parent) for text in trials}
     if world.is_main:
-        Path(output).write_text(json.dumps(seen))
+        torch.save(seen, output)
     shutdown()
     exit_now(0)
 
