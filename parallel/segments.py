@@ -136,8 +136,7 @@ def _backward_of(
     loss, after, aside = forward(*piece, given)
     scalar = loss * scale
     for name, gradient in arriving.items():
-        if after[name].requires_grad:
-            scalar = scalar + (after[name] * gradient).sum()
+        scalar = scalar + (after[name] * gradient).sum()
     backward(scalar)
     return loss.detach(), {name: tensor.detach() for name, tensor in after.items()}, aside
 

@@ -194,7 +194,7 @@ def test_no_segment_runs_more_often_than_it_must(every: int | None, calls: str) 
 
 
 def test_a_state_that_a_segment_ignores_has_no_gradient_and_breaks_nothing() -> None:
-    """`old` is replaced before it is read in the third segment, `constant` depends on nothing, `count` is an integer."""
+    """`old` is not read in the third segment, `constant` depends on nothing, `count` is an integer."""
     weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
     def forward(tokens: Tensor, targets: Tensor, state: State) -> tuple[Tensor, State, None]:

@@ -40,8 +40,8 @@ def make_recipe(data: Path, folder: Path, training: dict[str, Any], *, steps: in
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One launch of two ranks: whole rows; segments under ZeRO 3 in one go and resumed; begun on whole rows and gone on by
-    segments, with accumulation; truncated.
+    """One launch of two ranks: whole rows; segments under ZeRO 3 in one go and resumed; begun on whole rows and gone
+    on by segments, with accumulation; truncated.
     """
     folder = tmp_path_factory.mktemp("runs")
     recipes = [
