@@ -111,9 +111,7 @@ class Job:
 def child_environment() -> dict[str, str]:
     """This process's environment for a run: one thread, and no launcher's variables, as it is a group of its own."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    environment |= {
-        f"{library}_NUM_THREADS": str(THREADS) for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
-    }
+    environment |= {f"{library}_NUM_THREADS": str(THREADS) for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}
     return environment | {"PYTHONUNBUFFERED": "1"}
 
 
