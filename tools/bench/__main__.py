@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.bench import memory
+from tools.bench import long, memory
 from tools.bench.record import RECORDS, make_record, write_record
 
-BENCHMARKS = {"memory": memory}
+BENCHMARKS = {"long": long, "memory": memory}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
