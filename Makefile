@@ -17,7 +17,7 @@ help: ## show the targets
 demo: $(VENV)/.installed ## text to a trained, resumed, exported model on the CPU, in about five minutes
 	$(RUN) -m tools.demo $(if $(DATA),--data "$(DATA)") $(DEMO)
 
-trials: $(VENV)/.installed ## what each part of the memory is worth: 98 small trainings, over an hour on two cores
+trials: $(VENV)/.installed ## what each part of the memory is worth: 98 small trainings, just under an hour on two cores
 	$(RUN) -m tools.trials run $(if $(TEXT),--text "$(TEXT)") $(TRIALS)
 	$(RUN) -m tools.trials report
 

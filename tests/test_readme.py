@@ -13,7 +13,7 @@ from pretrain.config import load_recipe
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 OTHER_PROGRAMS = {"tensorboard"}
-WITH_SUBCOMMANDS = {"tools.tokenizer", "tools.shards", "tools.trials", "launch"}
+WITH_SUBCOMMANDS = {"tools.bench", "tools.tokenizer", "tools.shards", "tools.trials", "launch"}
 
 
 def shell_commands(markdown: str) -> list[str]:
