@@ -48,7 +48,7 @@ class LayerWrites(NamedTuple):
 
     inputs: Tensor  # X, the layer's inputs
     outputs: Tensor  # X @ W
-    pulled: Tensor | None  # the inner gradient after the activation, which D is before; None at the last layer
+    pulled: Tensor | None  # the inner gradient at the activation's output, D being at its input; None at the last layer
     gradients: Tensor  # D, the inner gradient at the layer's outputs
     steps: Tensor  # theta, [..., C]
 
@@ -60,7 +60,7 @@ def group_gates(alpha: Tensor, eta: Tensor) -> GroupGates:
     a = keeps[..., 0] * keep[..., :1]
     e = momenta[..., 0] * eta[..., :1]
     p = (keeps @ e.unsqueeze(-1)).squeeze(-1)
-    return GroupGates(keeps @ momenta, momenta[..., -1, :], a, e, p)
+    return GroupGates(keeps @ momenta, momenta[..., -1, :].clone(), a, e, p)  # a view would keep all of H alive
 
 
 def step_scale(theta: Tensor, eta: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ def group_gradients(
     d_theta, d_eta_of_steps = _step_gradients(tokens, layers, bounds)
     d_alpha, d_eta = torch.autograd.grad(graph, leaves, d_gates)
     d_tokens = GroupTokens(d_q, layers[0].inputs, d_v, d_alpha, d_eta + d_eta_of_steps, d_theta)
-    return GroupGradients(d_tokens, [layer.learned for layer in layers], d_end)
+    # Copies: a view would keep all chunks' gradients alive through the next group.
+    return GroupGradients(d_tokens, [layer.learned for layer in layers], [x.clone() for x in d_end])
 
 
 def _read_gradients(

@@ -105,6 +105,16 @@ def _unstacked(state: Sequence[Tensor], batch_size: int) -> list[Tensor]:
     return [part.clone(memory_format=torch.contiguous_format) for side in zip(*pairs, strict=True) for part in side]
 
 
+def _group_forward(
+    plan: _Plan, tokens: GroupTokens, learned: Sequence[Tensor | None], state: Sequence[Tensor], is_open: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
+    """A group's y [n, N, M, D], surprise [n, N, C] if asked for, and state after it; its trace is gone on return."""
+    gates = group_gates(tokens.alpha, tokens.eta)
+    trace = write_group(tokens, gates, learned, state, plan.options, with_end=not is_open)
+    reads = read_group(tokens.q, gates, learned, trace, plan.options)
+    return reads[-1].outputs, inner_gradient_norm(trace.writes) if plan.with_surprise else None, trace.end
+
+
 class _DualForm(torch.autograd.Function):
     """(q, k, v, alpha, eta, theta, W_0 x L, W x L, S x L) -> (y, surprise, W x L, S x L)."""
 
@@ -118,15 +128,11 @@ class _DualForm(torch.autograd.Function):
         for group in plan.groups:
             # The first group's state is an input, saved with the others; only later ones are stored.
             boundaries.append(state if plan.keep_states and boundaries else None)
-            piece = plan.tokens(group, tokens)
-            gates = group_gates(piece.alpha, piece.eta)
-            trace = write_group(piece, gates, learned, state, plan.options, with_end=not plan.is_open(group))
-            reads = read_group(piece.q, gates, learned, trace, plan.options)
-            y[:, plan.spans(group)[0]] = _unchunked(reads[-1].outputs, batch_size)
-            if plan.with_surprise:
-                surprise.append(_unchunked(inner_gradient_norm(trace.writes), batch_size))
-            if trace.end is not None:
-                state = trace.end
+            out, norm, end = _group_forward(plan, plan.tokens(group, tokens), learned, state, plan.is_open(group))
+            y[:, plan.spans(group)[0]] = _unchunked(out, batch_size)
+            if norm is not None:
+                surprise.append(_unchunked(norm, batch_size))
+            state = end or state
         # All through save_for_backward, intermediates too: activation checkpointing can then drop and recompute them.
         ctx.plan, ctx.has_boundary = plan, [boundary is not None for boundary in boundaries]
         ctx.save_for_backward(*tensors, *(s for boundary in boundaries if boundary for s in boundary))

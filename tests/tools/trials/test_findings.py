@@ -38,6 +38,18 @@ def test_the_record_is_of_the_suite_and_every_study_is_in_the_findings(tmp_path)
     assert [name for name in record.studies if f"<!-- table: {name} -->" not in findings] == []
 
 
+def test_the_record_shows_that_the_memory_remembers_where_a_window_guesses():
+    """At 16 windows, with every seed, at equal tokens and parameters; and all of it in under an hour."""
+    record = read_record(TRIALS / "records" / "cpu.json")
+    assert record.seconds is not None and record.seconds < 3600
+    found: dict[str, list[float]] = {}
+    for run in record.of_study("variants").results:
+        found.setdefault(run.trial, []).append(run.probes["16 windows"].accuracy)
+    for trial in ("mac", "mag", "lmm"):
+        assert len(found[trial]) >= 2 and min(found[trial]) >= 0.9, trial
+    assert max(found["transformer-window"]) < 0.06
+
+
 def test_records_are_whole():
     """Every run of a committed record has a result, and was made from committed code."""
     for path in TRIALS.glob("records/*.json"):
