@@ -14,10 +14,12 @@ import pytest
 from launch.local import free_port, rank_environment
 
 REPOSITORY = Path(__file__).parents[2]
+# SIGHUP as in a terminal: under nohup it is ignored, which the launch respects and tests would inherit.
 LAUNCH = """
-import sys
+import signal, sys
 from pathlib import Path
 from launch.local import launch_local
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 script, nproc, folder, grace = sys.argv[1:]
 sys.exit(launch_local([sys.executable, script], int(nproc), Path(folder), grace_seconds=float(grace)))
 """

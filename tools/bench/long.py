@@ -145,7 +145,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, A
                 worker = [sys.executable, "-c", _WORKER, json.dumps({**settings, **point})]
                 output = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True).stdout
                 results.append({**point, **json.loads(output.splitlines()[-1])})
-    Console().print(_table(results))
+    # Wide enough for its columns also where the output is no terminal.
+    Console(width=max(100, Console().width)).print(_table(results))
     return settings, results
 
 

@@ -28,7 +28,7 @@ def test_a_step_is_measured_for_each_model_gradient_and_length(tmp_path: Path, c
     assert exact["gradient_norm"] != pytest.approx(truncated["gradient_norm"], rel=1e-4)
     assert rows["lmm", "exact", 32]["gradient_norm"] == pytest.approx(rows["lmm", "truncated", 32]["gradient_norm"])
     captured = capsys.readouterr()
-    assert "us a token" in captured.out
+    assert "us a token" in captured.out and "transformer" in captured.out
     assert "transformer, 64 tokens: over --full-attention-up-to, left out" in captured.err
 
 
