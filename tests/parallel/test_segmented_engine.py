@@ -61,7 +61,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return launch(tmp_path_factory.mktemp("two"), trials, 2)
 
 
-def require_same(result: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same_training(result: dict[str, Any], expected: dict[str, Any]) -> None:
     assert len(result["losses"]) == STEPS
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
@@ -76,25 +76,25 @@ def require_same(result: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("trial", EXACT, ids=str)
 def test_segments_train_as_whole_rows_do(seen: Seen, trial: Trial) -> None:
-    require_same(seen[str(trial)], seen[str(WHOLE[trial.case])])
+    assert_same_training(seen[str(trial)], seen[str(WHOLE[trial.case])])
 
 
 @pytest.mark.slow
 def test_they_do_in_every_variant_stage_and_number(seen: Seen, tmp_path: Path) -> None:
     results = launch(tmp_path, EVERY, 2)
     for trial in EVERY:
-        require_same(results[str(trial)], seen[str(WHOLE[trial.case])])
+        assert_same_training(results[str(trial)], seen[str(WHOLE[trial.case])])
 
 
 @pytest.mark.parametrize("trial", ALONE, ids=str)
 def test_so_they_do_on_one_process(alone: Seen, seen: Seen, trial: Trial) -> None:
-    require_same(alone[str(trial)], seen[str(WHOLE[trial.case])])
+    assert_same_training(alone[str(trial)], seen[str(WHOLE[trial.case])])
 
 
 @pytest.mark.parametrize("trial", TRUNCATED, ids=str)
 def test_truncated_gradients_are_the_same_in_every_layout(alone: Seen, seen: Seen, trial: Trial) -> None:
     result, whole = seen[str(trial)], seen[str(WHOLE[trial.case])]
-    require_same(result, alone[str(TRUNCATED_ALONE[trial.case])])
+    assert_same_training(result, alone[str(TRUNCATED_ALONE[trial.case])])
     assert result["losses"][0] == pytest.approx(whole["losses"][0], rel=1e-5), "the forward is the same"
     assert result["norms"][0] != pytest.approx(whole["norms"][0], rel=1e-4), "the gradient is not"
 
