@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import load_recipe
+from pretrain.phases import load_phases
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ def options_of(words: list[str]) -> list[str]:
 def recipe_overrides(words: list[str]) -> list[tuple[str, str]]:
     """The (name, value) pairs after the recipe that are fields of it, not options of the command."""
     pairs = zip(words, [*words, ""][1:], strict=True)
-    own = ("--dry-run", "--resume")
+    own = ("--dry-run", "--ranks", "--resume")
     return [(name[2:], value) for name, value in pairs if name.startswith("--") and name not in own]
 
 
@@ -52,7 +52,7 @@ def check_python_command(words: list[str], capsys: pytest.CaptureFixture[str]) -
     recipes = [word for word in arguments if word.endswith(".yaml")]
     if recipes:
         place = arguments.index(recipes[0])
-        load_recipe(REPOSITORY / recipes[0], recipe_overrides(arguments[place + 1 :]))
+        load_phases(REPOSITORY / recipes[0], recipe_overrides(arguments[place + 1 :]))
         passed_on = {name for name, _ in recipe_overrides(arguments[place + 1 :])}
         arguments = [word for word in arguments if word.removeprefix("--") not in passed_on]
         if module == "launch":  # what follows the recipe is for the training

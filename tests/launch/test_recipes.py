@@ -8,10 +8,13 @@ import torch
 
 from model import ModelConfig, TitansLM
 from pretrain.config import load_recipe
+from pretrain.phases import load_phases
 
 FOLDER = Path(__file__).parents[2] / "launch" / "recipes"
 SUITE = FOLDER / "trials" / "suite.yaml"  # what is done with the trials' recipes: tests/tools/trials
 RECIPES = sorted(set(FOLDER.rglob("*.yaml")) - {SUITE})
+LONG = [path for path in RECIPES if path.stem.startswith("long-")]
+LENGTHS = {"4k": 2**12, "32k": 2**15, "128k": 2**17, "512k": 2**19, "2m": 2**21}
 TRIALS = [path for path in RECIPES if path.parent.name == "trials"]
 PAPER = [path for path in RECIPES if path.stem.startswith("titans-")]
 VARIANTS = ("mac", "mag", "mal", "lmm", "transformer")
@@ -26,15 +29,16 @@ def parameters(config: ModelConfig) -> int:
 
 
 def test_the_demo_and_all_sizes_of_the_paper_are_there():
-    assert {path.stem for path in set(RECIPES) - set(TRIALS)} == {"demo", *(f"titans-{size}" for size in TOKENS)}
+    assert {path.stem for path in set(RECIPES) - {*TRIALS, *LONG}} == {"demo", *(f"titans-{size}" for size in TOKENS)}
+    assert {path.stem for path in LONG} == {"long-tiny", "long-340m", "long-760m"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_loads_and_survives_being_written_out(path, tmp_path):
-    recipe = load_recipe(path)
+    phases = load_phases(path)
     written = tmp_path / "recipe.yaml"
-    written.write_text(recipe.to_yaml())
-    assert load_recipe(written) == recipe
+    written.write_text(phases.to_yaml())
+    assert load_phases(written) == phases
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -84,11 +88,47 @@ def test_a_trial_s_rows_are_full_and_its_steps_as_many_as_it_says(path):
         assert f"# {rows} rows" in path.read_text()
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", LONG, ids=lambda path: path.stem)
+def test_long_recipes_go_from_4k_to_2m_by_exact_gradients(path):
+    phases = load_phases(path)
+    assert {phase.name: phase.recipe.training.sequence_length for phase in phases} == LENGTHS
+    for phase in phases:
+        recipe = phase.recipe
+        assert recipe.training.gradient == "exact"
+        assert (recipe.training.segment_length is None) == (phase.number == 1)
+        # A segment takes no more memory than the first phase's micro-batch does.
+        first = phases.run.training
+        assert (recipe.training.segment_length or 0) <= first.micro_batch_size * first.sequence_length
+    assert phases[4].recipe.training.boundary_states == "disk"
+
+
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
+@pytest.mark.parametrize("path", [path for path in LONG if path.stem != "long-tiny"], ids=lambda path: path.stem)
+def test_long_recipes_begin_as_the_papers_and_are_for_8_gpus(path, variant):
+    size = path.stem.removeprefix("long-")
+    phases = load_phases(path, [("model.preset", f"{variant}-{size}")])
+    paper = load_recipe(FOLDER / f"titans-{size}.yaml", [("model.preset", f"{variant}-{size}")])
+    first = phases.run
+    for section in ("model", "data", "training", "optimizer", "schedule", "parallel"):
+        assert getattr(first, section) == getattr(paper, section), section
+    for ranks in (1, 2, 4, 8):
+        phases.require_fit(ranks)
+
+
+def test_the_tiny_long_recipe_draws_rows_as_long_as_its_phases():
+    phases = load_phases(FOLDER / "long-tiny.yaml")
+    assert parameters(phases.run.model) < 1e5
+    for phase in phases:
+        assert phase.recipe.data.kind == "synthetic"
+        assert phase.recipe.data.task.row_tokens == phase.recipe.training.sequence_length
+        assert phase.batches(1).total_tokens == phase.recipe.training.tokens
+
+
+@pytest.mark.parametrize("path", [*PAPER, *(p for p in LONG if p.stem != "long-tiny")], ids=lambda path: path.stem)
 def test_what_the_comment_offers_can_be_loaded(path):
     """The overrides in the recipe's own comment are right."""
     offer = re.search(r"Another variant: (.+?) \(", path.read_text())
     assert offer is not None
     words = offer[1].split()
     overrides = [(name.removeprefix("--"), value) for name, value in zip(words[::2], words[1::2], strict=True)]
-    assert load_recipe(path, overrides).model.variant == "mag"
+    assert load_phases(path, overrides).run.model.variant == "mag"
