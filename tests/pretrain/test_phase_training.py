@@ -5,6 +5,7 @@ and on two; what begins anew with a phase and what goes on; runs that go on as p
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,25 +102,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`<kind>-<ranks>` for untouched and killed runs; on one process also two phases in one go, and the second
-    following a run of one phase.
+    """`<kind>-<ranks>` for untouched and killed runs; on one process also two phases in one go, the second following a
+    run of one phase, and the second following the first on two processes, killed.
     """
     folder = tmp_path_factory.mktemp("runs")
+
+    def both_ways(ranks: int) -> list[tuple[Path, list[Any]]]:
+        untouched = write(data, folder / f"untouched-{ranks}", PHASES)
+        return [(untouched, [None]), (write(data, folder / f"killed-{ranks}", PHASES), DEATHS)]
+
+    train_all(both_ways(2), ranks=2)
+    first = folder / "untouched-2" / "checkpoints" / checkpoint_name(STEPS)
+    shutil.copytree(first, folder / "moved" / "checkpoints" / first.name)
     later = {"name": "later", "training": {"sequence_length": 128}, "data": {"seed": 7}}
     short = {"training": {"sequence_length": 64, "tokens": STEPS * 512}, "checkpoint": {"keep": 1}}
-    for ranks in (1, 2):
-        recipes: list[tuple[Path, list[Any]]] = [
-            (write(data, folder / f"untouched-{ranks}", PHASES), [None]),
-            (write(data, folder / f"killed-{ranks}", PHASES), DEATHS),
-        ]
-        if ranks == 1:
-            at_once = [{"name": "main", "training": {"sequence_length": 64}}, later]
-            recipes += [
-                (write(data, folder / "at-once", at_once), [None]),
-                (write(data, folder / "followed", None, **short), [None]),
-                (write(data, folder / "followed", at_once), [None]),
-            ]
-        train_all(recipes, ranks)
+    at_once = [{"name": "main", "training": {"sequence_length": 64}}, later]
+    alone = [
+        *both_ways(1),
+        (write(data, folder / "at-once", at_once), [None]),
+        (write(data, folder / "followed", None, **short), [None]),
+        (write(data, folder / "followed", at_once), [None]),
+        (write(data, folder / "moved", PHASES[:2]), [["step", "p128", 3], None]),
+    ]
+    train_all(alone, ranks=1)
     return folder
 
 
@@ -206,3 +211,10 @@ def test_a_checkpoint_has_the_model_of_its_phase_and_the_recipe_of_all(runs: Pat
 def test_a_run_without_phases_goes_on_as_the_first_of_several(runs: Path) -> None:
     assert [event["step"] for event in events(runs / "followed", "done")] == [STEPS, 2 * STEPS]
     assert_same_end(runs / "followed", runs / "at-once", 2 * STEPS)
+
+
+def test_a_run_goes_on_with_fewer_ranks_and_resumes_again(runs: Path) -> None:
+    assert [event["step"] for event in events(runs / "moved", "resume")] == [STEPS, STEPS + 2]
+    expected = {step: loss for step, loss in losses(runs / "untouched-2").items() if STEPS < step <= 2 * STEPS}
+    assert losses(runs / "moved") == pytest.approx(expected, rel=1e-5)
+    assert state_at(runs / "moved", 2 * STEPS).ranks == 1
