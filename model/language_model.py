@@ -33,6 +33,8 @@ class ModelOutput(NamedTuple):
     """A dictionary per layer if asked for: means of alpha, eta, theta, surprise, weight_norm; empty without memory."""
     correct: Tensor | None
     """Whether each target has the largest logit, if asked for: [B, T] bool, False at targets that don't count."""
+    losses: Tensor | None = None
+    """With `correct`, -log p of each target: [B, T] in nats, fp32, 0 at targets that don't count."""
 
 
 class Block(nn.Module):
@@ -107,7 +109,7 @@ class TitansLM(nn.Module):
             state: where each row stands; None for beginnings.
             targets: [B, T] int64, -100 for tokens that don't count; then the loss is computed instead of the logits.
             with_stats: also give each layer's statistics.
-            with_correct: also say which targets have the largest logit; the loss then has no gradient.
+            with_correct: also say which targets have the largest logit, and each one's loss; there is no gradient then.
 
         Raises:
             ValueError: tokens, targets or the state don't fit.
@@ -120,7 +122,7 @@ class TitansLM(nn.Module):
             return ModelOutput(self.head(x, None), after, None, stats, None)
         if with_correct:
             losses, correct = self.head(x, targets, token_scores)
-            return ModelOutput(None, after, losses.sum(), stats, correct.view_as(targets))
+            return ModelOutput(None, after, losses.sum(), stats, correct.view_as(targets), losses.view_as(targets))
         return ModelOutput(None, after, self.head(x, targets), stats, None)
 
     @torch.no_grad()

@@ -14,12 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model import ModelState
 from model.memory import mean_statistics
 from parallel.boundary_states import State, open_boundary_states
 from parallel.config import ParallelConfig
@@ -27,6 +28,7 @@ from parallel.deepspeed_config import deepspeed_config
 from parallel.fragments import Fragment, fragments, make_optimizer_state, optimizer_step, spread_masters
 from parallel.loss_module import LossModule, flattened, unflattened
 from parallel.process import World
+from parallel.scoring import IGNORED, Batch, PieceScores, Scored, score
 from parallel.segments import Segments, run_segments
 from parallel.state_files import (
     KINDS,
@@ -38,18 +40,6 @@ from parallel.state_files import (
     write_index,
     write_rank,
 )
-
-IGNORED = -100
-
-
-class Batch(Protocol):
-    """One rank's micro-batch: tokens and targets, int64 [B, T]; targets of -100 do not count."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-
-    @property
-    def targets(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -69,19 +59,6 @@ class StepResult:
 
     stats: list[dict[str, Tensor]] | None
     """A dict for each layer, averaged over ranks, of the last micro-batch; None unless asked for."""
-
-
-class Scored(NamedTuple):
-    """Sums over all ranks' batches."""
-
-    nats: float
-    """Of -log p of the targets that count."""
-
-    tokens: int
-    """Targets that count."""
-
-    correct: int | None
-    """Those among them that have the largest logit; None unless asked for."""
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
@@ -121,7 +98,7 @@ class Engine:
 
     Args:
         model: takes (tokens [B, T], targets=[B, T], with_stats=bool, with_correct=bool) and returns an output with
-            `.loss_sum`, `.stats` and `.correct`.
+            `.loss_sum` and `.stats`, and `.correct` and `.losses` with with_correct.
         optimizer: AdamW over the model's parameters. Its groups keep their weight decay; the learning rate comes
             with each step.
         accumulation: micro-batches of a step.
@@ -205,22 +182,40 @@ class Engine:
             loss=loss_sum / tokens, grad_norm=norm.detach(), tokens=tokens, stats=self._mean_over_ranks(stats)
         )
 
-    def evaluate(self, batches: Iterable[Batch], *, with_correct: bool = False) -> Scored:
+    def evaluate(
+        self,
+        batches: Iterable[Batch],
+        *,
+        with_correct: bool = False,
+        piece: int | None = None,
+        by_position: bool = False,
+        reset_window: int | None = None,
+    ) -> Scored:
         """Score all ranks' batches, without learning from them. Every rank calls it; ranks may have different numbers
         of batches.
+
+        Args:
+            with_correct: also count the targets that have the largest logit.
+            piece: most tokens of a row that are read at a time, the state handed on; None: whole rows.
+            by_position: also give the loss by position (`parallel.scoring`).
+            reset_window: by_position also with the memory reset every so many tokens.
         """
-        totals = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        asked = with_correct or by_position
+
+        def read(tokens: Tensor, targets: Tensor, state: ModelState | None, more: bool) -> tuple[PieceScores, Any]:
+            tokens, targets = (rows.to(self.world.device, non_blocking=True) for rows in (tokens, targets))
+            before = None if state is None and not more else flattened({} if state is None else state.flat())
+            loss, _, scores, after = self._engine(tokens, targets, with_scores=asked, before=before)
+            going_on = ModelState.from_tensors(unflattened(after)) if more else None
+            return PieceScores(loss, *((None, None) if scores is None else scores)), going_on
+
         self._engine.eval()
-        with torch.no_grad():
-            for inputs, targets in self._in_step(batches):
-                loss, _, correct, _ = self._engine(inputs, targets, with_correct=with_correct)
-                totals[0] += loss
-                totals[1] += (targets != IGNORED).sum()
-                if correct is not None:
-                    totals[2] += correct.sum()
+        scored = score(
+            batches, read, self.world.device,
+            piece=piece, with_correct=with_correct, by_position=by_position, reset_window=reset_window,
+        )  # fmt: skip
         self._engine.train()
-        dist.all_reduce(totals)
-        return Scored(float(totals[0]), int(totals[1]), int(totals[2]) if with_correct else None)
+        return scored
 
     def save(self, folder: Path) -> list[Path]:
         """Write this rank's share of weights and optimizer state into `folder`; every rank calls it. Returns the
@@ -335,19 +330,6 @@ class Engine:
         if self.config.zero_stage > 0:
             return None
         return nn.utils.clip_grad_norm_(self.module.parameters(), self._clip if self._clip > 0 else float("inf"))
-
-    def _in_step(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-        # Under ZeRO 3 each forward is a collective: a rank that has run out keeps the others company with targets
-        # that do not count.
-        source = iter(batches)
-        spare = torch.zeros(1, 1, dtype=torch.int64, device=self.world.device)
-        while True:
-            batch = next(source, None)
-            running = torch.tensor(float(batch is not None), device=self.world.device)
-            dist.all_reduce(running, op=dist.ReduceOp.MAX)
-            if not running:
-                return
-            yield self._to_device(batch) if batch is not None else (spare, torch.full_like(spare, IGNORED))
 
     def _mean_over_ranks(self, stats: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]] | None:
         if stats is None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from model import ModelConfig
 from parallel.boundary_states import Place
 from parallel.config import ParallelConfig
+from parallel.scoring import require_reset_window
 from parallel.segments import Segments
 from pretrain.data.config import DataConfig
 from pretrain.errors import UserError
@@ -120,6 +121,19 @@ class EvaluationConfig(BaseModel):
     """How many held-out tokens are scored, from the first on; none: all. Of drawn rows, which hold tokens that are no
     answers too, as many as have these tokens."""
 
+    context: Tokens | None = None
+    """Tokens of a held-out row of text; none: training.sequence_length. Rows are read in pieces of segment_length, or
+    sequence_length, so that memory does not grow with it."""
+
+    by_position: bool = False
+    """Also record the loss by position in the row, in buckets of 0..63, 64..127, 128..255 and so on: as curves
+    evaluation/position/<first>-<last>/carried, and as `positions` events in run.jsonl."""
+
+    reset_window: Tokens | None = None
+    """With by_position, also the loss with the memory reset every so many tokens of the row, attention and convolutions
+    going on, as curves .../reset: the difference is what the memory gives. A multiple of the model's chunk (mac:
+    segment), below context. It doubles the time of an evaluation."""
+
 
 class LoggingConfig(BaseModel):
     """What is written while the run goes."""
@@ -214,6 +228,24 @@ class Recipe(BaseModel):
             raise ValueError(
                 "evaluation.tokens is set but data.validation is not: name the held-out shards, or remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _long_evaluation_fits(self) -> Recipe:
+        evaluation = self.evaluation
+        for name in ("context", "by_position", "reset_window"):
+            if getattr(evaluation, name) and not self.data.has_held_out:
+                raise ValueError(f"evaluation.{name} is set but data.validation is not: name the held-out shards")
+        if evaluation.context is not None and self.data.kind == "synthetic":
+            raise ValueError(
+                f"evaluation.context is {evaluation.context}, but drawn rows are as long as data.task makes them: "
+                "remove it"
+            )
+        if evaluation.reset_window is not None:
+            if not evaluation.by_position:
+                raise ValueError("evaluation.reset_window is set, but by_position is not: set it to true")
+            context = evaluation.context or self.training.sequence_length
+            require_reset_window(self.model, evaluation.reset_window, context, "evaluation.reset_window")
         return self
 
     @model_validator(mode="after")

@@ -245,16 +245,24 @@ class Run:
         """Score the held-out data, if there is any."""
         if self.data.held_out is None:
             return
+        asked, training = self.recipe.evaluation, self.recipe.training
         result = evaluate(
             self.engine,
             self.data.held_out,
             self.world,
-            sequence_length=self.recipe.training.sequence_length,
-            batch_size=self.recipe.training.micro_batch_size,
-            max_tokens=self.recipe.evaluation.tokens,
+            sequence_length=asked.context or training.sequence_length,
+            batch_size=training.micro_batch_size,
+            max_tokens=asked.tokens,
+            piece=training.segment_length or training.sequence_length,  # what a rank has the memory for
+            by_position=asked.by_position,
+            reset_window=asked.reset_window,
         )
-        self.log.scalars(state.step, {f"evaluation/{name}": value for name, value in result.curves().items()})
-        self.log.event("eval", step=state.step, tokens=state.tokens, **result.fields())
+        curves = result.curves() | result.position_curves()
+        self.log.scalars(state.step, {f"evaluation/{name}": value for name, value in curves.items()})
+        where = {"step": state.step, "tokens": state.tokens}
+        self.log.event("eval", **where, **result.fields())
+        if asked.by_position:
+            self.log.event("positions", **where, reset_window=asked.reset_window, losses=result.position_rows())
         self.log.say(f"held out: {result}")
 
     def save(self, state: TrainerState) -> None:

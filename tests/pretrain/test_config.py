@@ -13,6 +13,8 @@ from pretrain.errors import UserError
 from pretrain.strict_yaml import load_yaml
 from tests.training_cases import recipe_fields, write_recipe
 
+NO_SHARDS = {"data.validation": "null"}
+
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
@@ -111,6 +113,22 @@ def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value
         ({"parallel.keep_gathered_below": "0"}, "keep_gathered_below is 0, but only zero_stage 3"),
         ({"parallel.gather_ahead_elements": "5"}, "gather_ahead_elements is 5, but only zero_stage 3"),
         ({"evaluation": "{tokens: 5}", "data.validation": "null"}, "evaluation.tokens is set but data.validation"),
+        ({"evaluation": "{context: 2Mi}", **NO_SHARDS}, "evaluation.context is set but data.validation is not"),
+        ({"evaluation": "{by_position: true}", **NO_SHARDS}, "evaluation.by_position is set but data.validation"),
+        ({"evaluation": "{reset_window: 16}", **NO_SHARDS}, "evaluation.reset_window is set but data.validation"),
+        ({"evaluation.reset_window": "16"}, "evaluation.reset_window is set, but by_position is not: set it to true"),
+        (
+            {"evaluation": "{by_position: true, reset_window: 24}"},
+            "evaluation.reset_window 24 is not a multiple of the model's segment of 16 tokens: 16 or 32 would be",
+        ),
+        (
+            {"evaluation": "{by_position: true, reset_window: 32}"},
+            "evaluation.reset_window 32 resets nothing in rows of 32 tokens",
+        ),
+        (
+            {"evaluation": "{context: 64}", "data": "{kind: synthetic, task: {kind: recall}}"},
+            "evaluation.context is 64, but drawn rows are as long as data.task makes them",
+        ),
         ({"schedule": "{kind: constant, min_lr_ratio: 0.5}"}, "min_lr_ratio is unused with kind constant"),
         ({"optimizer.lr": ".inf"}, "optimizer.lr: inf does not fit"),
         ({"optimizer.betas": "[.nan, 0.9]"}, "optimizer.betas.0: nan does not fit"),
