@@ -11,8 +11,8 @@ from pathlib import Path
 
 from launch.processes import RankCommand, run_ranks
 from pretrain import command_line
-from pretrain.config import load_recipe
 from pretrain.errors import UserError
+from pretrain.phases import load_phases
 
 HELP = """\
 Start one training process for each rank on this machine and wait for them.
@@ -50,12 +50,12 @@ def run(options: argparse.Namespace) -> int:
     """Check the options and the recipe once, then launch; returns the exit status. Raises UserError."""
     check_options(options)
     training = command_line.parse([options.recipe, *options.arguments])
-    recipe = load_recipe(training.recipe, training.overrides)
-    recipe.batches(options.nproc)
+    phases = load_phases(training.recipe, training.overrides)
+    phases.require_fit(options.nproc)
     argv = [sys.executable, "-m", "pretrain", options.recipe, *options.arguments]
     if training.dry_run:  # rank 0 alone speaks, and it starts no group
         return subprocess.run(argv, env=rank_environment(0, options.nproc, options.port or free_port())).returncode
-    return launch_local(argv, options.nproc, recipe.folder / "logs", port=options.port, grace_seconds=options.grace)
+    return launch_local(argv, options.nproc, phases.run.folder / "logs", port=options.port, grace_seconds=options.grace)
 
 
 def check_options(options: argparse.Namespace) -> None:

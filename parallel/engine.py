@@ -36,6 +36,7 @@ from parallel.state_files import (
     WEIGHT,
     StateReader,
     Stretch,
+    WeightReader,
     require_same_parameters,
     write_index,
     write_rank,
@@ -255,6 +256,19 @@ class Engine:
                 for kind in KINDS:
                     saved = reader.read(kind, fragment.parameter, fragment.start, fragment.numel)
                     fragment.values(kind, self._optimizer.state).copy_(saved)
+        spread_masters(self._engine.optimizer, self.config.zero_stage)
+
+    def load_weights(self, reader: WeightReader) -> None:
+        """Take over weights alone, to begin from them; every rank calls it.
+
+        Raises:
+            ValueError: they are another model's.
+        """
+        require_same_parameters(self.shapes, reader.shapes, reader.folder)
+        with torch.no_grad():
+            for fragment in self._fragments():
+                saved = reader.read(WEIGHT, fragment.parameter, fragment.start, fragment.numel)
+                fragment.values(WEIGHT, self._optimizer.state).copy_(saved)
         spread_masters(self._engine.optimizer, self.config.zero_stage)
 
     def full_parameters(self) -> dict[str, Tensor]:

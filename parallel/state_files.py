@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -64,6 +64,21 @@ def write_index(folder: Path, *, ranks: int, optimizer_step: int, shapes: Mappin
     path = folder / INDEX_FILE
     path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+class WeightReader(Protocol):
+    """Weights by parameter, wherever they were saved."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Every parameter."""
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements `start` to `start + numel` of the flattened quantity, of which `weight` is one: fp32 [numel]."""
 
 
 class StateReader:

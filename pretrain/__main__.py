@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from parallel import process
 from pretrain.agreement import SharedUserError
 from pretrain.command_line import parse
-from pretrain.config import Recipe, load_recipe
 from pretrain.errors import UserError
+from pretrain.phases import Phases, load_phases
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,30 +20,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = parse(argv)
-        recipe = load_recipe(options.recipe, options.overrides)
+        phases = load_phases(options.recipe, options.overrides)
         if options.dry_run:
             if process.rank_from_environment() == 0:
                 from pretrain.plan import describe
 
-                print(describe(recipe, options.ranks or int(os.environ.get("WORLD_SIZE", "1"))))
+                print(describe(phases, options.ranks or int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
     except UserError as error:
         return _refuse_before_start(error)
-    return _train(recipe, options.resume)
+    return _train(phases, options.resume)
 
 
-def _train(recipe: Recipe, resume: str) -> int:
+def _train(phases: Phases, resume: str) -> int:
     from pretrain.loop import train  # late: --help and --dry-run need no DeepSpeed
 
     try:
-        parallel = recipe.parallel
+        parallel = phases.run.parallel
         world = process.initialize(
             parallel.device, timeout_minutes=parallel.timeout_minutes, deterministic=parallel.deterministic
         )
     except ValueError as error:
         return _refuse_before_start(UserError(str(error)))
     try:
-        train(recipe, world, resume=resume)
+        train(phases, world, resume=resume)
     except UserError as error:
         if world.is_main or not isinstance(error, SharedUserError):
             rank = "" if world.size == 1 or isinstance(error, SharedUserError) else f"rank {world.rank}: "

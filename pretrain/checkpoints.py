@@ -26,6 +26,8 @@ from pretrain.durable import file_sha256, sync
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+STAYS = "stays"
+"""An empty file in checkpoints that are not removed when newer ones come."""
 _VERSION = 1
 CHECKPOINTS_FOLDER = "checkpoints"
 """Where they are in a run's folder."""
@@ -93,11 +95,12 @@ class Checkpoints:
     keep: int
     world: World
 
-    def save(self, step: int, write: Callable[[Path], Sequence[Path]]) -> Path:
+    def save(self, step: int, write: Callable[[Path], Sequence[Path]], *, stays: bool = False) -> Path:
         """Write the checkpoint of `step` and return its folder.
 
         Args:
             write: writes this rank's files into the folder it is given and returns their paths.
+            stays: whether it is kept when `keep` newer ones are there.
 
         Raises:
             SharedUserError: a rank could not write (no space, say). The unfinished folder is gone, the earlier
@@ -121,7 +124,7 @@ class Checkpoints:
         if message is not None:
             self._give_up(partial, message)
         files = {name: entry for part, _ in gathered for name, entry in part.items()}
-        self._on_main(lambda: self._publish(partial, final, files), partial)
+        self._on_main(lambda: self._publish(partial, final, files, stays), partial)
         return final
 
     def newest_whole(self, report: Callable[[str], None]) -> Path | None:
@@ -171,7 +174,9 @@ class Checkpoints:
             shutil.rmtree(left)
         partial.mkdir(parents=True)
 
-    def _publish(self, partial: Path, final: Path, files: FileEntries) -> None:
+    def _publish(self, partial: Path, final: Path, files: FileEntries, stays: bool) -> None:
+        if stays:
+            _write_durable(partial / STAYS, "")
         _write_durable(partial / MANIFEST, _manifest_text(files))
         sync(partial)
         partial.rename(final)
@@ -182,6 +187,8 @@ class Checkpoints:
         sync(self.folder)
         others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
         for old in others[self.keep - 1 :]:
+            if (old / STAYS).exists():
+                continue
             hidden = old.with_name(f".removed-{old.name}")  # so that a death here leaves no half of a checkpoint
             old.rename(hidden)
             shutil.rmtree(hidden)

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from model.presets import PRESETS
 from pretrain.config import Recipe
 from pretrain.errors import UserError
+from pretrain.phases import FIELDS_OF_THE_RUN, MODEL_FIELDS, SECTIONS
 from pretrain.quantities import parse_tokens
 from pretrain.recipe_errors import kind_of, sections_in, suggest
 
@@ -29,8 +30,22 @@ Every field of the recipe can be set with --section.field VALUE (or --section.fi
 --model.preset mag-340m, --data.validation null. Numbers of tokens may be written 15B, 0.5M or 4Ki. A run that was
 stopped goes on from its newest whole checkpoint when the same command is given again.
 
+A recipe may list phases, which are run one after another; --phases.NAME.section.field VALUE (or a number from 1
+instead of the name) sets a field in one of them, --section.field VALUE in those that have no value of their own.
+
 Exit codes: 0 done; 2 something in the recipe, the data, a checkpoint or the disk has to be mended first; 1 a crash."""
 
+
+_PHASES = f"""
+phases: one after another on the same weights and optimizer. Each has
+  --phases.NAME.name NAME
+      Letters, digits, - and _, not digits alone.
+and changes what it lists of these sections, for itself alone:
+  --phases.NAME.SECTION.FIELD VALUE
+      {{{"|".join(SECTIONS)}}}.FIELD but for
+      {", ".join(f"{section}.{field}" for section, fields in FIELDS_OF_THE_RUN.items() for field in fields)}
+{"".join(f"  --phases.NAME.model.{field} VALUE" for field in MODEL_FIELDS)}
+Tokens, schedule and data begin anew with each phase; its last checkpoint is kept."""
 
 _OPTIONS = ("help", "resume", "dry-run", "ranks")
 
@@ -90,8 +105,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         if not word.startswith("--") or not name or name in _OPTIONS:
             own.append(word)
             continue
-        if "." not in name and name not in Recipe.model_fields:
-            raise UserError(f"--{name}: unknown; {suggest(name, [*_OPTIONS, *Recipe.model_fields])}")
+        if "." not in name and name not in (*Recipe.model_fields, "phases"):
+            raise UserError(f"--{name}: unknown; {suggest(name, [*_OPTIONS, *Recipe.model_fields, 'phases'])}")
         if not equals:
             following = next(words, None)
             if following is None or (following.startswith("--") and len(following) > 2):
@@ -102,10 +117,10 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def fields_help() -> str:
-    """Each field of the recipe: its name, what it takes, its default, and its docstring."""
+    """Each field of the recipe: its name, what it takes, its default, and its docstring; then what phases are."""
     lines = ["recipe fields:"]
     _add_fields(Recipe, "", lines)
-    return "\n".join(lines)
+    return "\n".join([*lines, _PHASES])
 
 
 def _add_fields(section: type[BaseModel], prefix: str, lines: list[str]) -> None:

@@ -106,7 +106,8 @@ class CheckpointConfig(BaseModel):
     """Tokens between checkpoints; none: only at the end."""
 
     keep: int = Field(default=3, ge=1)
-    """How many of the newest stay; older ones are removed once a newer one is whole."""
+    """How many of the newest stay; older ones are removed once a newer one is whole. The last one of each phase stays
+    in any case, so that the phases behind it can be run again."""
 
 
 class EvaluationConfig(BaseModel):
@@ -183,7 +184,13 @@ class Recipe(BaseModel):
     """Where checkpoints, TensorBoard logs and run.jsonl go."""
 
     seed: Seed = 0
-    """Seed of the initial weights, and of the data's order or draws unless data.seed says otherwise."""
+    """Seed of the initial weights, and of the data's order or draws unless data.seed says otherwise. In the phases
+    behind the first the data's seed is raised by one each, so that no phase repeats an order."""
+
+    initialize_from: Path | None = None
+    """Where the initial weights come from instead of being drawn: an exported model or a checkpoint, of any layout, of
+    the same model (model.rope_base may differ) and tokenizer. The optimizer and the step numbers begin anew. Once the
+    run has a checkpoint it goes on from that."""
 
     model: ModelConfig
     """The model: `preset` (such as mac-340m) and any field to change."""
@@ -304,12 +311,27 @@ class Recipe(BaseModel):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
-    """Read a recipe and put the overrides (dotted name, text) over it.
+    """Read a recipe without phases and put the overrides (dotted name, text) over it.
 
     Raises:
         UserError: no such file, no YAML, an unknown name (with the nearest known one), or a value that does not fit;
-            all that is wrong is listed at once.
+            all that is wrong is listed at once. A recipe that lists phases.
     """
+    raw = read_recipe_file(path)
+    if raw.get("phases") is not None:
+        raise UserError(f"recipe {path}: lists phases, and what reads it here takes a run of one: remove phases")
+    for name, text in overrides:
+        put_override(raw, name, text)
+    raw.pop("phases", None)
+    apply_preset(raw)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"recipe {path}:\n{explain(error, Recipe)}") from None
+
+
+def read_recipe_file(path: str | Path) -> dict[str, Any]:
+    """The sections of a recipe's file as they stand there. Raises UserError: no such file, or no YAML of sections."""
     path = Path(path)
     try:
         raw = load_yaml(path.read_text(encoding="utf-8"))
@@ -321,16 +343,13 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
         raise UserError(f"recipe {path} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path}: expected sections such as `model:` and `training:`, found {raw!r:.60}")
-    for name, text in overrides:
-        _put(raw, name, text)
-    _apply_preset(raw)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"recipe {path}:\n{explain(error, Recipe)}") from None
+    return raw
 
 
-def _put(raw: dict[str, Any], name: str, text: str) -> None:
+def put_override(raw: dict[str, Any], name: str, text: str) -> None:
+    """Set the field of a dotted name to what the text says as YAML. Raises UserError where there can be no such field,
+    or the text is no YAML.
+    """
     *sections, field = name.split(".")
     place = raw
     for section in sections:
@@ -339,13 +358,21 @@ def _put(raw: dict[str, Any], name: str, text: str) -> None:
         place = place[section]
         if not isinstance(place, dict):
             raise UserError(f"--{name}: {section} is a value, not a section")
+    place[field] = parse_override(name, text)
+
+
+def parse_override(name: str, text: str) -> Any:
+    """What an override's text says as YAML. Raises UserError where it is none."""
     try:
-        place[field] = load_yaml(text)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--{name} {text}: not a value that YAML can read; quote it") from error
 
 
-def _apply_preset(raw: dict[str, Any]) -> None:
+def apply_preset(raw: dict[str, Any]) -> None:
+    """Replace `model.preset` by its fields, under those that the section changes. Raises UserError for an unknown
+    preset.
+    """
     section = raw.get("model")
     if not isinstance(section, dict) or "preset" not in section:
         return

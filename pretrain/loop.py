@@ -18,21 +18,24 @@ from parallel.process import World
 from pretrain.agreement import agreed
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
-from pretrain.data import Data, Division, Loader, Share, Source
+from pretrain.data import Data, Division, Loader, Share, Source, TokenizerInfo
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
 from pretrain.finite import FiniteWatch
 from pretrain.folder_lock import alone_in
+from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.optimizer import build_optimizer
-from pretrain.resume import TrainerState, choose_checkpoint, restore, write_checkpoint
+from pretrain.phase_data import check_data
+from pretrain.phases import Phase, Phases
+from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore, write_checkpoint
 from pretrain.rng import seed_rank
 from pretrain.schedule import learning_rate
 
 
-def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
-    """Train as the recipe says, going on from where an earlier attempt stopped. Every rank calls it.
+def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
+    """Train as the phases say, going on from where an earlier attempt stopped. Every rank calls it.
 
     Args:
         resume: "auto" (the newest whole checkpoint of the folder, if any), "never", or a checkpoint's folder.
@@ -43,44 +46,74 @@ def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
         FloatingPointError: the loss or the gradient of a step was not finite; the checkpoints from before are there.
     """
     with agreed():
-        batches = recipe.batches(world.size)
-        data = recipe.data.open(recipe.data_seed(), Share(world.local_rank, world.local_size))
-        check_vocabulary(recipe, data.train)
-    with alone_in(recipe.folder, world):
-        _train_alone(recipe, world, batches, data, resume)
+        phases.require_fit(world.size)
+        tokenizer = check_data(phases)
+    with alone_in(phases.run.folder, world):
+        _train_alone(phases, world, tokenizer, resume)
 
 
-def _train_alone(recipe: Recipe, world: World, batches: Batches, data: Data, resume: str) -> None:
-    checkpoints = Checkpoints(recipe.folder / CHECKPOINTS_FOLDER, recipe.checkpoint.keep, world)
+def _train_alone(phases: Phases, world: World, tokenizer: TokenizerInfo | None, resume: str) -> None:
+    run = phases.run
+    folder = run.folder / CHECKPOINTS_FOLDER
     warnings: list[str] = []
     if world.is_main:  # the others make theirs behind the next barrier
-        remove_left_boundary_states(recipe.folder)
-    start_from = choose_checkpoint(checkpoints, resume, warnings.append)
-    engine = build_engine(recipe, batches, world)
-    if start_from is not None:
-        state = restore(start_from, engine, recipe, data.train.tokenizer, world)
-    else:
-        seed_rank(recipe.seed, world.rank)
-        tokenizer = data.train.tokenizer
-        state = TrainerState(tokenizer_sha256=None if tokenizer is None else tokenizer.sha256, ranks=world.size)
+        remove_left_boundary_states(run.folder)
+    start_from = choose_checkpoint(Checkpoints(folder, run.checkpoint.keep, world), resume, warnings.append)
+    with agreed():
+        if start_from is not None:
+            state = check_fits(start_from, phases, tokenizer).moved_on(phases)
+        else:
+            check_initial_weights(run, tokenizer, every_byte=world.is_main)
+            sha256 = None if tokenizer is None else tokenizer.sha256
+            state = TrainerState(phase=phases[0].name, tokenizer_sha256=sha256, ranks=world.size)
     with ExitStack() as stack:
         with agreed():
-            log = stack.enter_context(open_log(recipe, batches, world, state.step))
+            log = stack.enter_context(open_log(phases, world, state))
+        announce(log, phases, world, start_from, state, warnings)
+        checkpoint = start_from
+        for phase in phases.phases[len(state.done) :]:
+            checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
+            state, checkpoint = run_phase(phases, phase, world, checkpoints, log, state, checkpoint)
+            state = state.moved_on(phases)
+
+
+def run_phase(
+    phases: Phases,
+    phase: Phase,
+    world: World,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    state: TrainerState,
+    checkpoint: Path | None,
+) -> tuple[TrainerState, Path | None]:
+    """A phase from where `state` stands in it to its end: the state there, and its checkpoint.
+
+    A phase behind another takes over what that one saved, whether the run was stopped in between or not.
+
+    Args:
+        checkpoint: holds weights, optimizer and generators; None: they begin here.
+    """
+    recipe, batches = phase.recipe, phase.batches(world.size)
+    with agreed(), phase.named_in_errors():
+        data = recipe.data.open(recipe.data_seed(), Share(world.local_rank, world.local_size))
+    engine = build_engine(recipe, batches, world)
+    if checkpoint is not None:
+        restore(checkpoint, engine, state, recipe.seed, world)
+    else:
+        if recipe.initialize_from is not None:
+            with open_initial_weights(recipe.initialize_from) as weights:
+                engine.load_weights(weights)
+        seed_rank(recipe.seed, world.rank)
+    with ExitStack() as stack:
+        with agreed(), phase.named_in_errors():
             loader = stack.enter_context(open_training_data(recipe, batches, world, data.train, state))
-        announce(log, recipe, batches, world, start_from, state, warnings)
-        run = Run(recipe, world, batches, engine, data, checkpoints, log)
-        run.steps(loader, state)
+        if len(phases) > 1:
+            log.event("phase", step=state.step, tokens=state.tokens, phase=phase.name, number=phase.number)
+            log.say(f"{phase.title}: {batches.steps} steps of {recipe.training.batch_tokens:,} tokens")
+        run = Run(phases, phase, world, batches, engine, data, checkpoints, log)
+        reached = run.steps(loader, state, checkpoint)
     engine.destroy()
-
-
-def check_vocabulary(recipe: Recipe, source: Source) -> None:
-    """Raise UserError when the data holds tokens that the model has no row for."""
-    have, need = recipe.model.vocab_size, source.vocab_size
-    if need > have:
-        raise UserError(
-            f"model.vocab_size {have} is smaller than the {need} tokens of {source.place}: set model.vocab_size to "
-            f"{need}"
-        )
+    return reached
 
 
 def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
@@ -113,11 +146,12 @@ def open_training_data(recipe: Recipe, batches: Batches, world: World, source: S
 
 
 @contextmanager
-def open_log(recipe: Recipe, batches: Batches, world: World, step: int) -> Iterator[RunLog]:
+def open_log(phases: Phases, world: World, state: TrainerState) -> Iterator[RunLog]:
     """The run's log; an error that ends the run is its last event, and stays the error to show when the log cannot be
     written or closed either.
     """
-    log = RunLog(recipe.folder, name=recipe.name, is_main=world.is_main, start_step=step, total_steps=batches.steps)
+    run, steps = phases.run, state.total_steps(phases, world.size)
+    log = RunLog(run.folder, name=run.name, is_main=world.is_main, start_step=state.step, total_steps=steps)
     try:
         yield log
     except BaseException as error:
@@ -132,35 +166,32 @@ def open_log(recipe: Recipe, batches: Batches, world: World, step: int) -> Itera
 
 
 def announce(
-    log: RunLog,
-    recipe: Recipe,
-    batches: Batches,
-    world: World,
-    start_from: Path | None,
-    state: TrainerState,
-    warnings: list[str],
+    log: RunLog, phases: Phases, world: World, start_from: Path | None, state: TrainerState, warnings: list[str]
 ) -> None:
     """Write and print how the run begins, and what was wrong with the checkpoints that it does not begin from."""
     for warning in warnings:
         log.event("damaged", message=warning)
         if world.is_main:
             loud(warning)
-    where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": batches.steps}
+    name, steps = phases.run.name, state.total_steps(phases, world.size)
+    where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps}
     if start_from is None:
-        log.event("start", **where, recipe=recipe.model_dump(mode="json"))
-        log.say(
-            f"{recipe.name}: {batches.steps} steps of {recipe.training.batch_tokens:,} tokens on {world.size} rank(s)"
-        )
+        log.event("start", **where, recipe=phases.fields())
+        batch = f" of {phases.run.training.batch_tokens:,} tokens" if len(phases) == 1 else f" in {len(phases)} phases"
+        log.say(f"{name}: {steps} steps{batch} on {world.size} rank(s)")
+        if phases.run.initialize_from is not None:
+            log.say(f"{name}: weights from {phases.run.initialize_from}")
     else:
-        log.event("resume", **where, checkpoint=str(start_from), recipe=recipe.model_dump(mode="json"))
-        log.say(f"{recipe.name}: resumed from {start_from} at step {state.step} of {batches.steps}")
+        log.event("resume", **where, checkpoint=str(start_from), recipe=phases.fields())
+        log.say(f"{name}: resumed from {start_from} at step {state.step} of {steps}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, put together; `steps` is the loop."""
+    """The parts of a phase that is being run, put together; `steps` is the loop."""
 
-    recipe: Recipe
+    phases: Phases
+    phase: Phase
     world: World
     batches: Batches
     engine: Engine
@@ -168,12 +199,19 @@ class Run:
     checkpoints: Checkpoints
     log: RunLog
 
-    def steps(self, loader: Loader, state: TrainerState) -> None:
-        """Take the steps that are left, evaluating and saving on the way and at the end."""
+    @property
+    def recipe(self) -> Recipe:
+        """The phase's."""
+        return self.phase.recipe
+
+    def steps(self, loader: Loader, state: TrainerState, checkpoint: Path | None) -> tuple[TrainerState, Path | None]:
+        """Take the steps that are left of the phase, evaluating and saving on the way and at its end; the state there
+        and the newest checkpoint, `checkpoint` where no step was left.
+        """
         recipe, batch_tokens = self.recipe, self.recipe.training.batch_tokens
         watch, finite = Stopwatch(), FiniteWatch(self.world.device)
-        while state.tokens < recipe.training.tokens:
-            step, tokens = state.step + 1, state.tokens + batch_tokens
+        while not state.is_done(self.phase):
+            step, tokens = state.step + 1, state.phase_tokens + batch_tokens
             last = tokens >= recipe.training.tokens
             record = last or step % recipe.logging.every_steps == 0
             with_stats = record and (last or step % recipe.logging.memory_interval == 0)
@@ -184,7 +222,8 @@ class Run:
             except BoundaryStatesError as error:
                 raise UserError(str(error)) from error
             watch.stop()
-            state = state.model_copy(update={"step": step, "tokens": tokens, "cursor": loader.cursor()})
+            update = {"step": step, "tokens": state.tokens + batch_tokens, "cursor": loader.cursor()}
+            state = state.model_copy(update=update | {"ranks": self.world.size})
             save = last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens)
             finite.note(step, result.loss, result.grad_norm)
             evaluates = last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens)
@@ -195,9 +234,11 @@ class Run:
             if evaluates:
                 self.evaluate(state)
             if save:
-                self.save(state)
-        self.log.event("done", step=state.step, tokens=state.tokens, seconds_per_step=watch.mean)
-        self.log.say(f"{recipe.name}: done, {state.tokens:,} tokens; checkpoint in {self.checkpoints.folder}")
+                checkpoint = self.save(state, stays=last)
+        if self.phase.is_last:
+            self.log.event("done", step=state.step, tokens=state.tokens, seconds_per_step=watch.mean)
+            self.log.say(f"{recipe.name}: done, {state.tokens:,} tokens; checkpoint in {self.checkpoints.folder}")
+        return state, checkpoint
 
     def record(self, result: StepResult, rate: float, state: TrainerState, watch: Stopwatch) -> None:
         """Write a step's loss, speed and memory, and the layers' statistics where the step took them."""
@@ -225,6 +266,9 @@ class Run:
             "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
             "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
         }
+        several = {"phase": self.phase.name} if len(self.phases) > 1 else {}
+        if several:
+            values["train/phase"] = float(self.phase.number)
         self.log.scalars(state.step, values)
         if result.stats is not None:
             layers = [{name: float(value) for name, value in layer.items()} for layer in result.stats]
@@ -237,9 +281,10 @@ class Run:
             learning_rate=rate,
             gradient_norm=norm,
             tokens_per_second=speed,
+            **several,
         )
-        left = (self.batches.steps - state.step) * watch.mean
-        self.log.progress(state.step, loss, rate, speed, left)
+        left = -(-max(self.recipe.training.tokens - state.phase_tokens, 0) // self.recipe.training.batch_tokens)
+        self.log.progress(state.step, loss, rate, speed, left * watch.mean, phase=self.phase.name if several else None)
 
     def evaluate(self, state: TrainerState) -> None:
         """Score the held-out data, if there is any."""
@@ -265,18 +310,20 @@ class Run:
             self.log.event("positions", **where, reset_window=asked.reset_window, losses=result.position_rows())
         self.log.say(f"held out: {result}")
 
-    def save(self, state: TrainerState) -> None:
-        """Write a checkpoint of the run as it stands."""
+    def save(self, state: TrainerState, *, stays: bool) -> Path:
+        """Write a checkpoint of the run as it stands, and return its folder."""
         write = partial(
             write_checkpoint,
             engine=self.engine,
             state=state,
-            recipe=self.recipe,
+            phases=self.phases,
+            phase=self.phase,
             tokenizer=self.data.train.tokenizer,
             world=self.world,
         )
-        folder = self.checkpoints.save(state.step, write)
+        folder = self.checkpoints.save(state.step, write, stays=stays)
         self.log.event("save", step=state.step, tokens=state.tokens, checkpoint=str(folder))
+        return folder
 
 
 def is_due(every: int | None, tokens: int, batch_tokens: int) -> bool:

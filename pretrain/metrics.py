@@ -88,17 +88,31 @@ class RunLog:
         if any(stats):
             self.event("memory", step=step, layers=[dict(layer) for layer in stats])
 
-    def progress(self, step: int, loss: float, rate: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Show where the run stands: one line written over on a terminal, a line every few seconds elsewhere."""
+    def progress(
+        self,
+        step: int,
+        loss: float,
+        rate: float,
+        tokens_per_second: float,
+        seconds_left: float,
+        *,
+        phase: str | None = None,
+    ) -> None:
+        """Show where the run stands: one line written over on a terminal, a line every few seconds elsewhere.
+
+        Args:
+            seconds_left: of the phase, where one is named.
+        """
         if not self._main:
             return
         terminal, now = sys.stdout.isatty(), time.monotonic()
         if not terminal and now - self._shown < SECONDS_BETWEEN_LINES and step < self._total_steps:
             return
         self._shown = now
+        title, end = (self._name, "left") if phase is None else (f"{self._name} {phase}", "left of the phase")
         line = (
-            f"{self._name}  step {step}/{self._total_steps} ({100 * step / self._total_steps:.1f} %)  loss {loss:.4f}  "
-            f"lr {rate:.2e}  {tokens_per_second:,.0f} tokens/s  {duration(seconds_left)} left"
+            f"{title}  step {step}/{self._total_steps} ({100 * step / self._total_steps:.1f} %)  loss {loss:.4f}  "
+            f"lr {rate:.2e}  {tokens_per_second:,.0f} tokens/s  {duration(seconds_left)} {end}"
         )
         if terminal:
             print(f"\r{line.ljust(self._width)}", end="", flush=True)

@@ -9,8 +9,11 @@ import torch
 
 from model import ModelConfig, TitansLM
 from model.flops import flops_per_token
-from pretrain.config import Recipe
-from pretrain.loop import check_vocabulary
+from pretrain.config import Batches, Recipe
+from pretrain.data import Data, Source
+from pretrain.initialization import check_initial_weights
+from pretrain.phase_data import check_vocabulary, require_same_tokenizer
+from pretrain.phases import Phases
 
 _LOSS_CHUNK_TOKENS = 1024  # rows of logits that the chunked cross-entropy holds at a time
 
@@ -103,26 +106,50 @@ def _activation_bytes(recipe: Recipe, width: int) -> int:
     return layer * model.num_layers + loss
 
 
-def describe(recipe: Recipe, ranks: int) -> str:
-    """The dry run's text: the resolved recipe as YAML, then what follows from it as YAML comments.
+def describe(phases: Phases, ranks: int) -> str:
+    """The dry run's text: the resolved recipe as YAML, then what follows from it as YAML comments, phase by phase.
 
-    Raises UserError for sizes that do not fit, and for data that is there and damaged or too large for the vocabulary.
+    Raises UserError for sizes that do not fit, and for data or initial weights that are there and damaged or do not
+    fit the model.
     """
-    batches = recipe.batches(ranks)
-    parameters = num_parameters(recipe.model)
+    phases.require_fit(ranks)
+    parameters = num_parameters(phases.run.model)
+    lines = [f"parameters          {parameters:,}"]
+    sources = []
+    for phase in phases:
+        with phase.named_in_errors():
+            data = _open_data(phase.recipe)
+            sources += [] if data is None else [data.train]
+            if sources:
+                require_same_tokenizer(sources[0], sources[-1])
+            of_phase = _phase_lines(phase.recipe, phase.batches(ranks), data, parameters, ranks)
+        if len(phases) > 1:
+            lines += ["", phase.title]
+            of_phase = [f"  {line}" for line in of_phase]
+        lines += of_phase
+    if len(phases) > 1:
+        lines += ["", *_total_lines(phases, parameters, ranks)]
+    lines += _initialization_lines(phases.run, sources)
+    stays = "" if len(phases) == 1 else ", and the last of each phase"
+    lines.append(f"a checkpoint        {_size(12 * parameters)}; {phases.run.checkpoint.keep} are kept{stays}")
+    return phases.to_yaml() + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
+
+
+def _phase_lines(recipe: Recipe, batches: Batches, data: Data | None, parameters: int, ranks: int) -> list[str]:
     context = recipe.training.sequence_length
     flops = flops_per_token(recipe.model, context)
     memory = estimate_memory(recipe, parameters, ranks)
     whole = recipe.training.segment_length is None
-    lines = [
-        f"parameters          {parameters:,}",
+    return [
         f"tokens              {batches.total_tokens:,} in {batches.steps:,} steps of {recipe.training.batch_tokens:,}",
         f"a step              {batches.rows} rows of {context:,} = {ranks} rank(s) x {batches.accumulation} "
         f"micro-batch(es) x {recipe.training.micro_batch_size} row(s)",
         *_segment_lines(recipe),
+        *([f"RoPE base           {recipe.model.rope_base:,.0f}"] if recipe.model.has_attention else []),
+        f"learning rate       {_schedule(recipe)}",
         f"FLOPs a token       {flops.total:,.0f} (memory's inner updates: {flops.memory:,.0f})",
-        f"FLOPs of the run    {flops.total * batches.total_tokens:.3g}",
-        *_data_lines(recipe, batches.total_tokens),
+        f"FLOPs in all        {flops.total * batches.total_tokens:.3g}",
+        *_data_lines(recipe, data, batches.total_tokens),
         *_rank_lines(recipe, ranks),
         f"memory of a rank    {_size(memory.total)} (estimate)",
         f"  parameters        {_size(memory.parameters)}",
@@ -131,9 +158,41 @@ def describe(recipe: Recipe, ranks: int) -> str:
         f"  activations       {_size(memory.activations)}, {'one micro-batch' if whole else 'a segment of one'}, "
         "estimated from the shapes",
         *([] if whole else [f"  boundary states   {_size(memory.boundary_states)}, estimated from the shapes"]),
-        f"a checkpoint        {_size(12 * parameters)}; {recipe.checkpoint.keep} are kept",
     ]
-    return recipe.to_yaml() + "\n" + "\n".join(f"# {line}" for line in lines)
+
+
+def _total_lines(phases: Phases, parameters: int, ranks: int) -> list[str]:
+    batches = [phase.batches(ranks) for phase in phases]
+    tokens = [each.total_tokens for each in batches]
+    lengths = [phase.recipe.training.sequence_length for phase in phases]
+    flops = [
+        flops_per_token(phase.recipe.model, length).total * count
+        for phase, length, count in zip(phases, lengths, tokens, strict=True)
+    ]
+    memory = max(estimate_memory(phase.recipe, parameters, ranks).total for phase in phases)
+    return [
+        "all phases",
+        f"  tokens              {sum(tokens):,} in {sum(each.steps for each in batches):,} steps",
+        f"  FLOPs               {sum(flops):.3g}",
+        f"  memory of a rank    {_size(memory)} at the most (estimate)",
+    ]
+
+
+def _schedule(recipe: Recipe) -> str:
+    schedule, lr = recipe.schedule, recipe.optimizer.lr
+    warmup = f", warm-up over {schedule.warmup_tokens:,} tokens" if schedule.warmup_tokens else ""
+    end = "" if schedule.kind == "constant" else f" to {lr * schedule.min_lr_ratio:g}"
+    return f"{schedule.kind}, {lr:g}{end}{warmup}"
+
+
+def _initialization_lines(run: Recipe, sources: list[Source]) -> list[str]:
+    if run.initialize_from is None:
+        return []
+    if not run.initialize_from.exists():
+        return [f"initial weights     {run.initialize_from} is not there yet"]
+    if sources:
+        check_initial_weights(run, sources[0].tokenizer, every_byte=False)
+    return [f"initial weights     of {run.initialize_from}"]
 
 
 def _segment_lines(recipe: Recipe) -> list[str]:
@@ -151,11 +210,18 @@ def _segment_lines(recipe: Recipe) -> list[str]:
     ]
 
 
-def _data_lines(recipe: Recipe, total_tokens: int) -> list[str]:
-    if (missing := recipe.data.missing()) is not None:
-        return [f"data                {missing} is not there yet"]
+def _open_data(recipe: Recipe) -> Data | None:
+    """The data, checked against the model; None where it is not there."""
+    if recipe.data.missing() is not None:
+        return None
     data = recipe.data.open(recipe.data_seed())
     check_vocabulary(recipe, data.train)
+    return data
+
+
+def _data_lines(recipe: Recipe, data: Data | None, total_tokens: int) -> list[str]:
+    if data is None:
+        return [f"data                {recipe.data.missing()} is not there yet"]
     lines = [f"data                {data.train.describe(total_tokens)}"]
     if data.held_out is not None:
         lines.append(f"held-out data       {data.held_out.describe()}")

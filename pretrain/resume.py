@@ -12,13 +12,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from model import ModelConfig
 from parallel.engine import Engine
 from parallel.process import World, barrier
-from pretrain.agreement import SharedUserError, agreed
+from pretrain.agreement import SharedUserError
 from pretrain.checkpoints import Checkpoints, checkpoint_step, list_checkpoints
-from pretrain.config import Recipe
 from pretrain.data import Cursor, TokenizerInfo
 from pretrain.errors import UserError
+from pretrain.phases import ONLY_PHASE, Phase, Phases
 from pretrain.rng import load_rng, rng_file, save_rng, seed_rank
 
 RECIPE_FILE = "recipe.yaml"
@@ -27,19 +28,43 @@ TRAINER_FILE = "trainer.json"
 TOKENIZER_FILE = "tokenizer.model"
 
 
+class DonePhase(BaseModel):
+    """A phase that the run has left behind."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    """Its name in the recipe."""
+
+    asked_tokens: int
+    """Its training.tokens."""
+
+    tokens: int
+    """Tokens trained on in it; a part of a step more than was asked for."""
+
+    cursor: Cursor | None
+    """Where it left its data."""
+
+
 class TrainerState(BaseModel):
     """Where the run stands: with the engine's state and the generators, all that the next step depends on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     step: int = 0
-    """Optimizer steps taken."""
+    """Optimizer steps taken, in all phases."""
 
     tokens: int = 0
-    """Tokens trained on; the learning rate is a function of it."""
+    """Tokens trained on, in all phases."""
+
+    phase: str = ONLY_PHASE
+    """The phase that these steps have led into, or to the end of."""
+
+    done: tuple[DonePhase, ...] = ()
+    """The phases before it."""
 
     cursor: Cursor | None = None
-    """The place in the data; None before the first step."""
+    """The place in the phase's data; None before its first step."""
 
     tokenizer_sha256: str | None
     """The tokenizer that the shards were made with; None for data that stands for no text."""
@@ -47,16 +72,49 @@ class TrainerState(BaseModel):
     ranks: int
     """How many ranks wrote the checkpoint."""
 
+    @property
+    def phase_tokens(self) -> int:
+        """Tokens trained on in the phase; its learning rate is a function of them."""
+        return self.tokens - sum(phase.tokens for phase in self.done)
+
+    def is_done(self, phase: Phase) -> bool:
+        """Whether the phase, which it stands in, has had its tokens."""
+        return self.phase_tokens >= phase.recipe.training.tokens
+
+    def moved_on(self, phases: Phases) -> TrainerState:
+        """The beginning of the next phase where the one that it stands in has had its tokens; itself otherwise, and
+        behind the last phase.
+        """
+        phase = phases[len(self.done)]
+        if phase.is_last or not self.is_done(phase):
+            return self
+        asked = phase.recipe.training.tokens
+        left = DonePhase(name=phase.name, asked_tokens=asked, tokens=self.phase_tokens, cursor=self.cursor)
+        entered = phases[len(self.done) + 1].name
+        return self.model_copy(update={"phase": entered, "done": (*self.done, left), "cursor": None})
+
+    def total_steps(self, phases: Phases, ranks: int) -> int:
+        """The step numbers that the run ends at."""
+        running = phases[len(self.done)].recipe.training
+        left = -(-max(running.tokens - self.phase_tokens, 0) // running.batch_tokens)
+        return self.step + left + sum(phase.batches(ranks).steps for phase in phases.phases[len(self.done) + 1 :])
+
 
 def write_checkpoint(
-    folder: Path, engine: Engine, state: TrainerState, recipe: Recipe, tokenizer: TokenizerInfo | None, world: World
+    folder: Path,
+    engine: Engine,
+    state: TrainerState,
+    phases: Phases,
+    phase: Phase,
+    tokenizer: TokenizerInfo | None,
+    world: World,
 ) -> list[Path]:
     """Write this rank's files of a checkpoint and return them: the argument of `Checkpoints.save`."""
     written = [*engine.save(folder), save_rng(folder / rng_file(world.rank, world.size))]
     if world.is_main:
         texts = {
-            RECIPE_FILE: recipe.to_yaml(),
-            MODEL_FILE: recipe.model.model_dump_json(indent=1) + "\n",
+            RECIPE_FILE: phases.to_yaml(),
+            MODEL_FILE: phase.recipe.model.model_dump_json(indent=1) + "\n",
             TRAINER_FILE: state.model_dump_json(indent=1) + "\n",
         }
         for name, text in texts.items():
@@ -120,23 +178,25 @@ def read_trainer_state(folder: Path) -> TrainerState:
         raise UserError(f"{folder / TRAINER_FILE} cannot be read ({error}); resume from another checkpoint") from error
 
 
-def check_fits(folder: Path, recipe: Recipe, tokenizer: TokenizerInfo | None) -> TrainerState:
-    """The checkpoint's trainer state, after checking that it belongs to this model and this tokenizer.
+def check_fits(folder: Path, phases: Phases, tokenizer: TokenizerInfo | None) -> TrainerState:
+    """The checkpoint's trainer state, after checking that it belongs to these phases, this model and this tokenizer.
 
-    The data and its order are checked by the cursor when the loader opens. Learning rate, schedule, segments and how
-    far gradients flow through them, layout, precision and intervals may change: the recipe's hold.
+    The data of the phase that it stands in, and their order, are checked by the cursor when the loader opens. Learning
+    rate, schedule, segments and how far gradients flow through them, layout, precision and intervals may change: the
+    recipe's hold. So may all of the phases to come.
 
     Raises:
-        UserError: naming the fields that differ.
+        UserError: naming the phases or fields that differ.
     """
+    state = read_trainer_state(folder)
+    recipe = _phase_of(folder, state, phases).recipe
     saved = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
-    differing = _differences(saved, recipe.model.model_dump(mode="json"))
+    differing = model_differences(saved, recipe.model, "the checkpoint")
     if differing:
         raise UserError(
             f"{folder} holds another model: {'; '.join(differing)}; set the recipe's model back, or start a new run in "
             "another --folder"
         )
-    state = read_trainer_state(folder)
     if (state.tokenizer_sha256 is None) != (tokenizer is None):
         had, has = ("without", "one") if tokenizer else ("with", "none")
         raise UserError(
@@ -151,23 +211,60 @@ def check_fits(folder: Path, recipe: Recipe, tokenizer: TokenizerInfo | None) ->
     return state
 
 
-def restore(
-    folder: Path, engine: Engine, recipe: Recipe, tokenizer: TokenizerInfo | None, world: World
-) -> TrainerState:
-    """Take over everything a whole checkpoint holds; every rank calls it. Raises UserError for one of another run."""
-    with agreed():
-        state = check_fits(folder, recipe, tokenizer)
+def _phase_of(folder: Path, state: TrainerState, phases: Phases) -> Phase:
+    """The phase that a checkpoint stands in. Raises UserError where the recipe has another in its place, or asks
+    something else of those that are done.
+    """
+    begun = [*(done.name for done in state.done), state.phase]
+    names = [phase.name for phase in phases]
+    if names[: len(begun)] != begun:
+        raise UserError(
+            f"{folder} stands in phase {state.phase} of the phases {', '.join(begun)}, and the recipe's are "
+            f"{', '.join(names)}: those that were begun keep their names and places ({ONLY_PHASE} is that of a recipe "
+            "without phases); set them back, or start a new run in another --folder"
+        )
+    problems = []
+    for done, phase in zip(state.done, phases, strict=False):
+        training, cursor = phase.recipe.training, done.cursor
+        then_and_now = {"training.tokens": (done.asked_tokens, training.tokens)}
+        if cursor is not None:
+            then_and_now["training.sequence_length"] = (cursor.sequence_length, training.sequence_length)
+            then_and_now["data.seed"] = (cursor.seed, phase.recipe.data_seed())
+        problems += [
+            f"phases.{phase.name}.{field} was {then}, and is {now} in the recipe"
+            for field, (then, now) in then_and_now.items()
+            if then != now
+        ]
+    if problems:
+        raise UserError(
+            f"{folder} has phases behind it that cannot change any more: {'; '.join(problems)}; set it back, or go on "
+            "from the checkpoint before that phase in another --folder"
+        )
+    return phases[len(state.done)]
+
+
+def restore(folder: Path, engine: Engine, state: TrainerState, seed: int, world: World) -> None:
+    """Take over weights, optimizer and generators from a whole checkpoint that fits; every rank calls it.
+
+    Args:
+        state: the checkpoint's own.
+        seed: the run's, for ranks that the checkpoint has no generators of.
+    """
     engine.load(folder)
     own = folder / rng_file(world.rank, state.ranks)
     if world.rank < state.ranks:
         load_rng(own)
     else:  # a rank that the run did not have before; seeded by the step, so that no earlier draws repeat
-        seed_rank(recipe.seed + state.step, world.rank)
-    return state
+        seed_rank(seed + state.step, world.rank)
 
 
-def _differences(saved: Any, current: Any, prefix: str = "model") -> list[str]:
+def model_differences(saved: dict[str, Any], model: ModelConfig, place: str) -> list[str]:
+    """Each field of the model that is not what was saved in `place`, with both values."""
+    return _differences(saved, model.model_dump(mode="json"), place)
+
+
+def _differences(saved: Any, current: Any, place: str, prefix: str = "model") -> list[str]:
     if isinstance(saved, dict) and isinstance(current, dict):
         names = sorted(saved.keys() | current.keys())
-        return [d for name in names for d in _differences(saved.get(name), current.get(name), f"{prefix}.{name}")]
-    return [] if saved == current else [f"{prefix} is {saved} in the checkpoint, {current} in the recipe"]
+        return [d for n in names for d in _differences(saved.get(n), current.get(n), place, f"{prefix}.{n}")]
+    return [] if saved == current else [f"{prefix} is {saved} in {place}, {current} in the recipe"]

@@ -24,7 +24,12 @@ MAY_IMPORT = {
     "model": ("kernels",),
     "parallel": ("model", "kernels"),
     "pretrain": ("parallel", "model", "kernels"),
-    "launch": ("pretrain.config", "pretrain.command_line", "pretrain.errors"),  # what a recipe and its options say
+    "launch": (
+        "pretrain.config",
+        "pretrain.phases",
+        "pretrain.command_line",
+        "pretrain.errors",
+    ),  # what a recipe and its options say
     "tools": FOLDERS,
 }
 # Folders that may use only these packages beside the standard library.

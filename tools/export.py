@@ -17,9 +17,10 @@ from model import ModelConfig
 from parallel.state_files import read_parameters
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, MANIFEST, checkpoint_step, list_checkpoints, problems
 from pretrain.errors import UserError
+from pretrain.exported import CONFIG, WEIGHTS
 from pretrain.resume import MODEL_FILE, RECIPE_FILE, TOKENIZER_FILE, TRAINER_FILE, read_trainer_state
 from tools.command import run_command
-from tools.model_directory import CONFIG, WEIGHTS, write_model_directory
+from tools.model_directory import write_model_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -1,12 +1,7 @@
-"""An exported model: config.json, model.safetensors, tokenizer.model, and the recipe that it was trained with.
-
-config.json holds a format version, the model's configuration, where the weights come from, and the sha256 of every
-other file, so that a damaged or half-copied folder is refused by name. Nothing in the folder is unpickled.
-"""
+"""Writing an exported model, and loading it for use. What the folder holds: `pretrain.exported`."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,43 +11,23 @@ from typing import Any
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import ModelConfig, TitansLM
+from model import TitansLM
 from pretrain.durable import file_sha256, sync
 from pretrain.errors import UserError
+from pretrain.exported import (
+    CONFIG,
+    FILES,
+    RECIPE,
+    TOKENIZER,
+    WEIGHTS,
+    ModelDirectoryConfig,
+    check_files,
+    read_config,
+)
 from tools.encoding import Tokenizer
-
-FORMAT = "mnemosyne-model"
-VERSION = 1
-CONFIG, WEIGHTS, TOKENIZER, RECIPE = "config.json", "model.safetensors", "tokenizer.model", "recipe.yaml"
-FILES = (WEIGHTS, TOKENIZER, RECIPE)
-"""Every file beside config.json."""
-
-
-class ModelDirectoryConfig(BaseModel):
-    """Content of config.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-    format: str = FORMAT
-    """Names the kind of folder."""
-    version: int = VERSION
-    """Version of the format."""
-    model: ModelConfig
-    """The model's configuration."""
-    sequence_length: int
-    """Tokens of a training row: the length that evaluation uses when none is given."""
-    step: int
-    """Optimizer steps that the weights have seen."""
-    tokens: int
-    """Training tokens that the weights have seen."""
-    data_fingerprint: str
-    """Fingerprint of the training shards."""
-    files: dict[str, str]
-    """sha256 of every other file of the folder."""
 
 
 @dataclass(frozen=True)
@@ -120,26 +95,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def read_config(folder: Path) -> ModelDirectoryConfig:
-    """Reads and checks config.json; raises UserError when it is missing, damaged, or of another format."""
-    path = folder / CONFIG
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: holds no {CONFIG}; give a folder made by `python -m tools.export`") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); export the model again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: is not an exported model; give a folder made by `python -m tools.export`")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path}: format version {content.get('version')}; this program reads {VERSION}: export again")
-    try:
-        return ModelDirectoryConfig.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']}; export again") from None
-
-
 def load_model_directory(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """The exported model in evaluation mode.
 
@@ -153,16 +108,7 @@ def load_model_directory(folder: Path, *, device: str = "cpu", dtype: torch.dtyp
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     config = read_config(folder)
-    if set(config.files) != set(FILES):
-        raise UserError(
-            f"{folder / CONFIG}: field files names {sorted(config.files)}, not {sorted(FILES)}; export again"
-        )
-    for name, expected in config.files.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: is missing; export the model again")
-        found = file_sha256(folder / name)
-        if found != expected:
-            raise UserError(f"{folder / name}: sha256 is {found}, {CONFIG} says {expected}; export the model again")
+    check_files(folder, config)
     # Not on the meta device: giving it memory afterwards would untie tied weights.
     with torch.device(device):
         model = TitansLM(config.model)

@@ -12,9 +12,9 @@ import torch
 from model import TitansLM
 from parallel import process
 from parallel.process import World
-from pretrain.config import load_recipe
 from pretrain.finite import FiniteWatch
 from pretrain.loop import train
+from pretrain.phases import load_phases
 from tests.training_cases import events, make_data, write_recipe
 
 MICRO_BATCHES = 2
@@ -54,7 +54,7 @@ def test_a_bad_step_between_two_records_ends_the_run(
     folder = tmp_path / "run"
     path = write_recipe(data, folder, steps=8, parallel=parallel, logging={"every_steps": 4})
     with pytest.raises(FloatingPointError, match=rf"step {BAD_STEP}: loss \d.*, gradient norm (inf|nan): not finite"):
-        train(load_recipe(path), world)
+        train(load_phases(path), world)
     assert not events(folder, "step")
     assert not events(folder, "save")
 

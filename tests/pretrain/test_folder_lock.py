@@ -12,9 +12,9 @@ import pytest
 from parallel import process
 from parallel.process import World
 from pretrain.agreement import SharedUserError
-from pretrain.config import load_recipe
 from pretrain.folder_lock import LOCK_FILE, alone_in
 from pretrain.loop import train
+from pretrain.phases import load_phases
 from tests.training_cases import make_data, write_recipe
 
 HOLD = """
@@ -69,7 +69,7 @@ def test_a_folder_without_locks_is_said_and_used(
 def test_training_holds_its_folder(tmp_path: Path, world: World) -> None:
     path = write_recipe(make_data(tmp_path / "data"), tmp_path / "run", steps=2)
     with alone_in(tmp_path / "run", world), pytest.raises(SharedUserError, match="another run is training in it"):
-        train(load_recipe(path), world)
+        train(load_phases(path), world)
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path: Path, world: World) -> None:

@@ -14,11 +14,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from parallel.process import World
-from pretrain.config import load_recipe
 from pretrain.devices import peak_flops, peak_memory_bytes, peak_resident_bytes
 from pretrain.errors import UserError
 from pretrain.loop import open_log as open_run_log
 from pretrain.metrics import RunLog, Stopwatch, duration
+from pretrain.phases import load_phases
+from pretrain.resume import TrainerState
 from tests.training_cases import write_recipe
 
 
@@ -125,11 +126,11 @@ def test_an_error_of_another_thread_is_handed_on(tmp_path: Path, monkeypatch: py
 
 
 def test_a_log_that_cannot_be_closed_hides_no_earlier_error(full_disk: Path) -> None:
-    recipe = load_recipe(write_recipe(Path("shards"), full_disk / "run"))
+    phases = load_phases(write_recipe(Path("shards"), full_disk / "run"))
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     with (
         pytest.raises(FloatingPointError, match="the first error") as caught,
-        open_run_log(recipe, recipe.batches(1), world, 0) as log,
+        open_run_log(phases, world, TrainerState(tokenizer_sha256=None, ranks=1)) as log,
     ):
         fill(full_disk)
         with pytest.raises(UserError):

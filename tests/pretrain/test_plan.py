@@ -9,6 +9,7 @@ import torch
 
 from model import ModelConfig, TitansLM
 from pretrain.config import Recipe, load_recipe
+from pretrain.phases import Phases
 from pretrain.plan import boundary_bytes, describe, estimate_memory, state_bytes
 from tests.training_cases import write_recipe
 
@@ -18,13 +19,18 @@ def recipe_with(folder: Path, **fields: object) -> Recipe:
     return load_recipe(write_recipe(folder / "shards", folder / "run", training=fields))
 
 
+def described(folder: Path, **fields: object) -> str:
+    """The dry run on two ranks."""
+    return describe(Phases.alone(recipe_with(folder, **fields)), 2)
+
+
 def test_a_dry_run_says_how_rows_are_cut(tmp_path: Path) -> None:
-    text = describe(recipe_with(tmp_path, segment_length=8, boundary_states="disk"), 2)
+    text = described(tmp_path, segment_length=8, boundary_states="disk")
     for line in ("4 segment(s) of 8 tokens", "exact: through the whole row", "on disk, in the run's folder"):
         assert line in text
     truncated = {"segment_length": 16, "gradient": "truncated", "truncate_every": 1}
-    assert "truncated: it stops every 1 segment(s)" in describe(recipe_with(tmp_path, **truncated), 2)
-    assert "segment(s)" not in describe(recipe_with(tmp_path), 2)
+    assert "truncated: it stops every 1 segment(s)" in described(tmp_path, **truncated)
+    assert "segment(s)" not in described(tmp_path)
 
 
 def test_memory_is_that_of_a_segment_and_of_the_states_that_wait_on_the_device(tmp_path: Path) -> None:

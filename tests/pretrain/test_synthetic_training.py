@@ -15,6 +15,7 @@ from pretrain.config import load_recipe
 from pretrain.data import TokenizerInfo
 from pretrain.errors import UserError
 from pretrain.loop import open_training_data
+from pretrain.phases import load_phases
 from pretrain.plan import describe
 from pretrain.resume import check_fits, read_trainer_state
 from tests.distributed_helper import run_ranks
@@ -96,11 +97,11 @@ def test_going_on_with_text_is_refused(runs: Path, tmp_path: Path) -> None:
     checkpoint = runs / "zero1" / "checkpoints" / f"step-{STEPS:08d}"
     tokenizer = TokenizerInfo(tmp_path, "0" * 64, 400, None, None, 2, None)
     with pytest.raises(UserError, match="was trained without a tokenizer, and the recipe's data.kind"):
-        check_fits(checkpoint, load_recipe(runs / "zero1.yaml"), tokenizer)
+        check_fits(checkpoint, load_phases(runs / "zero1.yaml"), tokenizer)
 
 
 def test_the_dry_run_says_what_the_task_is(runs: Path) -> None:
-    text = describe(load_recipe(runs / "zero1.yaml"), 2)
+    text = describe(load_phases(runs / "zero1.yaml"), 2)
     assert "# data                recall, 35 different tokens, rows of up to 32; guessing gets 12 % right" in text
     assert "# held-out data       rows of the same task from another stream" in text
 

@@ -7,15 +7,15 @@ import sys
 import torch
 
 from parallel.process import exit_now, initialize, shutdown
-from pretrain.config import load_recipe
 from pretrain.loop import train
+from pretrain.phases import load_phases
 
 
 def main(recipes: list[str]) -> None:
     torch.set_num_threads(1)
     world = initialize("cpu")
     for path in recipes:
-        train(load_recipe(path), world)
+        train(load_phases(path), world)
     shutdown()
     exit_now(0)
 

@@ -1,0 +1,43 @@
+"""Whether the data of all phases suits the one model that is trained on it."""
+
+from __future__ import annotations
+
+from pretrain.config import Recipe
+from pretrain.data import Source, TokenizerInfo
+from pretrain.errors import UserError
+from pretrain.phases import Phases
+
+
+def check_data(phases: Phases) -> TokenizerInfo | None:
+    """The one tokenizer of all phases' data; None for data that stand for no text. Their content is not read through.
+
+    Raises UserError for data that is not there or does not fit the model, and for phases with different tokenizers.
+    """
+    sources = []
+    for phase in phases:
+        with phase.named_in_errors():
+            sources.append(phase.recipe.data.open(phase.recipe.data_seed()).train)
+            check_vocabulary(phase.recipe, sources[-1])
+            require_same_tokenizer(sources[0], sources[-1])
+    return sources[0].tokenizer
+
+
+def check_vocabulary(recipe: Recipe, source: Source) -> None:
+    """Raise UserError when the data holds tokens that the model has no row for."""
+    have, need = recipe.model.vocab_size, source.vocab_size
+    if need > have:
+        raise UserError(
+            f"model.vocab_size {have} is smaller than the {need} tokens of {source.place}: set model.vocab_size to "
+            f"{need}"
+        )
+
+
+def require_same_tokenizer(first: Source, source: Source) -> None:
+    """Raise UserError when the tokens of a phase's data mean something else than those of the first phase's."""
+    hashes = [None if tokenizer is None else tokenizer.sha256 for tokenizer in (first.tokenizer, source.tokenizer)]
+    if hashes[0] != hashes[1]:
+        before, now = ("none" if sha256 is None else f"sha256 {sha256[:12]}" for sha256 in hashes)
+        raise UserError(
+            f"its data has another tokenizer ({now}: {source.place}) than the first phase's ({before}: {first.place}): "
+            "tokens must mean the same in all phases; build the shards with one tokenizer"
+        )
