@@ -27,7 +27,7 @@ from parallel.config import ParallelConfig
 from parallel.deepspeed_config import deepspeed_config
 from parallel.fragments import Fragment, fragments, make_optimizer_state, optimizer_step, spread_masters
 from parallel.loss_module import LossModule, flattened, unflattened
-from parallel.process import World
+from parallel.process import World, gather_objects
 from parallel.scoring import IGNORED, Batch, PieceScores, Scored, score
 from parallel.segments import Segments, run_segments
 from parallel.state_files import (
@@ -53,13 +53,20 @@ class StepResult:
     """Mean over the step's tokens, in nats."""
 
     grad_norm: Tensor
-    """Global l2 norm of the mean gradient, before clipping."""
+    """Global l2 norm of the mean gradient, before clipping; inf or nan where it is not finite."""
 
     tokens: Tensor
     """Targets that counted (int64)."""
 
     stats: list[dict[str, Tensor]] | None
     """A dict for each layer, averaged over ranks, of the last micro-batch; None unless asked for."""
+
+    skipped: bool = False
+    """Whether loss or gradient was not finite: then weights and optimizer are as they were before the step."""
+
+    bad_rows: tuple[int, ...] = ()
+    """Of a skipped step, the rows of all ranks that are in micro-batches whose loss is not finite: row j of micro-batch
+    m of rank r is number (m * ranks + r) * micro_batch_size + j of the step."""
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
@@ -78,6 +85,8 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     finally:
         torch.compile = compiler
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A skipped step is the caller's to tell.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW" not in record.getMessage())
     # ZeRO 3 warns of outputs that are no tuples: `LossModule` unpacks the model's, and no parameter is used
     # outside its own module.
     importlib.import_module("deepspeed.runtime.zero.utils").warned = True
@@ -135,6 +144,9 @@ class Engine:
         self._ungraded: set[str] | None = None
         self._hooks: list[Any] = []
         self._norm: Tensor | None = None
+        self._micro_batch_size = micro_batch_size
+        self._skipped = False
+        self._finite = torch.ones((), device=world.device)
         deepspeed = _import_deepspeed(world.device)
         # Left behind by an earlier engine of this process; with them set, the next one takes that engine's groups.
         deepspeed.utils.groups.mpu = None
@@ -156,6 +168,9 @@ class Engine:
     def train_step(self, batches: Sequence[Batch], learning_rate: float, *, with_stats: bool = False) -> StepResult:
         """One optimizer step over this rank's micro-batches. Every rank calls it.
 
+        A step whose loss or gradient is not finite is skipped: weights, moments and the optimizer's count of steps stay
+        bit for bit what they were. All ranks agree.
+
         Raises:
             ValueError: not `accumulation` micro-batches, or (first step) a parameter that no gradient reaches.
         """
@@ -167,20 +182,27 @@ class Engine:
         tokens = torch.stack([(targets != IGNORED).sum() for _, targets in moved]).sum()
         dist.all_reduce(tokens)
         scale = self.world.size / tokens.clamp(min=1).to(torch.float32)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
+        losses: list[Tensor] = []
+        self._finite = torch.ones((), device=self.world.device)
         stats: list[dict[str, Tensor]] | None = None
         if optimizer_step(self._optimizer) == 0 and self._ungraded is None:
             self._hooks = self._watch_gradients()
         for index, (inputs, targets) in enumerate(moved):
             of_last = with_stats and index == len(moved) - 1
             loss, stats = self._forward_and_backward(inputs, targets, scale, of_last)
-            loss_sum += loss
+            losses.append(loss)
+        loss_sum = sum(losses, start=torch.zeros((), dtype=torch.float32, device=self.world.device))
         dist.all_reduce(loss_sum)
         norm = self._norm
         if norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         return StepResult(
-            loss=loss_sum / tokens, grad_norm=norm.detach(), tokens=tokens, stats=self._mean_over_ranks(stats)
+            loss=loss_sum / tokens,
+            grad_norm=norm.detach(),
+            tokens=tokens,
+            stats=self._mean_over_ranks(stats),
+            skipped=self._skipped,
+            bad_rows=self._rows_of_bad(losses) if self._skipped else (),
         )
 
     def evaluate(
@@ -319,13 +341,22 @@ class Engine:
 
     def _backward(self, loss: Tensor) -> None:
         """One of the step's backward passes; behind the last one the optimizer steps."""
+        self._finite = self._finite * torch.isfinite(loss.detach())
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last:
+            # DeepSpeed leaves out a step whose gradient is not finite, and does not look at the loss.
+            dist.all_reduce(self._finite, op=dist.ReduceOp.MIN)
+            loss = loss * torch.where(self._finite > 0, 1.0, torch.nan)
         # The convention already divides by the whole step's tokens, so DeepSpeed must not divide by the
         # accumulation again.
         self._engine.backward(loss, scale_wrt_gas=False)
-        if self._engine.is_gradient_accumulation_boundary():
+        if last:
             self._norm = self._clip_without_zero()
             self._require_gradients()
         self._engine.step()
+        if last:
+            applied = self._engine.was_step_applied() if self._norm is None else bool(self._norm.isfinite())
+            self._skipped = not applied
 
     def _fragments(self) -> list[Fragment]:
         return list(fragments(self.module, self._engine.optimizer, self.config.zero_stage, self.world.rank))
@@ -343,7 +374,16 @@ class Engine:
     def _clip_without_zero(self) -> Tensor | None:
         if self.config.zero_stage > 0:
             return None
-        return nn.utils.clip_grad_norm_(self.module.parameters(), self._clip if self._clip > 0 else float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip if self._clip > 0 else float("inf"))
+        if not norm.isfinite():
+            self.module.zero_grad(set_to_none=True)  # the optimizer passes by a parameter without a gradient
+        return norm
+
+    def _rows_of_bad(self, losses: list[Tensor]) -> tuple[int, ...]:
+        finite = torch.isfinite(torch.stack(losses)).tolist()
+        own = [index * self.world.size + self.world.rank for index, well in enumerate(finite) if not well]
+        every = (first * self._micro_batch_size for part in gather_objects(own) for first in part)
+        return tuple(sorted(row for first in every for row in range(first, first + self._micro_batch_size)))
 
     def _mean_over_ranks(self, stats: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]] | None:
         if stats is None:

@@ -56,6 +56,10 @@ class TrainingConfig(BaseModel):
     """Where the states between segments wait for the backward pass: on the device, in the host's memory, or on the
     disk of the run's folder."""
 
+    max_bad_steps: int = Field(default=3, ge=1)
+    """Steps in a row whose loss or gradient is not finite that end the run, with a checkpoint; fewer are skipped,
+    weights and optimizer left as they are. One or two can be bad batches; a third says that they are not."""
+
     @model_validator(mode="after")
     def _segments_fit(self) -> TrainingConfig:
         if self.segment_length is None:

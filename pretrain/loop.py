@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -22,8 +23,8 @@ from pretrain.data import Data, Division, Loader, Share, Source, TokenizerInfo
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
-from pretrain.finite import FiniteWatch
 from pretrain.folder_lock import alone_in
+from pretrain.guard import counted, end_of_run, guard_curves, report, too_many
 from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.optimizer import build_optimizer
@@ -43,7 +44,7 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
     Raises:
         UserError: sizes that do not fit, shards or checkpoints that are missing, damaged or of another run, another
             run in the same folder, no disk space.
-        FloatingPointError: the loss or the gradient of a step was not finite; the checkpoints from before are there.
+        DivergedError: too many steps in a row were not finite; there is a checkpoint of the weights before them.
     """
     with agreed():
         phases.require_fit(world.size)
@@ -209,7 +210,7 @@ class Run:
         and the newest checkpoint, `checkpoint` where no step was left.
         """
         recipe, batch_tokens = self.recipe, self.recipe.training.batch_tokens
-        watch, finite = Stopwatch(), FiniteWatch(self.world.device)
+        watch = Stopwatch()
         while not state.is_done(self.phase):
             step, tokens = state.step + 1, state.phase_tokens + batch_tokens
             last = tokens >= recipe.training.tokens
@@ -223,17 +224,15 @@ class Run:
                 raise UserError(str(error)) from error
             watch.stop()
             update = {"step": step, "tokens": state.tokens + batch_tokens, "cursor": loader.cursor()}
-            state = state.model_copy(update=update | {"ranks": self.world.size})
-            save = last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens)
-            finite.note(step, result.loss, result.grad_norm)
-            evaluates = last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens)
-            if record or evaluates or save:  # before anything is written
-                finite.require_finite()
-            if record:
+            state = counted(state.model_copy(update=update | {"ranks": self.world.size}), result)
+            report(self.log, state, result, recipe.training)
+            if too_many(state, recipe.training):
+                self.give_up(state, result)
+            if record and not result.skipped:
                 self.record(result, rate, state, watch)
-            if evaluates:
+            if last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens):
                 self.evaluate(state)
-            if save:
+            if last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens):
                 checkpoint = self.save(state, stays=last)
         if self.phase.is_last:
             self.log.event("done", step=state.step, tokens=state.tokens, seconds_per_step=watch.mean)
@@ -265,6 +264,7 @@ class Run:
             "speed/mfu": None if capacity is None else speed * flops.total / capacity,
             "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
             "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
+            **guard_curves(state),
         }
         several = {"phase": self.phase.name} if len(self.phases) > 1 else {}
         if several:
@@ -309,6 +309,15 @@ class Run:
         if asked.by_position:
             self.log.event("positions", **where, reset_window=asked.reset_window, losses=result.position_rows())
         self.log.say(f"held out: {result}")
+
+    def give_up(self, state: TrainerState, result: StepResult) -> NoReturn:
+        """Save the run as it stands and raise DivergedError."""
+        # One more than are kept otherwise: the weights may be spoiled, and those of before must not go for them. The
+        # counts begin anew, so that the resumed run may skip as many.
+        checkpoints = dataclasses.replace(self.checkpoints, keep=self.checkpoints.keep + 1)
+        saving = dataclasses.replace(self, checkpoints=checkpoints)
+        folder = saving.save(state.model_copy(update={"skipped_in_a_row": 0}), stays=False)
+        raise end_of_run(state, result, str(folder))
 
     def save(self, state: TrainerState, *, stays: bool) -> Path:
         """Write a checkpoint of the run as it stands, and return its folder."""

@@ -52,7 +52,7 @@ class TrainerState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     step: int = 0
-    """Optimizer steps taken, in all phases."""
+    """Steps, in all phases, the skipped ones too."""
 
     tokens: int = 0
     """Tokens trained on, in all phases."""
@@ -65,6 +65,12 @@ class TrainerState(BaseModel):
 
     cursor: Cursor | None = None
     """The place in the phase's data; None before its first step."""
+
+    skipped_steps: int = 0
+    """Those of the steps that were skipped, as their loss or gradient was not finite."""
+
+    skipped_in_a_row: int = 0
+    """Those of them behind the last step that was taken."""
 
     tokenizer_sha256: str | None
     """The tokenizer that the shards were made with; None for data that stands for no text."""

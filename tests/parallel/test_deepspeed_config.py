@@ -38,7 +38,7 @@ def test_without_zero_the_engine_clips_itself() -> None:
 
 def test_gradients_are_summed_in_fp32() -> None:
     made = settings(ParallelConfig(zero_stage=2, precision="bf16"))
-    assert made["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert made["bf16"] == {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
     assert made["data_types"] == {"grad_accum_dtype": "fp32"}
     assert made["communication_data_type"] == "fp32"
 
