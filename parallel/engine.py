@@ -310,8 +310,16 @@ class Engine:
         return whole
 
     def destroy(self) -> None:
-        """Let go of hooks and buffers, so that another engine can be built in this process."""
+        """Let go of hooks and buffers, so that another engine can be built in this process. Its tensors are free when
+        nobody holds the engine and the garbage collector has run.
+        """
         self._engine.destroy()
+        if self.config.zero_stage == 3:
+            # It leaves the model at the bottom of this list, and ties parameters to the optimizer in cycles through
+            # autograd's nodes, which the collector does not see.
+            importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()
+            for parameter in self.module.parameters():
+                vars(parameter).clear()
 
     def _forward_and_backward(
         self, inputs: Tensor, targets: Tensor, scale: Tensor, with_stats: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -76,6 +77,7 @@ def _train_alone(phases: Phases, world: World, tokenizer: TokenizerInfo | None, 
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
             state, checkpoint = run_phase(phases, phase, world, checkpoints, log, state, checkpoint)
             state = state.moved_on(phases)
+            gc.collect()  # an engine is full of cycles, and the next one needs its memory
 
 
 def run_phase(
