@@ -44,7 +44,8 @@ def train(recipe: Recipe, world: World, *, resume: str = "auto") -> None:
     """
     with agreed():
         batches = recipe.batches(world.size)
-        data = recipe.data.open(recipe.data_seed(), Share(world.local_rank, world.local_size))
+        share = Share(world.local_rank, world.local_size)
+        data = recipe.data.open(recipe.data_seed(), share, grid=recipe.model.grid)
         check_vocabulary(recipe, data.train)
     with alone_in(recipe.folder, world):
         _train_alone(recipe, world, batches, data, resume)
@@ -67,7 +68,7 @@ def _train_alone(recipe: Recipe, world: World, batches: Batches, data: Data, res
         with agreed():
             log = stack.enter_context(open_log(recipe, batches, world, state.step))
             loader = stack.enter_context(open_training_data(recipe, batches, world, data.train, state))
-        announce(log, recipe, batches, world, start_from, state, warnings)
+        announce(log, recipe, batches, world, data.train, start_from, state, warnings)
         run = Run(recipe, world, batches, engine, data, checkpoints, log)
         run.steps(loader, state)
     engine.destroy()
@@ -81,6 +82,13 @@ def check_vocabulary(recipe: Recipe, source: Source) -> None:
             f"model.vocab_size {have} is smaller than the {need} tokens of {source.place}: set model.vocab_size to "
             f"{need}"
         )
+
+
+def describe_data(recipe: Recipe, batches: Batches, source: Source) -> str:
+    """A line about the training data beside what the run reads of it. Raises UserError for data that is too small."""
+    return source.describe(
+        batches.total_tokens, sequence_length=recipe.training.sequence_length, rows_per_step=batches.rows
+    )
 
 
 def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
@@ -97,6 +105,7 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
         accumulation=batches.accumulation,
         gradient_clip=recipe.optimizer.gradient_clip,
         segments=recipe.segments(),
+        carry_state=recipe.data.carries_state,
     )
 
 
@@ -136,6 +145,7 @@ def announce(
     recipe: Recipe,
     batches: Batches,
     world: World,
+    source: Source,
     start_from: Path | None,
     state: TrainerState,
     warnings: list[str],
@@ -146,6 +156,7 @@ def announce(
         if world.is_main:
             loud(warning)
     where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": batches.steps}
+    where["data"] = describe_data(recipe, batches, source)
     if start_from is None:
         log.event("start", **where, recipe=recipe.model_dump(mode="json"))
         log.say(
@@ -225,6 +236,10 @@ class Run:
             "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
             "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
         }
+        padded = {}
+        if self.recipe.data.pads_documents:  # all else has a target
+            padded["padded_tokens"] = self.recipe.training.batch_tokens - int(result.tokens)
+            values["data/padded_tokens"] = float(padded["padded_tokens"])
         self.log.scalars(state.step, values)
         if result.stats is not None:
             layers = [{name: float(value) for name, value in layer.items()} for layer in result.stats]
@@ -237,6 +252,7 @@ class Run:
             learning_rate=rate,
             gradient_norm=norm,
             tokens_per_second=speed,
+            **padded,
         )
         left = (self.batches.steps - state.step) * watch.mean
         self.log.progress(state.step, loss, rate, speed, left)

@@ -9,8 +9,8 @@ import torch
 
 from model import ModelConfig, TitansLM
 from model.flops import flops_per_token
-from pretrain.config import Recipe
-from pretrain.loop import check_vocabulary
+from pretrain.config import Batches, Recipe
+from pretrain.loop import check_vocabulary, describe_data
 
 _LOSS_CHUNK_TOKENS = 1024  # rows of logits that the chunked cross-entropy holds at a time
 
@@ -119,10 +119,11 @@ def describe(recipe: Recipe, ranks: int) -> str:
         f"tokens              {batches.total_tokens:,} in {batches.steps:,} steps of {recipe.training.batch_tokens:,}",
         f"a step              {batches.rows} rows of {context:,} = {ranks} rank(s) x {batches.accumulation} "
         f"micro-batch(es) x {recipe.training.micro_batch_size} row(s)",
+        *_carried_lines(recipe, batches),
         *_segment_lines(recipe),
         f"FLOPs a token       {flops.total:,.0f} (memory's inner updates: {flops.memory:,.0f})",
         f"FLOPs of the run    {flops.total * batches.total_tokens:.3g}",
-        *_data_lines(recipe, batches.total_tokens),
+        *_data_lines(recipe, batches),
         *_rank_lines(recipe, ranks),
         f"memory of a rank    {_size(memory.total)} (estimate)",
         f"  parameters        {_size(memory.parameters)}",
@@ -134,6 +135,14 @@ def describe(recipe: Recipe, ranks: int) -> str:
         f"a checkpoint        {_size(12 * parameters)}; {recipe.checkpoint.keep} are kept",
     ]
     return recipe.to_yaml() + "\n" + "\n".join(f"# {line}" for line in lines)
+
+
+def _carried_lines(recipe: Recipe, batches: Batches) -> list[str]:
+    if not recipe.data.carries_state:
+        return []
+    width = 2 if recipe.parallel.precision == "bf16" else 4
+    size = batches.rows * state_bytes(recipe.model, width, recipe.training.sequence_length)
+    return [f"  carried states    {batches.rows} rows that go on from step to step: {_size(size)} over all ranks"]
 
 
 def _segment_lines(recipe: Recipe) -> list[str]:
@@ -151,12 +160,12 @@ def _segment_lines(recipe: Recipe) -> list[str]:
     ]
 
 
-def _data_lines(recipe: Recipe, total_tokens: int) -> list[str]:
+def _data_lines(recipe: Recipe, batches: Batches) -> list[str]:
     if (missing := recipe.data.missing()) is not None:
         return [f"data                {missing} is not there yet"]
-    data = recipe.data.open(recipe.data_seed())
+    data = recipe.data.open(recipe.data_seed(), grid=recipe.model.grid)
     check_vocabulary(recipe, data.train)
-    lines = [f"data                {data.train.describe(total_tokens)}"]
+    lines = [f"data                {describe_data(recipe, batches, data.train)}"]
     if data.held_out is not None:
         lines.append(f"held-out data       {data.held_out.describe()}")
     return lines

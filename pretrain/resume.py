@@ -148,6 +148,13 @@ def check_fits(folder: Path, recipe: Recipe, tokenizer: TokenizerInfo | None) ->
             f"{folder} was trained with another tokenizer (sha256 {str(state.tokenizer_sha256)[:12]}, the shards' is "
             f"{tokenizer.sha256[:12]}): data.train must name shards made with {folder / TOKENIZER_FILE}"
         )
+    rows = recipe.training.batch_tokens // recipe.training.sequence_length
+    if recipe.data.carries_state and state.cursor is not None and state.cursor.rows_per_step != rows:
+        had = state.cursor.rows_per_step or "no"
+        raise UserError(
+            f"{folder}: {had} rows of a step go on from the step before, and with this recipe's data.order streams "
+            f"{rows} do: set data.order and training.batch_tokens back, or start a new run in another --folder"
+        )
     return state
 
 
