@@ -153,6 +153,8 @@ class TitansLM(nn.Module):
         self._check(tokens, state, targets, resets)
         if state is None:
             state = self.initial_state(tokens.shape[0])
+            if resets is not None:  # nothing is before the first token
+                resets = torch.cat((torch.zeros_like(resets[:, :1]), resets[:, 1:]), 1)
         found = find_resets(resets, state.restart, tokens.device)
         if found is not None:
             self._check_grid(found, state, resets)

@@ -41,6 +41,23 @@ class Write(NamedTuple):
     gates: Gates
 
 
+class _ArrivingTogether(torch.autograd.Function):
+    """The same tensors, whose gradients arrive all at once and in this order, zeros where there are none, whatever the
+    tensors were used for.
+
+    ZeRO 2 sums gradients over ranks in the order in which they arrive on each: parameters that came in another order
+    on a rank whose documents end elsewhere would be summed with others.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
 class MemoryCore(nn.Module):
     """Owns the learned W_0 and applies the neural memory from it; all uses of W_0 are inside this module's forward."""
 
@@ -78,7 +95,9 @@ class MemoryCore(nn.Module):
         Returns:
             y [B, T, H, D]; the state; the weights a read without write used; the surprise [B, T, H] if asked for.
         """
-        weights = tuple(getattr(self, f"initial_{layer}") for layer in range(self.config.depth))
+        # With the queries, so that W_0 is in the graph of every call, not of those alone in which a row begins anew.
+        learned = (getattr(self, f"initial_{layer}") for layer in range(self.config.depth))
+        q, *weights = _ArrivingTogether.apply(q, *learned)
         rows = {} if resets is None else resets.rows
         if state is None:
             state = MemoryState.initial(weights, q.shape[0], q.dtype)

@@ -36,9 +36,14 @@ class LossModule(nn.Module):
         with_stats: bool = False,
         with_scores: bool = False,
         before: FlatState | None = None,
+        resets: Tensor | None = None,
     ) -> Output:
-        """tokens and targets [B, T]; `before`: the state before them, None where none is to come back either."""
+        """tokens and targets [B, T]; `before`: the state before them, None where none is to come back either;
+        `resets` [B, T]: where documents begin.
+        """
         options = {"targets": targets, "with_stats": with_stats, "with_correct": with_scores}
+        if resets is not None:
+            options["resets"] = resets
         if before is None:
             output = self.model(tokens, **options)
             return output.loss_sum, output.stats, _scores(output, with_scores), None

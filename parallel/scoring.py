@@ -30,7 +30,9 @@ _FIRST_POSITIONS = (0, *(64 << number for number in range(40)))
 
 
 class Batch(Protocol):
-    """One rank's micro-batch: tokens and targets, int64 [B, T]; targets of -100 do not count."""
+    """One rank's micro-batch: tokens and targets, int64 [B, T], targets of -100 do not count; and resets, bool [B, T]
+    on the CPU, True where a row begins a document and its state begins anew, or None.
+    """
 
     @property
     def tokens(self) -> Tensor: ...
@@ -38,10 +40,21 @@ class Batch(Protocol):
     @property
     def targets(self) -> Tensor: ...
 
+    @property
+    def resets(self) -> Tensor | None: ...
 
-Read = Callable[[Tensor, Tensor, ModelState | None, bool], tuple[Any, ModelState | None]]
-"""(tokens [B, t], targets [B, t], the state before them or None at a beginning, whether more follows) to what is made
-of them, and the state after them where more follows."""
+
+class Rows(NamedTuple):
+    """A batch, or a part of one."""
+
+    tokens: Tensor
+    targets: Tensor
+    resets: Tensor | None = None
+
+
+Read = Callable[[Rows, ModelState | None, bool], tuple[Any, ModelState | None]]
+"""(a piece of rows, the state before it or None at a beginning, whether more follows) to what is made of it, and the
+state after it where more follows."""
 
 
 class Piece(NamedTuple):
@@ -75,21 +88,25 @@ def read_in_pieces(
     """
     rows, last = _extent(batch.targets)
     end = last if end is None else end
-    tokens, targets = _columns(batch.tokens[:rows], end, 0), _columns(batch.targets[:rows], end, IGNORED)
+    whole = Rows(
+        _columns(batch.tokens[:rows], end, 0),
+        _columns(batch.targets[:rows], end, IGNORED),
+        None if batch.resets is None else _columns(batch.resets[:rows], end, False),
+    )
     start, carried, reset = 0, None, None
     while start < end:
         stop = end if length is None else min(start + length, end)
         if reset_window is not None:
             stop = min(stop, (start // reset_window + 1) * reset_window)
-        piece, more = (tokens[:, start:stop], targets[:, start:stop]), stop < end
-        made, after = read(*piece, carried, more)
+        piece, more = Rows(*(x if x is None else x[:, start:stop] for x in whole)), stop < end
+        made, after = read(piece, carried, more)
         made_reset = None
         if reset_window is not None and start < reset_window:
             made_reset, reset = made, after
         elif reset_window is not None:
             reset = reset.reset_memory() if start % reset_window == 0 else reset
-            made_reset, reset = read(*piece, reset, more)
-        yield Piece(start, piece[1], made, made_reset)
+            made_reset, reset = read(piece, reset, more)
+        yield Piece(start, piece.targets, made, made_reset)
         start, carried = stop, after
 
 
@@ -272,9 +289,4 @@ def _in_step(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[B
         running, end = (int(number) for number in furthest.tolist())
         if not running:
             return
-        yield _Rows(*torch.zeros(2, 1, 0, dtype=torch.int64)) if batch is None else batch, end
-
-
-class _Rows(NamedTuple):
-    tokens: Tensor
-    targets: Tensor
+        yield Rows(*torch.zeros(2, 1, 0, dtype=torch.int64)) if batch is None else batch, end

@@ -32,7 +32,7 @@ class TrainingConfig(BaseModel):
     """Tokens to train on; the last step may go a part of a batch beyond."""
 
     sequence_length: Tokens
-    """Tokens of a row: the memory starts anew at each."""
+    """Tokens of a row: the memory starts anew at each, but with data.order streams."""
 
     batch_tokens: Tokens
     """Tokens of one optimizer step over all ranks; how many backward passes that takes on a rank is derived."""
@@ -265,6 +265,10 @@ class Recipe(BaseModel):
             sequence_length=self.training.sequence_length,
             vocab_size=self.model.vocab_size,
             held_out_tokens=self.evaluation.tokens,
+        )
+        training = self.training
+        self.data.check_resets(
+            self.model, sequence_length=training.sequence_length, segment_length=training.segment_length
         )
         return self
 

@@ -49,12 +49,14 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
     """
     with agreed():
         phases.require_fit(world.size)
-        tokenizer = check_data(phases)
+        tokenizer, descriptions = check_data(phases, world.size)
     with alone_in(phases.run.folder, world):
-        _train_alone(phases, world, tokenizer, resume)
+        _train_alone(phases, world, tokenizer, descriptions, resume)
 
 
-def _train_alone(phases: Phases, world: World, tokenizer: TokenizerInfo | None, resume: str) -> None:
+def _train_alone(
+    phases: Phases, world: World, tokenizer: TokenizerInfo | None, descriptions: list[str], resume: str
+) -> None:
     run = phases.run
     folder = run.folder / CHECKPOINTS_FOLDER
     warnings: list[str] = []
@@ -71,7 +73,7 @@ def _train_alone(phases: Phases, world: World, tokenizer: TokenizerInfo | None, 
     with ExitStack() as stack:
         with agreed():
             log = stack.enter_context(open_log(phases, world, state))
-        announce(log, phases, world, start_from, state, warnings)
+        announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings)
         checkpoint = start_from
         for phase in phases.phases[len(state.done) :]:
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
@@ -98,7 +100,8 @@ def run_phase(
     """
     recipe, batches = phase.recipe, phase.batches(world.size)
     with agreed(), phase.named_in_errors():
-        data = recipe.data.open(recipe.data_seed(), Share(world.local_rank, world.local_size))
+        share = Share(world.local_rank, world.local_size)
+        data = recipe.data.open(recipe.data_seed(), share, grid=recipe.model.grid)
     engine = build_engine(recipe, batches, world)
     if checkpoint is not None:
         restore(checkpoint, engine, state, recipe.seed, world)
@@ -133,6 +136,7 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
         accumulation=batches.accumulation,
         gradient_clip=recipe.optimizer.gradient_clip,
         segments=recipe.segments(),
+        carry_state=recipe.data.carries_state,
     )
 
 
@@ -169,7 +173,13 @@ def open_log(phases: Phases, world: World, state: TrainerState) -> Iterator[RunL
 
 
 def announce(
-    log: RunLog, phases: Phases, world: World, start_from: Path | None, state: TrainerState, warnings: list[str]
+    log: RunLog,
+    phases: Phases,
+    world: World,
+    data: str,
+    start_from: Path | None,
+    state: TrainerState,
+    warnings: list[str],
 ) -> None:
     """Write and print how the run begins, and what was wrong with the checkpoints that it does not begin from."""
     for warning in warnings:
@@ -177,7 +187,7 @@ def announce(
         if world.is_main:
             loud(warning)
     name, steps = phases.run.name, state.total_steps(phases, world.size)
-    where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps}
+    where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps, "data": data}
     if start_from is None:
         log.event("start", **where, recipe=phases.fields())
         batch = f" of {phases.run.training.batch_tokens:,} tokens" if len(phases) == 1 else f" in {len(phases)} phases"
@@ -271,6 +281,10 @@ class Run:
         several = {"phase": self.phase.name} if len(self.phases) > 1 else {}
         if several:
             values["train/phase"] = float(self.phase.number)
+        padded = {}
+        if self.recipe.data.pads_documents:  # all else has a target
+            padded["padded_tokens"] = self.recipe.training.batch_tokens - int(result.tokens)
+            values["data/padded_tokens"] = float(padded["padded_tokens"])
         self.log.scalars(state.step, values)
         if result.stats is not None:
             layers = [{name: float(value) for name, value in layer.items()} for layer in result.stats]
@@ -284,6 +298,7 @@ class Run:
             gradient_norm=norm,
             tokens_per_second=speed,
             **several,
+            **padded,
         )
         left = -(-max(self.recipe.training.tokens - state.phase_tokens, 0) // self.recipe.training.batch_tokens)
         self.log.progress(state.step, loss, rate, speed, left * watch.mean, phase=self.phase.name if several else None)

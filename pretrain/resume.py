@@ -214,6 +214,13 @@ def check_fits(folder: Path, phases: Phases, tokenizer: TokenizerInfo | None) ->
             f"{folder} was trained with another tokenizer (sha256 {str(state.tokenizer_sha256)[:12]}, the shards' is "
             f"{tokenizer.sha256[:12]}): data.train must name shards made with {folder / TOKENIZER_FILE}"
         )
+    rows = recipe.training.batch_tokens // recipe.training.sequence_length
+    if recipe.data.carries_state and state.cursor is not None and state.cursor.rows_per_step != rows:
+        had = state.cursor.rows_per_step or "no"
+        raise UserError(
+            f"{folder}: {had} rows of a step go on from the step before, and with this recipe's data.order streams "
+            f"{rows} do: set data.order and training.batch_tokens back, or start a new run in another --folder"
+        )
     return state
 
 
@@ -256,7 +263,7 @@ def restore(folder: Path, engine: Engine, state: TrainerState, seed: int, world:
         state: the checkpoint's own.
         seed: the run's, for ranks that the checkpoint has no generators of.
     """
-    engine.load(folder)
+    engine.load(folder, with_carried=state.cursor is not None)  # rows of a phase that begins begin anew
     own = folder / rng_file(world.rank, state.ranks)
     if world.rank < state.ranks:
         load_rng(own)

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from model import ModelState, TitansLM
-from parallel.scoring import IGNORED, Piece, PositionSums, mean_reset, read_in_pieces, require_reset_window
+from parallel.scoring import IGNORED, Piece, PositionSums, Rows, mean_reset, read_in_pieces, require_reset_window
 from pretrain.data import ShardSet, sequential_batches
 from pretrain.errors import UserError
 from tools.command import Progress, positive_int, run_command, writing
@@ -107,8 +107,8 @@ def evaluate(
     token_bytes = torch.from_numpy(np.asarray(source.token_bytes))
     score = Score(PositionSums(torch.device("cpu"), with_reset=reset_window is not None))
 
-    def read(tokens: Tensor, targets: Tensor, state: ModelState | None, _: bool) -> tuple[Tensor, ModelState]:
-        losses, state = model.token_losses(tokens.to(device), targets.to(device), state)
+    def read(rows: Rows, state: ModelState | None, _: bool) -> tuple[Tensor, ModelState]:
+        losses, state = model.token_losses(rows.tokens.to(device), rows.targets.to(device), state)
         return losses.cpu(), state
 
     batches = sequential_batches(source, sequence_length=context, batch_size=batch_size, max_tokens=max_tokens)

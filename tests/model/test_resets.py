@@ -172,6 +172,26 @@ def test_each_module_is_called_as_often_whatever_the_resets(case, small_model, d
     assert seen[0] == seen[1] == seen[2] != []
 
 
+@pytest.mark.parametrize("carried", [False, True], ids=["from the beginning", "behind a state"])
+def test_gradients_arrive_in_one_order_whatever_the_resets(case, carried, small_model, draw_tokens) -> None:
+    """What ZeRO-2 needs: it sums over ranks what arrived at the same time."""
+    model, tokens, targets = small_model(case), draw_tokens(4, LENGTH), draw_tokens(4, LENGTH, seed=2)
+    state = model(draw_tokens(4, 16, seed=5)).state.detach() if carried else None
+    arrived: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    none = torch.zeros(4, LENGTH, dtype=torch.bool)
+    first = none.clone()
+    first[2, 0] = True
+    seen = []
+    for resets in (None, none, first, rows_of_documents(model), rows_of_documents(model, first_row_goes_on=True)):
+        arrived.clear()
+        model(tokens, state, targets=targets, resets=resets).loss_sum.backward()
+        seen.append(list(arrived))
+    assert sorted(seen[0]) == sorted(dict(model.named_parameters()))
+    assert seen.count(seen[0]) == len(seen)
+
+
 @torch.no_grad()
 def test_statistics_are_of_all_documents(small_model, draw_tokens) -> None:
     model, tokens = small_model("lmm"), draw_tokens(1, 24)

@@ -34,6 +34,7 @@ class Output:
 class Rows:
     tokens: Tensor
     targets: Tensor
+    resets: Tensor | None = None
 
 
 class Layer(nn.Module):

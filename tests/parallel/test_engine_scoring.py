@@ -44,8 +44,8 @@ def expected_of(case: str) -> dict[str, Any]:
             tokens += int((rows.targets != -100).sum())
             correct += int(output.correct.sum())
 
-            def read(tokens, targets, state, more):
-                return model.token_losses(tokens, targets, state)
+            def read(piece, state, more):
+                return model.token_losses(piece.tokens, piece.targets, state)
 
             for piece in read_in_pieces(rows, read, length=None, reset_window=window):
                 positions.add(piece.start, piece.targets, *(x for x in piece[2:] if x is not None))

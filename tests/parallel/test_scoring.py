@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from parallel.scoring import (
     IGNORED,
     PositionLoss,
     PositionSums,
+    Rows,
     mean_reset,
     read_in_pieces,
     require_reset_window,
@@ -26,12 +26,6 @@ WINDOW = 16
 """A whole number of every small model's chunks and segments."""
 LENGTH = 3 * WINDOW + 5
 NO_TAILS = {"depth": 2, "expansion": 2, "chunk": 4, "convolution": 0}
-
-
-@dataclass(frozen=True)
-class Rows:
-    tokens: Tensor
-    targets: Tensor
 
 
 def draw(rows: int = 2, length: int = LENGTH) -> Rows:
@@ -45,10 +39,10 @@ def draw(rows: int = 2, length: int = LENGTH) -> Rows:
 def read_with(model: TitansLM, calls: list[tuple[int, int]] | None = None):
     """What `read_in_pieces` asks for: the losses of each target."""
 
-    def read(tokens: Tensor, targets: Tensor, state: ModelState | None, more: bool):
+    def read(rows: Rows, state: ModelState | None, more: bool):
         if calls is not None:
-            calls.append(tuple(tokens.shape))
-        losses, after = model.token_losses(tokens, targets, state)
+            calls.append(tuple(rows.tokens.shape))
+        losses, after = model.token_losses(rows.tokens, rows.targets, state)
         return losses, after if more else None
 
     return read
@@ -108,8 +102,8 @@ def test_attention_goes_on_where_the_memory_is_reset(case: str) -> None:
     model, rows = build_model(case, num_layers=1), draw()
     states: list[tuple[ModelState, bool]] = []
 
-    def read(tokens: Tensor, targets: Tensor, state: ModelState | None, more: bool):
-        losses, after = model.token_losses(tokens, targets, state)
+    def read(rows: Rows, state: ModelState | None, more: bool):
+        losses, after = model.token_losses(rows.tokens, rows.targets, state)
         states.append((after, state is not None and state.restart is not None))
         return losses, after
 

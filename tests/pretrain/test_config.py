@@ -162,6 +162,32 @@ def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value
         ),
         ({"training.segment_length": "8", "training.gradient": "none"}, "training.gradient: 'none' does not fit"),
         ({"training.segment_length": "8", "training.truncate_every": "0"}, "training.truncate_every: 0 does not fit"),
+        (
+            {"data.reset_memory": "true", "training.segment_length": "8"},
+            "training.segment_length 8 is not a multiple of model.segment 16, where documents begin (data.reset_memory "
+            "is on): make it 16, or another multiple",
+        ),
+        (
+            {"data.order": "streams", "training.sequence_length": "40", "training.batch_tokens": "160"},
+            "training.sequence_length 40 is not a multiple of model.segment 16, where documents begin (data.order is "
+            "streams): make it 32, or another multiple",
+        ),
+        (
+            {"data.reset_memory": "true", "model": "{preset: lmm-tiny, memory: {chunk: 24}}"},
+            "training.sequence_length 32 is not a multiple of model.memory.chunk 24",
+        ),
+        (
+            {"data.order": "streams", "model": "{preset: transformer-tiny}"},
+            "full attention's grows with every token: set model.window",
+        ),
+        (
+            {"data.long_documents": "{at_least: 10, share: 0.5}", "data.min_document_tokens": "10"},
+            "long_documents.at_least is 10, min_document_tokens 10: every document is long",
+        ),
+        ({"data.long_documents": "{at_least: 10, share: 0}"}, "data.long_documents.share: 0 does not fit"),
+        ({"data.long_documents": "{at_least: 10, share: 1.5}"}, "data.long_documents.share: 1.5 does not fit"),
+        ({"data.long_documents.share": "0.5"}, "data.long_documents.at_least: missing"),
+        ({"data.order": "stream"}, "data.order: 'stream' does not fit"),
     ],
 )
 def test_a_value_without_effect_or_bound_is_refused(
@@ -176,6 +202,11 @@ def test_a_value_without_effect_or_bound_is_refused(
         {"model.memory.depth": "1", "model.memory.momentum": "false", "model.memory.forgetting": "false"},
         {"schedule": "{kind: constant}", "data.validation": "null", "evaluation": "{}"},
         {"model": "{preset: delta-tiny, vocab_size: 400}"},
+        {"data.reset_memory": "true", "training.segment_length": "16"},
+        {"data.reset_memory": "true", "training.sequence_length": "31", "training.batch_tokens": "62"}
+        | {"model": "{preset: transformer-tiny, vocab_size: 400}"},
+        {"data.order": "streams", "data.long_documents": "{at_least: 4Ki, share: 0.5}"},
+        {"data.order": "streams", "model": "{preset: transformer-tiny, window: 64, vocab_size: 400}"},
     ],
 )
 def test_what_is_left_unused_may_be_written_out(recipe_file: Path, tmp_path: Path, overrides: dict[str, str]) -> None:
