@@ -35,6 +35,10 @@ class CarriedStates:
         self._micro_batch_size = micro_batch_size
         self._states: list[State] = [{} for _ in range(accumulation)]
 
+    def __len__(self) -> int:
+        """Micro-batches of a step."""
+        return len(self._states)
+
     def get(self, micro_batch: int) -> State:
         """The flat state of a micro-batch's rows, outside any graph."""
         return self._states[micro_batch]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model import ModelState
 from model.memory import mean_statistics
+from parallel.bad_states import OnBadState, StateGuard
 from parallel.boundary_states import State, open_boundary_states
 from parallel.carried_states import CarriedStates
 from parallel.config import ParallelConfig
@@ -69,6 +70,9 @@ class StepResult:
     """Of a skipped step, the rows of all ranks that are in micro-batches whose loss is not finite: row j of micro-batch
     m of rank r is number (m * ranks + r) * micro_batch_size + j of the step."""
 
+    mended_rows: tuple[int, ...] = ()
+    """Rows of all ranks whose carried state was not finite, before the step or behind it, and went back."""
+
 
 class Engine:
     """A model, its optimizer and its place among the ranks.
@@ -89,6 +93,7 @@ class Engine:
             micro-batch is run whole.
         carry_state: whether each row of a step goes on from the same row of the step before, for such a model: with the
             values of its state, not the gradient.
+        on_bad_state: what a row does whose carried state is not finite (`parallel.bad_states`).
 
     Raises:
         ValueError: the model has state that checkpoints would lose (persistent buffers).
@@ -106,6 +111,7 @@ class Engine:
         gradient_clip: float,
         segments: Segments | None = None,
         carry_state: bool = False,
+        on_bad_state: OnBadState = "reset",
     ) -> None:
         _require_no_buffers(model)
         self.world = world
@@ -119,6 +125,7 @@ class Engine:
         """What rows carry into the next step; None where they carry nothing."""
         if carry_state:
             self.carried = CarriedStates(world, micro_batch_size=micro_batch_size, accumulation=accumulation)
+        self._guard = None if self.carried is None else StateGuard(self.carried, on_bad_state)
         self._optimizer = optimizer
         self._ungraded: set[str] | None = None
         self._hooks: list[Any] = []
@@ -163,6 +170,7 @@ class Engine:
         scale = self.world.size / tokens.clamp(min=1).to(torch.float32)
         losses: list[Tensor] = []
         self._finite = torch.ones((), device=self.world.device)
+        mended = [] if self._guard is None else self._guard.before_step()
         stats: list[dict[str, Tensor]] | None = None
         if optimizer_step(self._optimizer) == 0 and self._ungraded is None:
             self._hooks = self._watch_gradients()
@@ -172,6 +180,7 @@ class Engine:
             losses.append(loss)
         loss_sum = sum(losses, start=torch.zeros((), dtype=torch.float32, device=self.world.device))
         dist.all_reduce(loss_sum)
+        mended += [] if self._guard is None else self._guard.after_step()
         norm = self._norm
         if norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
@@ -181,7 +190,8 @@ class Engine:
             tokens=tokens,
             stats=self._mean_over_ranks(stats),
             skipped=self._skipped,
-            bad_rows=self._rows_of_bad(losses) if self._skipped else (),
+            bad_rows=self._of_all_ranks(self._rows_of_bad(losses)) if self._skipped else (),
+            mended_rows=() if self._guard is None else self._of_all_ranks(mended),
         )
 
     def evaluate(
@@ -386,11 +396,18 @@ class Engine:
             self.module.zero_grad(set_to_none=True)  # the optimizer passes by a parameter without a gradient
         return norm
 
-    def _rows_of_bad(self, losses: list[Tensor]) -> tuple[int, ...]:
+    def _rows_of_bad(self, losses: list[Tensor]) -> list[int]:
         finite = torch.isfinite(torch.stack(losses)).tolist()
-        own = [index * self.world.size + self.world.rank for index, well in enumerate(finite) if not well]
-        every = (first * self._micro_batch_size for part in gather_objects(own) for first in part)
-        return tuple(sorted(row for first in every for row in range(first, first + self._micro_batch_size)))
+        groups = [index * self.world.size + self.world.rank for index, well in enumerate(finite) if not well]
+        size = self._micro_batch_size
+        return [row for group in groups for row in range(group * size, (group + 1) * size)]
+
+    def _of_all_ranks(self, rows: list[int]) -> tuple[int, ...]:
+        count = torch.tensor(len(rows), device=self.world.device)
+        dist.all_reduce(count)
+        if not count:
+            return ()
+        return tuple(sorted({row for part in gather_objects(rows) for row in part}))
 
     def _mean_over_ranks(self, stats: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]] | None:
         if stats is None:

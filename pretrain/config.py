@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model import ModelConfig
+from parallel.bad_states import OnBadState
 from parallel.boundary_states import Place
 from parallel.config import ParallelConfig
 from parallel.scoring import require_reset_window
@@ -56,9 +57,15 @@ class TrainingConfig(BaseModel):
     """Where the states between segments wait for the backward pass: on the device, in the host's memory, or on the
     disk of the run's folder."""
 
+    on_bad_state: OnBadState = "reset"
+    """With data.order streams, what a row does whose carried state is not finite: reset, begin anew; rollback, go on
+    from the state before the step that spoiled it, which takes the memory of a second state. Other rows are not
+    disturbed."""
+
     max_bad_steps: int = Field(default=3, ge=1)
     """Steps in a row whose loss or gradient is not finite that end the run, with a checkpoint; fewer are skipped,
-    weights and optimizer left as they are. One or two can be bad batches; a third says that they are not."""
+    weights and optimizer left as they are. One can be a bad batch, a second what it left in
+    the rows' states; a third says that it is neither."""
 
     @model_validator(mode="after")
     def _segments_fit(self) -> TrainingConfig:
@@ -238,6 +245,16 @@ class Recipe(BaseModel):
         if self.evaluation.tokens != EvaluationConfig().tokens and not self.data.has_held_out:
             raise ValueError(
                 "evaluation.tokens is set but data.validation is not: name the held-out shards, or remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_that_go_back_carry_a_state(self) -> Recipe:
+        way = self.training.on_bad_state
+        if way != "reset" and not self.data.carries_state:
+            raise ValueError(
+                f"training.on_bad_state is {way}, but no row carries a state into the next step, as with data.order "
+                "streams: remove it"
             )
         return self
 

@@ -137,6 +137,7 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
         gradient_clip=recipe.optimizer.gradient_clip,
         segments=recipe.segments(),
         carry_state=recipe.data.carries_state,
+        on_bad_state=recipe.training.on_bad_state,
     )
 
 

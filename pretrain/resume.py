@@ -72,6 +72,9 @@ class TrainerState(BaseModel):
     skipped_in_a_row: int = 0
     """Those of them behind the last step that was taken."""
 
+    bad_states: int = 0
+    """Times that the state of a row was not finite and went back."""
+
     tokenizer_sha256: str | None
     """The tokenizer that the shards were made with; None for data that stands for no text."""
 
