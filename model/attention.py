@@ -1,11 +1,14 @@
 """The attention layer: rotary phases, persistent tokens, a bounded cache, and the mac's second stream."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from kernels.attention import Prefix, attention
 from model.config import ModelConfig
 from model.layers import linear
+from model.resets import Resets
 from model.rope import Rotary, rotate
 from model.state import AttentionCache
 
@@ -28,16 +31,23 @@ class AttentionLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotary: Rotary, cache: AttentionCache | None, context: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        cache: AttentionCache | None,
+        context: Tensor | None = None,
+        resets: Resets | None = None,
     ) -> tuple[Tensor, AttentionCache]:
         """Attends from x [B, T, dim], whose keys and values join the cache.
 
         Args:
             context: the mac's h [B, T, dim], a second stream under the same causal mask, with phases as its tokens.
+            resets: where rows begin a document, whose tokens see nothing from before it.
 
         Returns:
             [B, T, dim] and the cache for what follows.
         """
+        begins = None if resets is None else resets.begins
         plain_q = self._heads(self.q(x))
         grown = _grow(
             cache, rotate(self._heads(self.k(x)), rotary), self._heads(self.v(x)), *self._context(context, rotary)
@@ -48,7 +58,10 @@ class AttentionLayer(nn.Module):
             prefix=self._prefix(plain_q),
             context=None if context is None else (grown.context_k, grown.context_v),
             first_valid=None if cache is None else cache.first_valid,
+            first_visible=None if begins is None else begins + grown.k.shape[1] - x.shape[1],
         )  # fmt: skip
+        if begins is not None:
+            grown = _hidden_before(grown, begins)
         return self.output(y.flatten(2)), grown if self.window is None else _keep_last(grown, self.window - 1)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -76,6 +89,16 @@ def _grow(
     return AttentionCache(
         torch.cat((cache.k, k), 1), torch.cat((cache.v, v), 1), cache.first_valid, context_k, context_v
     )
+
+
+def _hidden_before(cache: AttentionCache, begins: Tensor) -> AttentionCache:
+    """The cache, whose last tokens' documents begin at `begins` [B, T], with what is before each row's last one out of
+    sight; and cleared, as a masked key that isn't finite would still spoil its row.
+    """
+    length = cache.k.shape[1]
+    first_valid = torch.maximum(cache.first_valid, begins[:, -1] + length - begins.shape[1])
+    hidden = (torch.arange(length, device=begins.device) < first_valid[:, None])[..., None, None]
+    return replace(cache, k=cache.k.masked_fill(hidden, 0), v=cache.v.masked_fill(hidden, 0), first_valid=first_valid)
 
 
 def _keep_last(cache: AttentionCache, count: int) -> AttentionCache:

@@ -132,6 +132,14 @@ class ModelConfig(BaseModel):
         """Whether blocks hold an attention."""
         return self.variant != "lmm"
 
+    @property
+    def grid(self) -> int:
+        """A document may begin in mid-sequence at multiples of this many tokens from the state's beginning: a segment
+        of the mac, a chunk of other memories, any token of a transformer."""
+        if self.variant == "mac":
+            return self.segment
+        return 1 if self.memory is None else self.memory.chunk
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
         """The named preset, `{variant}-{size}`, with fields replaced; a `memory` mapping replaces single memory fields.

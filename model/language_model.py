@@ -14,6 +14,7 @@ from model.gates import GateProjection
 from model.layers import RMSNorm, SwiGLU, linear, residual_scale
 from model.memory import Stats
 from model.mixers import MIXERS, Mixed
+from model.resets import Resets, find_resets
 from model.rope import Rotary, rotary_phases
 from model.state import LayerState, ModelState
 
@@ -33,6 +34,8 @@ class ModelOutput(NamedTuple):
     """A dictionary per layer if asked for: means of alpha, eta, theta, surprise, weight_norm; empty without memory."""
     correct: Tensor | None
     """Whether each target has the largest logit, if asked for: [B, T] bool, False at targets that don't count."""
+    losses: Tensor | None = None
+    """With `correct`, -log p of each target: [B, T] in nats, fp32, 0 at targets that don't count."""
 
 
 class Block(nn.Module):
@@ -46,10 +49,10 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config.dim, config.ffn_dim, scale)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, state: LayerState, restart: Tensor | None, with_stats: bool
+        self, x: Tensor, rotary: Rotary | None, state: LayerState, resets: Resets | None, with_stats: bool
     ) -> Mixed:
         """x [B, T, dim] to x [B, T, dim], the layer's next state, and its statistics."""
-        x, state, stats = self.mixer(x, rotary, state, restart, with_stats)
+        x, state, stats = self.mixer(x, rotary, state, resets, with_stats)
         return x + self.feed_forward(self.norm(x)), state, stats
 
 
@@ -94,6 +97,7 @@ class TitansLM(nn.Module):
         state: ModelState | None = None,
         *,
         targets: Tensor | None = None,
+        resets: Tensor | None = None,
         with_stats: bool = False,
         with_correct: bool = False,
     ) -> ModelOutput:
@@ -106,21 +110,24 @@ class TitansLM(nn.Module):
             tokens: [B, T] int64, T >= 1.
             state: where each row stands; None for beginnings.
             targets: [B, T] int64, -100 for tokens that don't count; then the loss is computed instead of the logits.
+            resets: [B, T] bool, True at the first token of a document: from there on the row has the logits of that
+                document run by itself. At multiples of `config.grid`, counted from the state's beginning, alone. On
+                the CPU, whatever the tokens' device, it is read without waiting for the device.
             with_stats: also give each layer's statistics.
-            with_correct: also say which targets have the largest logit; the loss then has no gradient.
+            with_correct: also say which targets have the largest logit, and each one's loss; there is no gradient then.
 
         Raises:
-            ValueError: tokens, targets or the state don't fit.
+            ValueError: tokens, targets, resets or the state don't fit.
         """
         if with_correct and targets is None:
             raise ValueError("with_correct is set, but there are no targets: give them, or compare the logits")
-        x, after, layer_stats = self._read(tokens, state, targets, with_stats)
+        x, after, layer_stats = self._read(tokens, state, targets, resets, with_stats)
         stats = layer_stats if with_stats else None
         if targets is None:
             return ModelOutput(self.head(x, None), after, None, stats, None)
         if with_correct:
             losses, correct = self.head(x, targets, token_scores)
-            return ModelOutput(None, after, losses.sum(), stats, correct.view_as(targets))
+            return ModelOutput(None, after, losses.sum(), stats, correct.view_as(targets), losses.view_as(targets))
         return ModelOutput(None, after, self.head(x, targets), stats, None)
 
     @torch.no_grad()
@@ -131,34 +138,44 @@ class TitansLM(nn.Module):
 
         Arguments as in `forward`; logits of all tokens never exist at once.
         """
-        x, after, _ = self._read(tokens, state, targets, False)
+        x, after, _ = self._read(tokens, state, targets, None, False)
         return self.head(x, targets, token_losses).view_as(targets), after
 
     def _read(
-        self, tokens: Tensor, state: ModelState | None, targets: Tensor | None, with_stats: bool
+        self,
+        tokens: Tensor,
+        state: ModelState | None,
+        targets: Tensor | None,
+        resets: Tensor | None,
+        with_stats: bool,
     ) -> tuple[Tensor, ModelState, list[Stats]]:
         """Everything before the head: normalised features [B, T, dim], the state after the tokens, the statistics."""
-        self._check(tokens, state, targets)
+        self._check(tokens, state, targets, resets)
         if state is None:
             state = self.initial_state(tokens.shape[0])
+            if resets is not None:  # nothing is before the first token
+                resets = torch.cat((torch.zeros_like(resets[:, :1]), resets[:, 1:]), 1)
+        found = find_resets(resets, state.restart, tokens.device)
+        if found is not None:
+            self._check_grid(found, state, resets)
         x = self.embedding(tokens)
-        rotary = self.rotary(state.position, tokens.shape[1])
+        positions = _positions(state.position, tokens.shape[1], found)
+        rotary = self._rotary(positions)
         layers, stats = [], []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer, layer_stats = self._run_block(block, x, rotary, layer, state.restart, with_stats)
+            x, layer, layer_stats = self._run_block(block, x, rotary, layer, found, with_stats)
             layers.append(layer)
             stats.append(layer_stats)
-        return self.norm(x), ModelState(state.position + tokens.shape[1], tuple(layers)), stats
+        return self.norm(x), ModelState(positions[:, -1] + 1, tuple(layers)), stats
 
     def initial_state(self, batch_size: int) -> ModelState:
         """The state before the first token of `batch_size` rows."""
         return ModelState.initial(batch_size, self.config.num_layers, self.norm.weight.device)
 
-    def rotary(self, position: Tensor, length: int) -> Rotary | None:
-        """Phases for `length` tokens from each row's position [B] on; None for a model without attention."""
+    def _rotary(self, positions: Tensor) -> Rotary | None:
+        """Phases for tokens at positions [B, T]; None for a model without attention."""
         if not self.config.has_attention:
             return None
-        positions = position[:, None] + torch.arange(length, device=position.device)
         return rotary_phases(positions, self.config.head_dim, self.config.rope_base, self.norm.weight.dtype)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
@@ -185,22 +202,40 @@ class TitansLM(nn.Module):
         x: Tensor,
         rotary: Rotary | None,
         state: LayerState,
-        restart: Tensor | None,
+        resets: Resets | None,
         with_stats: bool,
     ) -> Mixed:
         if self._activation_checkpointing and torch.is_grad_enabled():
             # No dropout, so there is no random state to keep.
             return checkpoint(
-                block, x, rotary, state, restart, with_stats, use_reentrant=False, preserve_rng_state=False
+                block, x, rotary, state, resets, with_stats, use_reentrant=False, preserve_rng_state=False
             )
-        return block(x, rotary, state, restart, with_stats)
+        return block(x, rotary, state, resets, with_stats)
 
-    def _check(self, tokens: Tensor, state: ModelState | None, targets: Tensor | None) -> None:
+    def _check_grid(self, found: Resets, state: ModelState, resets: Tensor | None) -> None:
+        """Refuses resets inside a chunk or segment; those of `ModelState.reset_rows` may stand anywhere."""
+        if resets is None:
+            return
+        grid, seen = self.config.grid, _open_tokens(state.layers[0], self.config)
+        wrong = next((i for i in found.rows if (seen + i) % grid and resets[:, i].any()), None)
+        if wrong is not None:
+            name = "segment" if self.config.variant == "mac" else "memory.chunk"
+            raise ValueError(
+                f"resets has a document begin at token {wrong}, {(seen + wrong) % grid} tokens into a {name} of "
+                f"{grid}: it must begin at one's first token; pad the document before it to a multiple of {grid}"
+            )
+
+    def _check(self, tokens: Tensor, state: ModelState | None, targets: Tensor | None, resets: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}: they must be int64 [B, T] with T >= 1")
         if targets is not None and targets.shape != tokens.shape:
             raise ValueError(
                 f"targets are {list(targets.shape)}: they must have the shape of tokens, {list(tokens.shape)}"
+            )
+        if resets is not None and (resets.shape != tokens.shape or resets.dtype != torch.bool):
+            raise ValueError(
+                f"resets are {resets.dtype} {list(resets.shape)}: they must be bool, in the shape of tokens, "
+                f"{list(tokens.shape)}"
             )
         if state is not None:
             rows, layers = len(state.position), len(state.layers)
@@ -209,3 +244,19 @@ class TitansLM(nn.Module):
                     f"state has {rows} rows and {layers} layers, tokens {tokens.shape[0]} rows and the model "
                     f"{self.config.num_layers} layers: hand on the state of the same batch and model"
                 )
+
+
+def _open_tokens(layer: LayerState, config: ModelConfig) -> int:
+    """Tokens of the chunk, or the mac's segment, that is not full."""
+    if config.variant == "mac":
+        return 0 if layer.attention is None else layer.attention.k.shape[1]
+    return 0 if layer.memory is None else layer.memory.memory.num_open
+
+
+def _positions(position: Tensor, length: int, resets: Resets | None) -> Tensor:
+    """The positions of `length` tokens [B, T] behind those that each row has seen, `position` [B]."""
+    columns = torch.arange(length, device=position.device)
+    positions = position[:, None] + columns
+    if resets is None or resets.begins is None:
+        return positions
+    return torch.where(resets.begins < 0, positions, columns - resets.begins)

@@ -87,8 +87,11 @@ class CausalConvolution(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-(width**-0.5), width**-0.5))
 
-    def forward(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, tail: Tensor | None, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolves x [B, T, C] after `tail` [B, width - 1, C], the inputs before it (None: zeros).
+
+        Args:
+            begins: [B, T] int64, the index before which each token sees zeros (see model.resets); None: it sees all.
 
         Returns:
             [B, T, C], and the tail for what follows.
@@ -97,8 +100,22 @@ class CausalConvolution(nn.Module):
             tail = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
         padded = torch.cat((tail, x), 1)
         length = x.shape[1]
-        out = padded[:, :length] * self.weight[0]
-        for lag in range(1, self.width):
-            out = torch.addcmul(out, padded[:, lag : lag + length], self.weight[lag])
+
+        def seen(offset: int) -> Tensor:
+            """What each token sees `width - 1 - offset` tokens back."""
+            return _cleared_before(padded[:, offset : offset + length], offset - self.width + 1, begins)
+
+        out = seen(0) * self.weight[0]
+        for offset in range(1, self.width):
+            out = torch.addcmul(out, seen(offset), self.weight[offset])
         # A copy: a view would keep the whole piece alive for three tokens.
-        return out, padded[:, length:].clone()
+        tail = padded[:, length:].clone()
+        return out, _cleared_before(tail, length - self.width + 1, None if begins is None else begins[:, -1:])
+
+
+def _cleared_before(x: Tensor, first: int, begins: Tensor | None) -> Tensor:
+    """x [B, n, C] of the tokens `first` and on, with zeros for those before `begins` [B, n or 1]."""
+    if begins is None:
+        return x
+    index = torch.arange(first, first + x.shape[1], device=x.device)
+    return x.masked_fill((index < begins)[..., None], 0)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from kernels.memory import MemoryState, memory_read, neural_memory
 from model.config import MemoryConfig, ModelConfig
 from model.gates import GateProjection, Gates
 from model.layers import READ_NORM_EPS, CausalConvolution, HeadNorm, linear, unit
+from model.resets import Resets
 from model.state import MemoryLayerState
 
 Stats = dict[str, Tensor]
@@ -39,6 +41,23 @@ class Write(NamedTuple):
     gates: Gates
 
 
+class _ArrivingTogether(torch.autograd.Function):
+    """The same tensors, whose gradients arrive all at once and in this order, zeros where there are none, whatever the
+    tensors were used for.
+
+    ZeRO 2 sums gradients over ranks in the order in which they arrive on each: parameters that came in another order
+    on a rank whose documents end elsewhere would be summed with others.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
 class MemoryCore(nn.Module):
     """Owns the learned W_0 and applies the neural memory from it; all uses of W_0 are inside this module's forward."""
 
@@ -63,7 +82,7 @@ class MemoryCore(nn.Module):
         write: Write | None,
         state: MemoryState | None,
         segment_weights: tuple[Tensor, ...] | None,
-        restart: Tensor | None,
+        resets: Resets | None,
         with_surprise: bool,
     ) -> tuple[Tensor, MemoryState, tuple[Tensor, ...], Tensor | None]:
         """Reads at q [B, T, H, D]: after each token's write, or, where `write` is None, at the segment's start.
@@ -71,19 +90,22 @@ class MemoryCore(nn.Module):
         Args:
             state: None at the beginning of every row.
             segment_weights: where a read without write reads; None for where the state stands.
-            restart: [B] bool, rows to start from W_0.
+            resets: where rows start from W_0; at the first token alone for a read without write.
 
         Returns:
             y [B, T, H, D]; the state; the weights a read without write used; the surprise [B, T, H] if asked for.
         """
-        weights = tuple(getattr(self, f"initial_{layer}") for layer in range(self.config.depth))
+        # With the queries, so that W_0 is in the graph of every call, not of those alone in which a row begins anew.
+        learned = (getattr(self, f"initial_{layer}") for layer in range(self.config.depth))
+        q, *weights = _ArrivingTogether.apply(q, *learned)
+        rows = {} if resets is None else resets.rows
         if state is None:
             state = MemoryState.initial(weights, q.shape[0], q.dtype)
-        elif restart is not None:
-            state = state.reset_rows(restart, weights)
+        elif 0 in rows:
+            state = state.reset_rows(rows[0], weights)
             if segment_weights is not None:
                 segment_weights = tuple(
-                    torch.where(restart[:, None, None, None], start.to(now.dtype), now)
+                    torch.where(rows[0][:, None, None, None], start.to(now.dtype), now)
                     for start, now in zip(weights, segment_weights, strict=True)
                 )
         config = self.config
@@ -91,12 +113,22 @@ class MemoryCore(nn.Module):
             start = state.weights if segment_weights is None else segment_weights
             y = memory_read(q, start, activation=config.activation, activation_scale=self.scale)
             return y, state, start, None
-        y, state, *surprise = neural_memory(
-            q, write.k, write.v, *write.gates, weights, state,
-            chunk_size=config.chunk, activation=config.activation, forget_to=config.forget_to,
-            objective=config.objective, step_bound=config.bound, activation_scale=self.scale,
-            return_surprise=with_surprise,
-        )  # fmt: skip
+        # From reset to reset. All in one call of this module: ranks, whose documents end elsewhere, would otherwise
+        # call it, and so gather its parameters under ZeRO 3, different numbers of times.
+        outputs: list[tuple[Tensor, ...]] = []
+        edges = [0, *(index for index in rows if index > 0), q.shape[1]]
+        for first, last in pairwise(edges):
+            if first > 0:
+                state = state.reset_rows(rows[first], weights)
+            pieces = (x[:, first:last] for x in (q, write.k, write.v, *write.gates))
+            y, state, *surprise = neural_memory(
+                *pieces, weights, state,
+                chunk_size=config.chunk, activation=config.activation, forget_to=config.forget_to,
+                objective=config.objective, step_bound=config.bound, activation_scale=self.scale,
+                return_surprise=with_surprise,
+            )  # fmt: skip
+            outputs.append((y, *surprise))
+        y, *surprise = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*outputs, strict=True))
         return y, state, state.weights, surprise[0] if surprise else None
 
 
@@ -109,11 +141,11 @@ class Stream(nn.Module):
         self.project = linear(dim, dim)
         self.convolution = CausalConvolution(dim, width) if width > 1 else None
 
-    def forward(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, tail: Tensor | None, resets: Resets | None) -> tuple[Tensor, Tensor | None]:
         """x [B, T, dim] and the convolution's tail to [B, T, H, D] and the next tail."""
         x = self.project(x)
         if self.convolution is not None:
-            x, tail = self.convolution(x, tail)
+            x, tail = self.convolution(x, tail, None if resets is None else resets.begins)
         heads = silu(x).unflatten(-1, (self.num_heads, -1))
         return unit(heads) if self.normalize else heads, tail
 
@@ -150,35 +182,47 @@ class MemoryLayer(nn.Module):
         self.output = MemoryOutput(config, scale)
 
     def forward(
-        self, x: Tensor, state: MemoryLayerState | None, restart: Tensor | None, with_stats: bool
+        self,
+        x: Tensor,
+        state: MemoryLayerState | None,
+        resets: Resets | None,
+        with_stats: bool,
+        *,
+        is_at_start: bool = False,
     ) -> tuple[Tensor, MemoryLayerState, Stats]:
         """Writes x [B, T, dim] and reads it back: [B, T, dim], the state, and means over tokens when asked for.
 
         Tails beyond the first three (the mac's) pass through untouched.
+
+        Args:
+            is_at_start: the memory of rows that `resets` has at the first token is at its start already, as
+                `read_segment` leaves it.
         """
         tails = _tails(state, 3)
-        q, q_tail = self.q(x, tails[0])
-        k, k_tail = self.k(x, tails[1])
-        v, v_tail = self.v(x, tails[2])
+        q, q_tail = self.q(x, tails[0], resets)
+        k, k_tail = self.k(x, tails[1], resets)
+        v, v_tail = self.v(x, tails[2], resets)
         gates = self.gates(x)
         old = None if state is None else state.memory
-        reads, memory, _, surprise = self.core(q, Write(k, v, gates), old, None, restart, with_stats)
+        to_start = None if is_at_start else resets
+        reads, memory, _, surprise = self.core(q, Write(k, v, gates), old, None, to_start, with_stats)
         stats = _statistics(gates, surprise, memory) if with_stats else {}
         new_tails = () if q_tail is None else (q_tail, k_tail, v_tail, *tails[3:])
         start = None if state is None else state.segment_weights
         return self.output(reads, x), MemoryLayerState(memory, new_tails, start), stats
 
     def read_segment(
-        self, x: Tensor, state: MemoryLayerState | None, restart: Tensor | None
+        self, x: Tensor, state: MemoryLayerState | None, resets: Resets | None
     ) -> tuple[Tensor, MemoryLayerState]:
         """The mac's h_i = M(q_i; W at the segment's start) for x [B, T, dim]: [B, T, dim], in the model's width.
 
-        Queries and output share the layer's own maps, and differ from them in the convolution's tail alone.
+        Queries and output share the layer's own maps, and differ from them in the convolution's tail alone. Rows begin
+        anew at the first token or not at all.
         """
         tails = _tails(state, 4)
-        q, tail = self.q(x, tails[3])
+        q, tail = self.q(x, tails[3], resets)
         old, start = (None, None) if state is None else (state.memory, state.segment_weights)
-        reads, memory, start, _ = self.core(q, None, old, start, restart, False)
+        reads, memory, start, _ = self.core(q, None, old, start, resets, False)
         if tail is None:
             return self.output(reads, x), MemoryLayerState(memory, (), start)
         zeros = torch.zeros_like(tail)

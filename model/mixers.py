@@ -8,6 +8,7 @@ from model.config import ModelConfig
 from model.join import Join
 from model.layers import RMSNorm
 from model.memory import MemoryLayer, Stats, end_segment, mean_statistics
+from model.resets import Resets
 from model.rope import Rotary
 from model.state import LayerState
 
@@ -23,10 +24,10 @@ class MemoryMixer(nn.Module):
         self.memory = MemoryLayer(config, scale)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, state: LayerState, restart: Tensor | None, with_stats: bool
+        self, x: Tensor, rotary: Rotary | None, state: LayerState, resets: Resets | None, with_stats: bool
     ) -> Mixed:
         """x [B, T, dim] to x + memory."""
-        out, memory, stats = self.memory(self.norm(x), state.memory, restart, with_stats)
+        out, memory, stats = self.memory(self.norm(x), state.memory, resets, with_stats)
         return x + out, LayerState(memory=memory), stats
 
 
@@ -39,10 +40,10 @@ class AttentionMixer(nn.Module):
         self.attention = AttentionLayer(config, scale)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, state: LayerState, restart: Tensor | None, with_stats: bool
+        self, x: Tensor, rotary: Rotary | None, state: LayerState, resets: Resets | None, with_stats: bool
     ) -> Mixed:
         """x [B, T, dim] to x + attention."""
-        out, cache = self.attention(self.norm(x), rotary, state.attention)
+        out, cache = self.attention(self.norm(x), rotary, state.attention, resets=resets)
         return x + out, LayerState(attention=cache), {}
 
 
@@ -55,11 +56,11 @@ class MalMixer(nn.Module):
         self.second = AttentionMixer(config, scale)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, state: LayerState, restart: Tensor | None, with_stats: bool
+        self, x: Tensor, rotary: Rotary | None, state: LayerState, resets: Resets | None, with_stats: bool
     ) -> Mixed:
         """x [B, T, dim] through both."""
-        x, written, stats = self.first(x, rotary, state, restart, with_stats)
-        x, attended, _ = self.second(x, rotary, state, restart, with_stats)
+        x, written, stats = self.first(x, rotary, state, resets, with_stats)
+        x, attended, _ = self.second(x, rotary, state, resets, with_stats)
         return x, LayerState(written.memory, attended.attention), stats
 
 
@@ -75,12 +76,12 @@ class MagMixer(nn.Module):
         self.join = Join(config, scale)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, state: LayerState, restart: Tensor | None, with_stats: bool
+        self, x: Tensor, rotary: Rotary | None, state: LayerState, resets: Resets | None, with_stats: bool
     ) -> Mixed:
         """x [B, T, dim] to x + join(attention, memory)."""
         tokens = self.norm(x)
-        y, cache = self.attention(tokens, rotary, state.attention)
-        m, memory, stats = self.memory(tokens, state.memory, restart, with_stats)
+        y, cache = self.attention(tokens, rotary, state.attention, resets=resets)
+        m, memory, stats = self.memory(tokens, state.memory, resets, with_stats)
         return x + self.join(y, m, tokens), LayerState(memory, cache), stats
 
 
@@ -105,7 +106,7 @@ class MacMixer(nn.Module):
         self.join = Join(config, scale)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, state: LayerState, restart: Tensor | None, with_stats: bool
+        self, x: Tensor, rotary: Rotary | None, state: LayerState, resets: Resets | None, with_stats: bool
     ) -> Mixed:
         """x [B, T, dim] to x + join(attention, memory), segment by segment; a segment may be cut across calls."""
         tokens = self.norm(x)
@@ -115,23 +116,27 @@ class MacMixer(nn.Module):
         while start < x.shape[1]:
             filled = 0 if state.attention is None else state.attention.k.shape[1]
             stop = min(x.shape[1], start + self.segment - filled)
+            inside = None if resets is None else resets.piece(start, stop)
             y, m, state, stats = self._piece(
-                tokens[:, start:stop], rotary.piece(start, stop), state, restart, with_stats
+                tokens[:, start:stop], rotary.piece(start, stop), state, inside, with_stats
             )
             outputs.append((y, m))
             parts.append((stop - start, stats))
-            start, restart = stop, None
+            start = stop
         y, m = (torch.cat(pieces, 1) for pieces in zip(*outputs, strict=True))
         return x + self.join(y, m, tokens), state, mean_statistics(parts) if with_stats else {}
 
     def _piece(
-        self, tokens: Tensor, rotary: Rotary, state: LayerState, restart: Tensor | None, with_stats: bool
+        self, tokens: Tensor, rotary: Rotary, state: LayerState, resets: Resets | None, with_stats: bool
     ) -> tuple[Tensor, Tensor, LayerState, Stats]:
-        """Tokens of one segment, or of a part of it: attention's and memory's outputs, the state behind them."""
-        context, memory = self.memory.read_segment(tokens, state.memory, restart)
+        """Tokens of one segment, or of a part of it: attention's and memory's outputs, the state behind them.
+
+        Rows begin anew at the segment's first token, where attention sees nothing from before as it is, or not at all.
+        """
+        context, memory = self.memory.read_segment(tokens, state.memory, resets)
         y, cache = self.attention(tokens, rotary, state.attention, context)
         written = self.written(tokens + y if self.writes_tokens else y)
-        m, memory, stats = self.memory(written, memory, None, with_stats)
+        m, memory, stats = self.memory(written, memory, resets, with_stats, is_at_start=True)
         if cache.k.shape[1] == self.segment:
             return y, m, LayerState(end_segment(memory), None), stats
         return y, m, LayerState(memory, cache), stats

@@ -110,6 +110,14 @@ class ModelState:
             restart=rows if self.restart is None else self.restart | rows,
         )
 
+    def reset_memory(self) -> ModelState:
+        """The state with every row's memory back at W_0, without momentum; attention's cache, the tails of convolutions
+        and positions go on.
+
+        At a boundary of chunks and segments the memory goes on as a new sequence's does.
+        """
+        return replace(self, restart=torch.ones_like(self.position, dtype=torch.bool))
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under its path, contiguous and detached, as safetensors takes them; see `from_tensors`."""
         return {path: tensor.detach().contiguous().clone() for path, tensor in self.flat().items()}

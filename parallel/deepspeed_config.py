@@ -58,7 +58,8 @@ def deepspeed_config(
         "prescale_gradients": False,
         "zero_optimization": zero,
         # Each bf16 gradient goes into its fp32 sum as it comes: none is kept, or counted, twice.
-        "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": True},
+        # A gradient that is not finite is looked for in bf16 too: the step is left out then, and nothing changes.
+        "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": True, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "wall_clock_breakdown": False,

@@ -7,26 +7,27 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import logging
-import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model import ModelState
 from model.memory import mean_statistics
+from parallel.bad_states import OnBadState, StateGuard
 from parallel.boundary_states import State, open_boundary_states
+from parallel.carried_states import CarriedStates
 from parallel.config import ParallelConfig
 from parallel.deepspeed_config import deepspeed_config
+from parallel.deepspeed_import import import_deepspeed
 from parallel.fragments import Fragment, fragments, make_optimizer_state, optimizer_step, spread_masters
-from parallel.loss_module import LossModule, flattened, unflattened
-from parallel.process import World
+from parallel.loss_module import FlatState, LossModule, flattened, unflattened
+from parallel.process import World, gather_objects
+from parallel.scoring import IGNORED, Batch, PieceScores, Scored, score
 from parallel.segments import Segments, run_segments
 from parallel.state_files import (
     KINDS,
@@ -40,17 +41,8 @@ from parallel.state_files import (
     write_rank,
 )
 
-IGNORED = -100
-
-
-class Batch(Protocol):
-    """One rank's micro-batch: tokens and targets, int64 [B, T]; targets of -100 do not count."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-
-    @property
-    def targets(self) -> Tensor: ...
+Moved = tuple[Tensor, Tensor, Tensor | None]
+"""A batch's tokens and targets on the device, and its resets."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class StepResult:
     """Mean over the step's tokens, in nats."""
 
     grad_norm: Tensor
-    """Global l2 norm of the mean gradient, before clipping."""
+    """Global l2 norm of the mean gradient, before clipping; inf or nan where it is not finite."""
 
     tokens: Tensor
     """Targets that counted (int64)."""
@@ -71,46 +63,15 @@ class StepResult:
     stats: list[dict[str, Tensor]] | None
     """A dict for each layer, averaged over ranks, of the last micro-batch; None unless asked for."""
 
+    skipped: bool = False
+    """Whether loss or gradient was not finite: then weights and optimizer are as they were before the step."""
 
-class Scored(NamedTuple):
-    """Sums over all ranks' batches."""
+    bad_rows: tuple[int, ...] = ()
+    """Of a skipped step, the rows of all ranks that are in micro-batches whose loss is not finite: row j of micro-batch
+    m of rank r is number (m * ranks + r) * micro_batch_size + j of the step."""
 
-    nats: float
-    """Of -log p of the targets that count."""
-
-    tokens: int
-    """Targets that count."""
-
-    correct: int | None
-    """Those among them that have the largest logit; None unless asked for."""
-
-
-def _import_deepspeed(device: torch.device) -> ModuleType:
-    # Saying which accelerator it is spares DeepSpeed its guess, and makes `device: cpu` hold on a machine with GPUs.
-    os.environ["DS_ACCELERATOR"] = device.type
-    import deepspeed
-    import deepspeed.ops
-
-    # Building this shared-memory operator takes 20 to 60 s and a compiler; only tensor-parallel inference calls it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Its Muon, which is not used here, is imported with every optimizer and asks for compiled functions as it is: that
-    # imports torch's compiler, a quarter of the start of a run.
-    compiler, torch.compile = torch.compile, _not_compiled
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        torch.compile = compiler
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # ZeRO 3 warns of outputs that are no tuples: `LossModule` unpacks the model's, and no parameter is used
-    # outside its own module.
-    importlib.import_module("deepspeed.runtime.zero.utils").warned = True
-    # torch >= 2.13 renames collectives that DeepSpeed 0.19 calls by their old names, once for each call.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    return deepspeed
-
-
-def _not_compiled(function: Any = None, **options: Any) -> Any:
-    return function if function is not None else lambda given: given
+    mended_rows: tuple[int, ...] = ()
+    """Rows of all ranks whose carried state was not finite, before the step or behind it, and went back."""
 
 
 class Engine:
@@ -122,13 +83,17 @@ class Engine:
 
     Args:
         model: takes (tokens [B, T], targets=[B, T], with_stats=bool, with_correct=bool) and returns an output with
-            `.loss_sum`, `.stats` and `.correct`.
+            `.loss_sum` and `.stats`, and `.correct` and `.losses` with with_correct; of batches that have them also
+            resets=[B, T].
         optimizer: AdamW over the model's parameters. Its groups keep their weight decay; the learning rate comes
             with each step.
         accumulation: micro-batches of a step.
         gradient_clip: largest global gradient norm; 0.0 turns clipping off.
         segments: how rows are cut, for a model that also takes a `ModelState` and gives it as `.state`; None: each
             micro-batch is run whole.
+        carry_state: whether each row of a step goes on from the same row of the step before, for such a model: with the
+            values of its state, not the gradient.
+        on_bad_state: what a row does whose carried state is not finite (`parallel.bad_states`).
 
     Raises:
         ValueError: the model has state that checkpoints would lose (persistent buffers).
@@ -145,6 +110,8 @@ class Engine:
         accumulation: int,
         gradient_clip: float,
         segments: Segments | None = None,
+        carry_state: bool = False,
+        on_bad_state: OnBadState = "reset",
     ) -> None:
         _require_no_buffers(model)
         self.world = world
@@ -154,11 +121,19 @@ class Engine:
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
         self._clip = gradient_clip
         self._segments = segments
+        self.carried = None
+        """What rows carry into the next step; None where they carry nothing."""
+        if carry_state:
+            self.carried = CarriedStates(world, micro_batch_size=micro_batch_size, accumulation=accumulation)
+        self._guard = None if self.carried is None else StateGuard(self.carried, on_bad_state)
         self._optimizer = optimizer
         self._ungraded: set[str] | None = None
         self._hooks: list[Any] = []
         self._norm: Tensor | None = None
-        deepspeed = _import_deepspeed(world.device)
+        self._micro_batch_size = micro_batch_size
+        self._skipped = False
+        self._finite = torch.ones((), device=world.device)
+        deepspeed = import_deepspeed(world.device)
         # Left behind by an earlier engine of this process; with them set, the next one takes that engine's groups.
         deepspeed.utils.groups.mpu = None
         deepspeed.utils.groups.mesh_device = None
@@ -179,6 +154,9 @@ class Engine:
     def train_step(self, batches: Sequence[Batch], learning_rate: float, *, with_stats: bool = False) -> StepResult:
         """One optimizer step over this rank's micro-batches. Every rank calls it.
 
+        A step whose loss or gradient is not finite is skipped: weights, moments and the optimizer's count of steps stay
+        bit for bit what they were. All ranks agree.
+
         Raises:
             ValueError: not `accumulation` micro-batches, or (first step) a parameter that no gradient reaches.
         """
@@ -187,45 +165,73 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         moved = [self._to_device(batch) for batch in batches]
-        tokens = torch.stack([(targets != IGNORED).sum() for _, targets in moved]).sum()
+        tokens = torch.stack([(targets != IGNORED).sum() for _, targets, _ in moved]).sum()
         dist.all_reduce(tokens)
         scale = self.world.size / tokens.clamp(min=1).to(torch.float32)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
+        losses: list[Tensor] = []
+        self._finite = torch.ones((), device=self.world.device)
+        mended = [] if self._guard is None else self._guard.before_step()
         stats: list[dict[str, Tensor]] | None = None
         if optimizer_step(self._optimizer) == 0 and self._ungraded is None:
             self._hooks = self._watch_gradients()
-        for index, (inputs, targets) in enumerate(moved):
+        for index, rows in enumerate(moved):
             of_last = with_stats and index == len(moved) - 1
-            loss, stats = self._forward_and_backward(inputs, targets, scale, of_last)
-            loss_sum += loss
+            loss, stats = self._forward_and_backward(index, rows, scale, of_last)
+            losses.append(loss)
+        loss_sum = sum(losses, start=torch.zeros((), dtype=torch.float32, device=self.world.device))
         dist.all_reduce(loss_sum)
+        mended += [] if self._guard is None else self._guard.after_step()
         norm = self._norm
         if norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         return StepResult(
-            loss=loss_sum / tokens, grad_norm=norm.detach(), tokens=tokens, stats=self._mean_over_ranks(stats)
+            loss=loss_sum / tokens,
+            grad_norm=norm.detach(),
+            tokens=tokens,
+            stats=self._mean_over_ranks(stats),
+            skipped=self._skipped,
+            bad_rows=self._of_all_ranks(self._rows_of_bad(losses)) if self._skipped else (),
+            mended_rows=() if self._guard is None else self._of_all_ranks(mended),
         )
 
-    def evaluate(self, batches: Iterable[Batch], *, with_correct: bool = False) -> Scored:
-        """Score all ranks' batches, without learning from them. Every rank calls it; ranks may have different numbers
-        of batches.
+    def evaluate(
+        self,
+        batches: Iterable[Batch],
+        *,
+        with_correct: bool = False,
+        piece: int | None = None,
+        by_position: bool = False,
+        reset_window: int | None = None,
+    ) -> Scored:
+        """Score all ranks' batches, each from a beginning, without learning from them. Every rank calls it; ranks may
+        have different numbers of batches.
+
+        Args:
+            with_correct: also count the targets that have the largest logit.
+            piece: most tokens of a row that are read at a time, the state handed on; None: whole rows.
+            by_position: also give the loss by position (`parallel.scoring`).
+            reset_window: by_position also with the memory reset every so many tokens.
         """
-        totals = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        asked = with_correct or by_position
+
+        def read(rows: Batch, state: ModelState | None, more: bool) -> tuple[PieceScores, Any]:
+            tokens, targets, resets = self._to_device(rows)
+            before = None if state is None and not more else flattened({} if state is None else state.flat())
+            loss, _, scores, after = self._engine(tokens, targets, with_scores=asked, before=before, resets=resets)
+            going_on = ModelState.from_tensors(unflattened(after)) if more else None
+            return PieceScores(loss, *((None, None) if scores is None else scores)), going_on
+
         self._engine.eval()
-        with torch.no_grad():
-            for inputs, targets in self._in_step(batches):
-                loss, _, correct, _ = self._engine(inputs, targets, with_correct=with_correct)
-                totals[0] += loss
-                totals[1] += (targets != IGNORED).sum()
-                if correct is not None:
-                    totals[2] += correct.sum()
+        scored = score(
+            batches, read, self.world.device,
+            piece=piece, with_correct=with_correct, by_position=by_position, reset_window=reset_window,
+        )  # fmt: skip
         self._engine.train()
-        dist.all_reduce(totals)
-        return Scored(float(totals[0]), int(totals[1]), int(totals[2]) if with_correct else None)
+        return scored
 
     def save(self, folder: Path) -> list[Path]:
-        """Write this rank's share of weights and optimizer state into `folder`; every rank calls it. Returns the
-        files written.
+        """Write this rank's share of weights and optimizer state, and what its rows carry, into `folder`; every rank
+        calls it. Returns the files written.
 
         Nothing is synced, renamed or agreed here: that is `pretrain.checkpoints`' part. Raises OSError or
         SafetensorError.
@@ -243,15 +249,20 @@ class Engine:
         if self.world.is_main:
             step = optimizer_step(self._optimizer)
             written.append(write_index(folder, ranks=self.world.size, optimizer_step=step, shapes=self.shapes))
+        if self.carried is not None:
+            written.append(self.carried.write(folder))
         return written
 
-    def load(self, folder: Path) -> None:
-        """Take over weights and optimizer state that any layout saved; every rank calls it.
+    def load(self, folder: Path, *, with_carried: bool = True) -> None:
+        """Take over weights and optimizer state that any layout saved, and what rows carry; every rank calls it.
 
         Learning rate, weight decay and clipping stay those of this engine.
 
+        Args:
+            with_carried: False for rows that begin anew, whatever rows of the saved run carried.
+
         Raises:
-            ValueError: the folder is not whole, or holds another model.
+            ValueError: the folder is not whole, holds another model, or not the states that this engine's rows carry.
         """
         held = self._fragments()
         with StateReader(folder) as reader, torch.no_grad():
@@ -262,6 +273,8 @@ class Engine:
                     saved = reader.read(kind, fragment.parameter, fragment.start, fragment.numel)
                     fragment.values(kind, self._optimizer.state).copy_(saved)
         spread_masters(self._engine.optimizer, self.config.zero_stage)
+        if self.carried is not None and with_carried:
+            self.carried.read(folder)
 
     def load_weights(self, reader: WeightReader) -> None:
         """Take over weights alone, to begin from them; every rank calls it.
@@ -305,40 +318,61 @@ class Engine:
                 vars(parameter).clear()
 
     def _forward_and_backward(
-        self, inputs: Tensor, targets: Tensor, scale: Tensor, with_stats: bool
+        self, index: int, rows: Moved, scale: Tensor, with_stats: bool
     ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         """A micro-batch, whole or by segments: its sum of losses, and its layers' statistics if asked for."""
-        segments = self._segments
-        if segments is None:
-            loss, stats, _, _ = self._engine(inputs, targets, with_stats)
+        carried = None if self.carried is None else self.carried.get(index)
+        if self._segments is None:
+            inputs, targets, resets = rows
+            before = None if carried is None else flattened(carried)
+            loss, stats, _, after = self._engine(inputs, targets, with_stats, False, before, resets)
             self._backward(loss * scale)
-            return loss.detach(), stats
+            loss = loss.detach()
+        else:
+            loss, stats, after = self._run_segments(self._segments, rows, carried, scale, with_stats)
+        if self.carried is not None:
+            self.carried.put(index, unflattened(after))
+        return loss, stats
 
-        def forward(tokens: Tensor, targets: Tensor, state: State) -> tuple[Tensor, State, Any]:
+    def _run_segments(
+        self, segments: Segments, rows: Moved, carried: State | None, scale: Tensor, with_stats: bool
+    ) -> tuple[Tensor, list[dict[str, Tensor]] | None, FlatState]:
+        def forward(tokens: Tensor, targets: Tensor, resets: Tensor | None, state: State) -> tuple[Tensor, State, Any]:
             asked = with_stats and torch.is_grad_enabled()
-            loss, stats, _, after = self._engine(tokens, targets, asked, False, flattened(state))
+            loss, stats, _, after = self._engine(tokens, targets, asked, False, flattened(state), resets)
             return loss, unflattened(after), stats
 
         with open_boundary_states(segments.boundary_states, segments.folder) as boundaries:
             result = run_segments(
-                segments.cut(inputs, targets),
+                segments.cut(*rows),
                 forward,
                 self._backward,
                 boundaries=boundaries,
                 scale=scale,
+                state=carried,
                 truncate_every=segments.truncate_every,
             )
-        return result.loss_sum, _mean_over_segments(result.asides) if with_stats else None
+        stats = _mean_over_segments(result.asides) if with_stats else None
+        return result.loss_sum, stats, flattened(result.state)
 
     def _backward(self, loss: Tensor) -> None:
         """One of the step's backward passes; behind the last one the optimizer steps."""
+        self._finite = self._finite * torch.isfinite(loss.detach())
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last:
+            # DeepSpeed leaves out a step whose gradient is not finite, and does not look at the loss.
+            dist.all_reduce(self._finite, op=dist.ReduceOp.MIN)
+            loss = loss * torch.where(self._finite > 0, 1.0, torch.nan)
         # The convention already divides by the whole step's tokens, so DeepSpeed must not divide by the
         # accumulation again.
         self._engine.backward(loss, scale_wrt_gas=False)
-        if self._engine.is_gradient_accumulation_boundary():
+        if last:
             self._norm = self._clip_without_zero()
             self._require_gradients()
         self._engine.step()
+        if last:
+            applied = self._engine.was_step_applied() if self._norm is None else bool(self._norm.isfinite())
+            self._skipped = not applied
 
     def _fragments(self) -> list[Fragment]:
         return list(fragments(self.module, self._engine.optimizer, self.config.zero_stage, self.world.rank))
@@ -347,29 +381,33 @@ class Engine:
         if any(moment not in self._optimizer.state.get(f.flat, {}) for f in held for moment in MOMENTS):
             make_optimizer_state(self._optimizer, held, 0)
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _to_device(self, batch: Batch) -> Moved:
         return (
             batch.tokens.to(self.world.device, non_blocking=True),
             batch.targets.to(self.world.device, non_blocking=True),
+            batch.resets,
         )
 
     def _clip_without_zero(self) -> Tensor | None:
         if self.config.zero_stage > 0:
             return None
-        return nn.utils.clip_grad_norm_(self.module.parameters(), self._clip if self._clip > 0 else float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip if self._clip > 0 else float("inf"))
+        if not norm.isfinite():
+            self.module.zero_grad(set_to_none=True)  # the optimizer passes by a parameter without a gradient
+        return norm
 
-    def _in_step(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-        # Under ZeRO 3 each forward is a collective: a rank that has run out keeps the others company with targets
-        # that do not count.
-        source = iter(batches)
-        spare = torch.zeros(1, 1, dtype=torch.int64, device=self.world.device)
-        while True:
-            batch = next(source, None)
-            running = torch.tensor(float(batch is not None), device=self.world.device)
-            dist.all_reduce(running, op=dist.ReduceOp.MAX)
-            if not running:
-                return
-            yield self._to_device(batch) if batch is not None else (spare, torch.full_like(spare, IGNORED))
+    def _rows_of_bad(self, losses: list[Tensor]) -> list[int]:
+        finite = torch.isfinite(torch.stack(losses)).tolist()
+        groups = [index * self.world.size + self.world.rank for index, well in enumerate(finite) if not well]
+        size = self._micro_batch_size
+        return [row for group in groups for row in range(group * size, (group + 1) * size)]
+
+    def _of_all_ranks(self, rows: list[int]) -> tuple[int, ...]:
+        count = torch.tensor(len(rows), device=self.world.device)
+        dist.all_reduce(count)
+        if not count:
+            return ()
+        return tuple(sorted({row for part in gather_objects(rows) for row in part}))
 
     def _mean_over_ranks(self, stats: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]] | None:
         if stats is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from model import ModelState
@@ -10,8 +12,9 @@ from parallel.boundary_states import State
 FlatState = tuple[tuple[str, ...], tuple[Tensor, ...]]
 """A state's paths and its tensors; both empty at a beginning."""
 
-Output = tuple[Tensor, list[dict[str, Tensor]] | None, Tensor | None, FlatState | None]
-"""The sum of losses, the layers' statistics and which targets are right if asked for, the state if one was given."""
+Output = tuple[Tensor, list[dict[str, Tensor]] | None, tuple[Tensor, Tensor] | None, FlatState | None]
+"""The sum of losses; if asked for the layers' statistics, and each target's loss and whether it is right; the state if
+one was given."""
 
 
 class LossModule(nn.Module):
@@ -31,17 +34,26 @@ class LossModule(nn.Module):
         tokens: Tensor,
         targets: Tensor,
         with_stats: bool = False,
-        with_correct: bool = False,
+        with_scores: bool = False,
         before: FlatState | None = None,
+        resets: Tensor | None = None,
     ) -> Output:
-        """tokens and targets [B, T]; `before`: the state before them, None where none is to come back either."""
-        options = {"targets": targets, "with_stats": with_stats, "with_correct": with_correct}
+        """tokens and targets [B, T]; `before`: the state before them, None where none is to come back either;
+        `resets` [B, T]: where documents begin.
+        """
+        options = {"targets": targets, "with_stats": with_stats, "with_correct": with_scores}
+        if resets is not None:
+            options["resets"] = resets
         if before is None:
             output = self.model(tokens, **options)
-            return output.loss_sum, output.stats, output.correct, None
+            return output.loss_sum, output.stats, _scores(output, with_scores), None
         state = ModelState.from_tensors(unflattened(before)) if before[0] else None
         output = self.model(tokens, state, **options)
-        return output.loss_sum, output.stats, output.correct, flattened(output.state.flat())
+        return output.loss_sum, output.stats, _scores(output, with_scores), flattened(output.state.flat())
+
+
+def _scores(output: Any, asked: bool) -> tuple[Tensor, Tensor] | None:
+    return (output.losses, output.correct) if asked else None
 
 
 def flattened(state: State) -> FlatState:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from parallel.boundary_states import BoundaryStates, Place, State
 
-Forward = Callable[[Tensor, Tensor, State], tuple[Tensor, State, Any]]
-"""(tokens [B, t], targets [B, t], the state before them; empty at a beginning) to (sum of losses, the state after them,
-anything to be handed back of the pass that has a graph)."""
+Forward = Callable[..., tuple[Tensor, State, Any]]
+"""(a piece's tensors, the state before them; empty at a beginning) to (sum of losses, the state after them, anything to
+be handed back of the pass that has a graph)."""
 
-Piece = tuple[Tensor, Tensor]
-"""Tokens and targets of a segment, [B, t] each."""
+Piece = tuple[Tensor | None, ...]
+"""A segment: tokens, targets, and resets or None, [B, t] each; or whatever else `forward` takes."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,16 @@ class Segments:
     folder: Path | None = None
     """Where `boundary_states` on disk makes its temporary folders."""
 
-    def cut(self, tokens: Tensor, targets: Tensor) -> list[Piece]:
-        """The segments of tokens and targets [B, T]. Raises ValueError where T is not count x length."""
+    def cut(self, tokens: Tensor, targets: Tensor, resets: Tensor | None = None) -> list[Piece]:
+        """The segments of tokens, targets and resets [B, T]. Raises ValueError where T is not count x length."""
         if tokens.shape[1] != self.count * self.length:
             raise ValueError(
                 f"rows of {tokens.shape[1]} tokens are not {self.count} segments of {self.length}: give the engine's "
                 "segments the length of the rows"
             )
-        return list(zip(tokens.split(self.length, 1), targets.split(self.length, 1), strict=True))
+        none = (None,) * self.count
+        parts = (none if rows is None else rows.split(self.length, 1) for rows in (tokens, targets, resets))
+        return list(zip(*parts, strict=True))
 
 
 class SegmentsResult(NamedTuple):

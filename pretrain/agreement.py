@@ -13,6 +13,10 @@ class SharedUserError(UserError):
     """Raised on every rank alike, so that rank 0 alone prints it."""
 
 
+class DivergedError(SharedUserError):
+    """Too many steps in a row were not finite."""
+
+
 @contextmanager
 def agreed() -> Iterator[None]:
     """Run a block that holds no collective. When any rank raises UserError in it, every rank raises the first

@@ -33,7 +33,8 @@ stopped goes on from its newest whole checkpoint when the same command is given 
 A recipe may list phases, which are run one after another; --phases.NAME.section.field VALUE (or a number from 1
 instead of the name) sets a field in one of them, --section.field VALUE in those that have no value of their own.
 
-Exit codes: 0 done; 2 something in the recipe, the data, a checkpoint or the disk has to be mended first; 1 a crash."""
+Exit codes: 0 done; 2 something in the recipe, the data, a checkpoint or the disk has to be mended first, or the loss
+did not stay finite; 1 a crash."""
 
 
 _PHASES = f"""

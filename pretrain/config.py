@@ -10,8 +10,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model import ModelConfig
+from parallel.bad_states import OnBadState
 from parallel.boundary_states import Place
 from parallel.config import ParallelConfig
+from parallel.scoring import require_reset_window
 from parallel.segments import Segments
 from pretrain.data.config import DataConfig
 from pretrain.errors import UserError
@@ -31,7 +33,7 @@ class TrainingConfig(BaseModel):
     """Tokens to train on; the last step may go a part of a batch beyond."""
 
     sequence_length: Tokens
-    """Tokens of a row: the memory starts anew at each."""
+    """Tokens of a row: the memory starts anew at each, but with data.order streams."""
 
     batch_tokens: Tokens
     """Tokens of one optimizer step over all ranks; how many backward passes that takes on a rank is derived."""
@@ -54,6 +56,16 @@ class TrainingConfig(BaseModel):
     boundary_states: Place = "device"
     """Where the states between segments wait for the backward pass: on the device, in the host's memory, or on the
     disk of the run's folder."""
+
+    on_bad_state: OnBadState = "reset"
+    """With data.order streams, what a row does whose carried state is not finite: reset, begin anew; rollback, go on
+    from the state before the step that spoiled it, which takes the memory of a second state. Other rows are not
+    disturbed."""
+
+    max_bad_steps: int = Field(default=3, ge=1)
+    """Steps in a row whose loss or gradient is not finite that end the run, with a checkpoint; fewer are skipped,
+    weights and optimizer left as they are. One can be a bad batch, a second what it left in
+    the rows' states; a third says that it is neither."""
 
     @model_validator(mode="after")
     def _segments_fit(self) -> TrainingConfig:
@@ -120,6 +132,19 @@ class EvaluationConfig(BaseModel):
     tokens: Tokens | None = 1_000_000
     """How many held-out tokens are scored, from the first on; none: all. Of drawn rows, which hold tokens that are no
     answers too, as many as have these tokens."""
+
+    context: Tokens | None = None
+    """Tokens of a held-out row of text; none: training.sequence_length. Rows are read in pieces of segment_length, or
+    sequence_length, so that memory does not grow with it."""
+
+    by_position: bool = False
+    """Also record the loss by position in the row, in buckets of 0..63, 64..127, 128..255 and so on: as curves
+    evaluation/position/<first>-<last>/carried, and as `positions` events in run.jsonl."""
+
+    reset_window: Tokens | None = None
+    """With by_position, also the loss with the memory reset every so many tokens of the row, attention and convolutions
+    going on, as curves .../reset: the difference is what the memory gives. A multiple of the model's chunk (mac:
+    segment), below context. It doubles the time of an evaluation."""
 
 
 class LoggingConfig(BaseModel):
@@ -224,11 +249,43 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _rows_that_go_back_carry_a_state(self) -> Recipe:
+        way = self.training.on_bad_state
+        if way != "reset" and not self.data.carries_state:
+            raise ValueError(
+                f"training.on_bad_state is {way}, but no row carries a state into the next step, as with data.order "
+                "streams: remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _long_evaluation_fits(self) -> Recipe:
+        evaluation = self.evaluation
+        for name in ("context", "by_position", "reset_window"):
+            if getattr(evaluation, name) and not self.data.has_held_out:
+                raise ValueError(f"evaluation.{name} is set but data.validation is not: name the held-out shards")
+        if evaluation.context is not None and self.data.kind == "synthetic":
+            raise ValueError(
+                f"evaluation.context is {evaluation.context}, but drawn rows are as long as data.task makes them: "
+                "remove it"
+            )
+        if evaluation.reset_window is not None:
+            if not evaluation.by_position:
+                raise ValueError("evaluation.reset_window is set, but by_position is not: set it to true")
+            context = evaluation.context or self.training.sequence_length
+            require_reset_window(self.model, evaluation.reset_window, context, "evaluation.reset_window")
+        return self
+
+    @model_validator(mode="after")
     def _data_fits(self) -> Recipe:
         self.data.check_fits(
             sequence_length=self.training.sequence_length,
             vocab_size=self.model.vocab_size,
             held_out_tokens=self.evaluation.tokens,
+        )
+        training = self.training
+        self.data.check_resets(
+            self.model, sequence_length=training.sequence_length, segment_length=training.segment_length
         )
         return self
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -23,8 +24,8 @@ from pretrain.data import Data, Division, Loader, Share, Source, TokenizerInfo
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
-from pretrain.finite import FiniteWatch
 from pretrain.folder_lock import alone_in
+from pretrain.guard import counted, end_of_run, guard_curves, report, too_many
 from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.optimizer import build_optimizer
@@ -44,16 +45,18 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
     Raises:
         UserError: sizes that do not fit, shards or checkpoints that are missing, damaged or of another run, another
             run in the same folder, no disk space.
-        FloatingPointError: the loss or the gradient of a step was not finite; the checkpoints from before are there.
+        DivergedError: too many steps in a row were not finite; there is a checkpoint of the weights before them.
     """
     with agreed():
         phases.require_fit(world.size)
-        tokenizer = check_data(phases)
+        tokenizer, descriptions = check_data(phases, world.size)
     with alone_in(phases.run.folder, world):
-        _train_alone(phases, world, tokenizer, resume)
+        _train_alone(phases, world, tokenizer, descriptions, resume)
 
 
-def _train_alone(phases: Phases, world: World, tokenizer: TokenizerInfo | None, resume: str) -> None:
+def _train_alone(
+    phases: Phases, world: World, tokenizer: TokenizerInfo | None, descriptions: list[str], resume: str
+) -> None:
     run = phases.run
     folder = run.folder / CHECKPOINTS_FOLDER
     warnings: list[str] = []
@@ -70,7 +73,7 @@ def _train_alone(phases: Phases, world: World, tokenizer: TokenizerInfo | None, 
     with ExitStack() as stack:
         with agreed():
             log = stack.enter_context(open_log(phases, world, state))
-        announce(log, phases, world, start_from, state, warnings)
+        announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings)
         checkpoint = start_from
         for phase in phases.phases[len(state.done) :]:
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
@@ -97,7 +100,8 @@ def run_phase(
     """
     recipe, batches = phase.recipe, phase.batches(world.size)
     with agreed(), phase.named_in_errors():
-        data = recipe.data.open(recipe.data_seed(), Share(world.local_rank, world.local_size))
+        share = Share(world.local_rank, world.local_size)
+        data = recipe.data.open(recipe.data_seed(), share, grid=recipe.model.grid)
     engine = build_engine(recipe, batches, world)
     if checkpoint is not None:
         restore(checkpoint, engine, state, recipe.seed, world)
@@ -132,6 +136,8 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
         accumulation=batches.accumulation,
         gradient_clip=recipe.optimizer.gradient_clip,
         segments=recipe.segments(),
+        carry_state=recipe.data.carries_state,
+        on_bad_state=recipe.training.on_bad_state,
     )
 
 
@@ -168,7 +174,13 @@ def open_log(phases: Phases, world: World, state: TrainerState) -> Iterator[RunL
 
 
 def announce(
-    log: RunLog, phases: Phases, world: World, start_from: Path | None, state: TrainerState, warnings: list[str]
+    log: RunLog,
+    phases: Phases,
+    world: World,
+    data: str,
+    start_from: Path | None,
+    state: TrainerState,
+    warnings: list[str],
 ) -> None:
     """Write and print how the run begins, and what was wrong with the checkpoints that it does not begin from."""
     for warning in warnings:
@@ -176,7 +188,7 @@ def announce(
         if world.is_main:
             loud(warning)
     name, steps = phases.run.name, state.total_steps(phases, world.size)
-    where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps}
+    where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps, "data": data}
     if start_from is None:
         log.event("start", **where, recipe=phases.fields())
         batch = f" of {phases.run.training.batch_tokens:,} tokens" if len(phases) == 1 else f" in {len(phases)} phases"
@@ -211,7 +223,7 @@ class Run:
         and the newest checkpoint, `checkpoint` where no step was left.
         """
         recipe, batch_tokens = self.recipe, self.recipe.training.batch_tokens
-        watch, finite = Stopwatch(), FiniteWatch(self.world.device)
+        watch = Stopwatch()
         while not state.is_done(self.phase):
             step, tokens = state.step + 1, state.phase_tokens + batch_tokens
             last = tokens >= recipe.training.tokens
@@ -225,17 +237,15 @@ class Run:
                 raise UserError(str(error)) from error
             watch.stop()
             update = {"step": step, "tokens": state.tokens + batch_tokens, "cursor": loader.cursor()}
-            state = state.model_copy(update=update | {"ranks": self.world.size})
-            save = last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens)
-            finite.note(step, result.loss, result.grad_norm)
-            evaluates = last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens)
-            if record or evaluates or save:  # before anything is written
-                finite.require_finite()
-            if record:
+            state = counted(state.model_copy(update=update | {"ranks": self.world.size}), result)
+            report(self.log, state, result, recipe.training)
+            if too_many(state, recipe.training):
+                self.give_up(state, result)
+            if record and not result.skipped:
                 self.record(result, rate, state, watch)
-            if evaluates:
+            if last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens):
                 self.evaluate(state)
-            if save:
+            if last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens):
                 checkpoint = self.save(state, stays=last)
         if self.phase.is_last:
             self.log.event("done", step=state.step, tokens=state.tokens, seconds_per_step=watch.mean)
@@ -267,10 +277,15 @@ class Run:
             "speed/mfu": None if capacity is None else speed * flops.total / capacity,
             "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
             "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
+            **guard_curves(state),
         }
         several = {"phase": self.phase.name} if len(self.phases) > 1 else {}
         if several:
             values["train/phase"] = float(self.phase.number)
+        padded = {}
+        if self.recipe.data.pads_documents:  # all else has a target
+            padded["padded_tokens"] = self.recipe.training.batch_tokens - int(result.tokens)
+            values["data/padded_tokens"] = float(padded["padded_tokens"])
         self.log.scalars(state.step, values)
         if result.stats is not None:
             layers = [{name: float(value) for name, value in layer.items()} for layer in result.stats]
@@ -284,6 +299,7 @@ class Run:
             gradient_norm=norm,
             tokens_per_second=speed,
             **several,
+            **padded,
         )
         left = -(-max(self.recipe.training.tokens - state.phase_tokens, 0) // self.recipe.training.batch_tokens)
         self.log.progress(state.step, loss, rate, speed, left * watch.mean, phase=self.phase.name if several else None)
@@ -292,17 +308,34 @@ class Run:
         """Score the held-out data, if there is any."""
         if self.data.held_out is None:
             return
+        asked, training = self.recipe.evaluation, self.recipe.training
         result = evaluate(
             self.engine,
             self.data.held_out,
             self.world,
-            sequence_length=self.recipe.training.sequence_length,
-            batch_size=self.recipe.training.micro_batch_size,
-            max_tokens=self.recipe.evaluation.tokens,
+            sequence_length=asked.context or training.sequence_length,
+            batch_size=training.micro_batch_size,
+            max_tokens=asked.tokens,
+            piece=training.segment_length or training.sequence_length,  # what a rank has the memory for
+            by_position=asked.by_position,
+            reset_window=asked.reset_window,
         )
-        self.log.scalars(state.step, {f"evaluation/{name}": value for name, value in result.curves().items()})
-        self.log.event("eval", step=state.step, tokens=state.tokens, **result.fields())
+        curves = result.curves() | result.position_curves()
+        self.log.scalars(state.step, {f"evaluation/{name}": value for name, value in curves.items()})
+        where = {"step": state.step, "tokens": state.tokens}
+        self.log.event("eval", **where, **result.fields())
+        if asked.by_position:
+            self.log.event("positions", **where, reset_window=asked.reset_window, losses=result.position_rows())
         self.log.say(f"held out: {result}")
+
+    def give_up(self, state: TrainerState, result: StepResult) -> NoReturn:
+        """Save the run as it stands and raise DivergedError."""
+        # One more than are kept otherwise: the weights may be spoiled, and those of before must not go for them. The
+        # counts begin anew, so that the resumed run may skip as many.
+        checkpoints = dataclasses.replace(self.checkpoints, keep=self.checkpoints.keep + 1)
+        saving = dataclasses.replace(self, checkpoints=checkpoints)
+        folder = saving.save(state.model_copy(update={"skipped_in_a_row": 0}), stays=False)
+        raise end_of_run(state, result, str(folder))
 
     def save(self, state: TrainerState, *, stays: bool) -> Path:
         """Write a checkpoint of the run as it stands, and return its folder."""

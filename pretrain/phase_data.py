@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from pretrain.config import Recipe
+from pretrain.config import Batches, Recipe
 from pretrain.data import Source, TokenizerInfo
 from pretrain.errors import UserError
 from pretrain.phases import Phases
 
 
-def check_data(phases: Phases) -> TokenizerInfo | None:
-    """The one tokenizer of all phases' data; None for data that stand for no text. Their content is not read through.
+def check_data(phases: Phases, ranks: int) -> tuple[TokenizerInfo | None, list[str]]:
+    """The one tokenizer of all phases' data (None for data that stand for no text), and a line about each phase's. What
+    they hold is not read through.
 
     Raises UserError for data that is not there or does not fit the model, and for phases with different tokenizers.
     """
-    sources = []
+    sources: list[Source] = []
+    descriptions = []
     for phase in phases:
         with phase.named_in_errors():
-            sources.append(phase.recipe.data.open(phase.recipe.data_seed()).train)
+            sources.append(phase.recipe.data.open(phase.recipe.data_seed(), grid=phase.recipe.model.grid).train)
             check_vocabulary(phase.recipe, sources[-1])
             require_same_tokenizer(sources[0], sources[-1])
-    return sources[0].tokenizer
+            descriptions.append(describe_data(phase.recipe, phase.batches(ranks), sources[-1]))
+    return sources[0].tokenizer, descriptions
+
+
+def describe_data(recipe: Recipe, batches: Batches, source: Source) -> str:
+    """A line about the training data beside what the run reads of it. Raises UserError for data that is too small."""
+    return source.describe(
+        batches.total_tokens, sequence_length=recipe.training.sequence_length, rows_per_step=batches.rows
+    )
 
 
 def check_vocabulary(recipe: Recipe, source: Source) -> None:

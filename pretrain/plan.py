@@ -12,7 +12,7 @@ from model.flops import flops_per_token
 from pretrain.config import Batches, Recipe
 from pretrain.data import Data, Source
 from pretrain.initialization import check_initial_weights
-from pretrain.phase_data import check_vocabulary, require_same_tokenizer
+from pretrain.phase_data import check_vocabulary, describe_data, require_same_tokenizer
 from pretrain.phases import Phases
 
 _LOSS_CHUNK_TOKENS = 1024  # rows of logits that the chunked cross-entropy holds at a time
@@ -144,12 +144,13 @@ def _phase_lines(recipe: Recipe, batches: Batches, data: Data | None, parameters
         f"tokens              {batches.total_tokens:,} in {batches.steps:,} steps of {recipe.training.batch_tokens:,}",
         f"a step              {batches.rows} rows of {context:,} = {ranks} rank(s) x {batches.accumulation} "
         f"micro-batch(es) x {recipe.training.micro_batch_size} row(s)",
+        *_carried_lines(recipe, batches),
         *_segment_lines(recipe),
         *([f"RoPE base           {recipe.model.rope_base:,.0f}"] if recipe.model.has_attention else []),
         f"learning rate       {_schedule(recipe)}",
         f"FLOPs a token       {flops.total:,.0f} (memory's inner updates: {flops.memory:,.0f})",
         f"FLOPs in all        {flops.total * batches.total_tokens:.3g}",
-        *_data_lines(recipe, data, batches.total_tokens),
+        *_data_lines(recipe, data, batches),
         *_rank_lines(recipe, ranks),
         f"memory of a rank    {_size(memory.total)} (estimate)",
         f"  parameters        {_size(memory.parameters)}",
@@ -195,6 +196,14 @@ def _initialization_lines(run: Recipe, sources: list[Source]) -> list[str]:
     return [f"initial weights     of {run.initialize_from}"]
 
 
+def _carried_lines(recipe: Recipe, batches: Batches) -> list[str]:
+    if not recipe.data.carries_state:
+        return []
+    width = 2 if recipe.parallel.precision == "bf16" else 4
+    size = batches.rows * state_bytes(recipe.model, width, recipe.training.sequence_length)
+    return [f"  carried states    {batches.rows} rows that go on from step to step: {_size(size)} over all ranks"]
+
+
 def _segment_lines(recipe: Recipe) -> list[str]:
     training = recipe.training
     if training.segment_length is None:
@@ -214,15 +223,15 @@ def _open_data(recipe: Recipe) -> Data | None:
     """The data, checked against the model; None where it is not there."""
     if recipe.data.missing() is not None:
         return None
-    data = recipe.data.open(recipe.data_seed())
+    data = recipe.data.open(recipe.data_seed(), grid=recipe.model.grid)
     check_vocabulary(recipe, data.train)
     return data
 
 
-def _data_lines(recipe: Recipe, data: Data | None, total_tokens: int) -> list[str]:
+def _data_lines(recipe: Recipe, data: Data | None, batches: Batches) -> list[str]:
     if data is None:
         return [f"data                {recipe.data.missing()} is not there yet"]
-    lines = [f"data                {data.train.describe(total_tokens)}"]
+    lines = [f"data                {describe_data(recipe, batches, data.train)}"]
     if data.held_out is not None:
         lines.append(f"held-out data       {data.held_out.describe()}")
     return lines

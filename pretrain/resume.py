@@ -52,7 +52,7 @@ class TrainerState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     step: int = 0
-    """Optimizer steps taken, in all phases."""
+    """Steps, in all phases, the skipped ones too."""
 
     tokens: int = 0
     """Tokens trained on, in all phases."""
@@ -65,6 +65,15 @@ class TrainerState(BaseModel):
 
     cursor: Cursor | None = None
     """The place in the phase's data; None before its first step."""
+
+    skipped_steps: int = 0
+    """Those of the steps that were skipped, as their loss or gradient was not finite."""
+
+    skipped_in_a_row: int = 0
+    """Those of them behind the last step that was taken."""
+
+    bad_states: int = 0
+    """Times that the state of a row was not finite and went back."""
 
     tokenizer_sha256: str | None
     """The tokenizer that the shards were made with; None for data that stands for no text."""
@@ -208,6 +217,13 @@ def check_fits(folder: Path, phases: Phases, tokenizer: TokenizerInfo | None) ->
             f"{folder} was trained with another tokenizer (sha256 {str(state.tokenizer_sha256)[:12]}, the shards' is "
             f"{tokenizer.sha256[:12]}): data.train must name shards made with {folder / TOKENIZER_FILE}"
         )
+    rows = recipe.training.batch_tokens // recipe.training.sequence_length
+    if recipe.data.carries_state and state.cursor is not None and state.cursor.rows_per_step != rows:
+        had = state.cursor.rows_per_step or "no"
+        raise UserError(
+            f"{folder}: {had} rows of a step go on from the step before, and with this recipe's data.order streams "
+            f"{rows} do: set data.order and training.batch_tokens back, or start a new run in another --folder"
+        )
     return state
 
 
@@ -250,7 +266,7 @@ def restore(folder: Path, engine: Engine, state: TrainerState, seed: int, world:
         state: the checkpoint's own.
         seed: the run's, for ranks that the checkpoint has no generators of.
     """
-    engine.load(folder)
+    engine.load(folder, with_carried=state.cursor is not None)  # rows of a phase that begins begin anew
     own = folder / rng_file(world.rank, state.ranks)
     if world.rank < state.ranks:
         load_rng(own)

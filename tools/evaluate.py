@@ -1,7 +1,12 @@
 """`python -m tools.evaluate MODEL --shards FOLDER | --input FILES`: loss, perplexity, bits per byte, by position.
 
-The text is cut into rows of `--context` tokens; in each the memory starts from what training gave it. A row is read in
-pieces with the state handed on, so that memory use does not grow with the context.
+The documents are laid end to end and cut into rows of `--context` tokens; in each the memory starts from what training
+gave it. A row is read in pieces with the state handed on, so that rows of millions of tokens take the memory of short
+ones. A position is a token's place in its row: rows cross documents, so it says how much has been read since the row's
+beginning, not where in its document a token stands.
+
+`--compare-reset WINDOW` shows what the memory gives: the same targets are scored a second time with the memory set
+back to its start every WINDOW tokens, all else (attention, convolutions, positions) going on as in the first reading.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from model import TitansLM
+from model import ModelState, TitansLM
+from parallel.scoring import IGNORED, Piece, PositionSums, Rows, mean_reset, read_in_pieces, require_reset_window
 from pretrain.data import ShardSet, sequential_batches
 from pretrain.errors import UserError
 from tools.command import Progress, positive_int, run_command, writing
@@ -37,14 +43,14 @@ class EncodedText:
     """Documents encoded in memory, readable like a shard set."""
 
     def __init__(self, reader: DocumentReader, tokenizer: Tokenizer) -> None:
-        encoded = [[*tokenizer.encode(document.text), tokenizer.eos_id] for document in reader]
-        if not encoded:
+        eos = tokenizer.eos_id
+        self._encoded = [np.array([*tokenizer.encode(document.text), eos], np.int32) for document in reader]
+        if not self._encoded:
             raise UserError(f"--input {', '.join(map(str, reader.inputs))}: holds no text")
         self.tokenizer = tokenizer
         self.token_bytes = tokenizer.token_bytes().astype(np.int64)
-        self.document_tokens = np.array([len(tokens) for tokens in encoded], np.int64)
+        self.document_tokens = np.array([len(tokens) for tokens in self._encoded], np.int64)
         self.tokens = int(self.document_tokens.sum())
-        self._encoded = [np.array(tokens) for tokens in encoded]
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens start..stop of a document."""
@@ -53,70 +59,63 @@ class EncodedText:
 
 @dataclass
 class Score:
-    """Sums over scored tokens: nats, tokens and text bytes, and nats and tokens by bucket of position."""
+    """Sums over scored tokens: nats, tokens and text bytes, and losses by position."""
 
+    positions: PositionSums
     nats: float = 0.0
     tokens: int = 0
     text_bytes: int = 0
-    buckets: dict[int, tuple[float, int]] = field(default_factory=dict)
 
-    def add(self, losses: Tensor, targets: Tensor, start: int, token_bytes: Tensor) -> None:
-        """Adds the losses [B, T] of targets [B, T] (-100: not scored) that stand at `start` and on in their rows."""
-        scored = targets != -100
-        losses = losses.double().masked_fill(~scored, 0.0)
-        self.nats += float(losses.sum())
+    def add(self, piece: Piece, token_bytes: Tensor) -> None:
+        """Adds a piece, of which the losses [B, t] were made."""
+        scored = piece.targets != IGNORED
+        self.nats += float(piece.carried.double().masked_fill(~scored, 0.0).sum())
         self.tokens += int(scored.sum())
-        self.text_bytes += int(token_bytes[targets.clamp(min=0)].masked_fill(~scored, 0).sum())
-        positions = torch.arange(start, start + targets.shape[1])
-        for bucket in bucket_of(positions).unique().tolist():
-            here = bucket_of(positions) == bucket
-            nats, tokens = self.buckets.get(bucket, (0.0, 0))
-            self.buckets[bucket] = (nats + float(losses[:, here].sum()), tokens + int(scored[:, here].sum()))
+        self.text_bytes += int(token_bytes[piece.targets.clamp(min=0)].masked_fill(~scored, 0).sum())
+        self.positions.add(piece.start, piece.targets, *(x for x in (piece.carried, piece.reset) if x is not None))
 
     def report(self) -> dict[str, Any]:
         """JSON-ready results; a bucket covers targets at positions first..last of their rows, counted from 0."""
-        by_position = [
-            {"first": first_of(bucket), "last": first_of(bucket + 1) - 1, "tokens": tokens, "loss": nats / tokens}
-            for bucket, (nats, tokens) in sorted(self.buckets.items())
-            if tokens
-        ]
-        loss = self.nats / self.tokens
+        positions = self.positions.losses()
+        loss, reset = self.nats / self.tokens, mean_reset(positions)
         return {
             "loss": loss,
+            **({} if reset is None else {"loss_reset": reset, "difference": reset - loss}),
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
             "bits_per_byte": self.nats / math.log(2) / self.text_bytes if self.text_bytes else None,
             "tokens": self.tokens,
             "text_bytes": self.text_bytes,
-            "by_position": by_position,
+            "by_position": [bucket.fields() for bucket in positions],
         }
-
-
-def bucket_of(positions: Tensor) -> Tensor:
-    """Log-spaced bucket of a position: 0..63, 64..127, 128..255, and so on."""
-    return (positions.double() / 32).clamp(min=1).log2().floor().long()
-
-
-def first_of(bucket: int) -> int:
-    """First position of a bucket."""
-    return 0 if bucket == 0 else 32 << bucket
 
 
 @torch.no_grad()
 def evaluate(
-    model: TitansLM, source: ShardSet | EncodedText, *, context: int, batch_size: int, max_tokens: int | None
+    model: TitansLM,
+    source: ShardSet | EncodedText,
+    *,
+    context: int,
+    batch_size: int,
+    max_tokens: int | None,
+    reset_window: int | None = None,
 ) -> Iterator[Score]:
-    """Scores the source row by row; yields the running score after each batch."""
+    """Scores the source row by row; yields the running score after each piece of the rows.
+
+    reset_window: also score with the memory reset every so many tokens (`parallel.scoring` says how).
+    """
     device = next(model.parameters()).device
     token_bytes = torch.from_numpy(np.asarray(source.token_bytes))
-    score = Score()
+    score = Score(PositionSums(torch.device("cpu"), with_reset=reset_window is not None))
+
+    def read(rows: Rows, state: ModelState | None, _: bool) -> tuple[Tensor, ModelState]:
+        losses, state = model.token_losses(rows.tokens.to(device), rows.targets.to(device), state)
+        return losses.cpu(), state
+
     batches = sequential_batches(source, sequence_length=context, batch_size=batch_size, max_tokens=max_tokens)
     for batch in batches:
-        state = None
-        for start in range(0, context, PIECE):
-            tokens, targets = (x[:, start : start + PIECE] for x in (batch.tokens, batch.targets))
-            losses, state = model.token_losses(tokens.to(device), targets.to(device), state)
-            score.add(losses.cpu(), targets, start, token_bytes)
-        yield score
+        for piece in read_in_pieces(batch, read, length=PIECE, reset_window=reset_window):
+            score.add(piece, token_bytes)
+            yield score
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,7 +125,17 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--shards", type=Path, help="shard set made by `python -m tools.shards build`; or give --input")
     add_document_arguments(result, required=False)
     result.add_argument("--context", type=positive_int, help="tokens in a row (default: the training length)")
-    result.add_argument("--batch-size", type=positive_int, default=8, help="rows at a time (default 8)")
+    result.add_argument(
+        "--compare-reset",
+        type=positive_int,
+        metavar="WINDOW",
+        help="also score with the memory reset every WINDOW tokens of a row, attention, convolutions and positions "
+        "going on: the difference is what the memory gives. A multiple of the model's chunk (mac: segment), below "
+        "--context",
+    )
+    result.add_argument(
+        "--batch-size", type=positive_int, help="rows at a time (default: 8, or fewer where the text has fewer rows)"
+    )
     result.add_argument("--max-tokens", type=positive_int, help="stop after this many tokens (default: all)")
     result.add_argument("--json", type=Path, help="file to write the results to")
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default cpu)")
@@ -153,7 +162,7 @@ def open_source(arguments: argparse.Namespace, loaded: LoadedModel) -> ShardSet 
 
 def print_report(report: dict[str, Any]) -> None:
     """The results as tables."""
-    console = Console()
+    console = Console(width=max(100, Console().width))
     summary = Table("loss", "perplexity", "bits per byte", "tokens", "text bytes")
     per_byte = report["bits_per_byte"]
     summary.add_row(
@@ -161,9 +170,15 @@ def print_report(report: dict[str, Any]) -> None:
         f"{report['tokens']:,}", f"{report['text_bytes']:,}",
     )  # fmt: skip
     console.print(summary)
-    positions = Table("position in the row", "tokens", "loss")
+    window = report.get("reset_window")
+    compared = () if window is None else ("loss carried", f"loss reset every {window:,}", "difference")
+    positions = Table("position in the row", "tokens", *(compared or ("loss",)))
     for row in report["by_position"]:
-        positions.add_row(f"{row['first']}..{row['last']}", f"{row['tokens']:,}", f"{row['loss']:.4f}")
+        losses = [f"{row[name]:.4f}" for name in ("loss", "loss_reset", "difference") if name in row]
+        positions.add_row(f"{row['first']:,}..{row['last']:,}", f"{row['tokens']:,}", *losses)
+    if compared:
+        losses = [f"{report[name]:.4f}" for name in ("loss", "loss_reset", "difference")]
+        positions.add_row("all", f"{report['tokens']:,}", *losses)
     console.print(positions)
 
 
@@ -174,17 +189,28 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             open(arguments.json, "a").close()
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
-    source = open_source(arguments, loaded)
     context = arguments.context or loaded.config.sequence_length
+    if arguments.compare_reset is not None:
+        try:
+            require_reset_window(loaded.config.model, arguments.compare_reset, context, "--compare-reset")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    source = open_source(arguments, loaded)
+    window = arguments.compare_reset
     total = min(source.tokens, arguments.max_tokens or source.tokens)
     progress = Progress(total)
-    score = Score()
     for score in evaluate(
-        loaded.model, source, context=context, batch_size=arguments.batch_size, max_tokens=arguments.max_tokens
+        loaded.model,
+        source,
+        context=context,
+        batch_size=arguments.batch_size or min(8, -(-total // context)),
+        max_tokens=arguments.max_tokens,
+        reset_window=window,
     ):
         progress.update(score.tokens, f"{score.tokens:,} of {total:,} tokens, loss {score.nats / score.tokens:.4f}")
     progress.close()
-    report = {"model": str(arguments.model), "context": context, **score.report()}
+    compared = {} if window is None else {"reset_window": window}
+    report = {"model": str(arguments.model), "context": context, **compared, **score.report()}
     print_report(report)
     if arguments.json is not None:
         with writing(arguments.json):

@@ -33,12 +33,19 @@ class AttentionInputs:
     streams: tuple[tuple[Tensor, Tensor], ...]
     prefix: Prefix | None
     window: int
-    first_valid: Tensor | None
+    first_visible: Tensor | None
+    """Key index of the first key seen, never beyond the query's own: [B, Tq] by query, or [B, 1] for all of a row's
+    queries (then it hides cached keys alone)."""
 
     @property
     def offset(self) -> int:
         """Key index of the first query."""
         return self.streams[0][0].shape[2] - self.q.shape[2]
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether queries of one row may differ in the first key that they see."""
+        return self.first_visible is not None and self.first_visible.shape[1] > 1
 
 
 def prepare(
@@ -49,6 +56,7 @@ def prepare(
     prefix: Prefix | None,
     context: tuple[Tensor, Tensor] | None,
     first_valid: Tensor | None,
+    first_visible: Tensor | None = None,
 ) -> AttentionInputs:
     """Checks shapes and moves the heads forward.
 
@@ -65,8 +73,8 @@ def prepare(
             raise ValueError(f"{name} are {list(tensor.shape)}: they must have the shape of k, {list(k.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}: it counts the visible tokens, the query's own included, so at least 1")
-    if first_valid is not None and first_valid.shape != (batch,):
-        raise ValueError(f"first_valid is {list(first_valid.shape)}: it must hold one key index per row, [{batch}]")
+    _check_key_indices("first_valid", first_valid, [batch], "row")
+    _check_key_indices("first_visible", first_visible, [batch, length], "query")
     if prefix is not None:
         _check_prefix(prefix, q)
         prefix = Prefix(prefix.q.transpose(1, 2), prefix.k.transpose(0, 1), prefix.v.transpose(0, 1))
@@ -76,9 +84,25 @@ def prepare(
         streams=tuple((keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in streams),
         prefix=prefix,
         window=k.shape[1] if window is None else min(window, k.shape[1]),
-        # A later index would hide a query's own key and leave its softmax empty; clamping costs no host sync.
-        first_valid=None if first_valid is None else first_valid.clamp(0, k.shape[1] - length),
+        first_visible=_first_visible(first_valid, first_visible, k.shape[1] - length, length),
     )
+
+
+def _check_key_indices(name: str, value: Tensor | None, shape: list[int], each: str) -> None:
+    if value is not None and (value.dtype != torch.int64 or list(value.shape) != shape):
+        raise ValueError(
+            f"{name} is {value.dtype} {list(value.shape)}: it must hold one key index per {each}, torch.int64 {shape}"
+        )
+
+
+def _first_visible(first_valid: Tensor | None, by_query: Tensor | None, offset: int, length: int) -> Tensor | None:
+    """The two bounds as one, `AttentionInputs.first_visible`: a row's is one query's bound, set for all of them."""
+    # A later index would hide a query's own key and leave its softmax empty; clamping costs no host sync.
+    row = None if first_valid is None else first_valid.clamp(0, offset)[:, None]
+    if by_query is None:
+        return row
+    bound = torch.minimum(by_query.clamp(min=0), indices(offset, offset + length, by_query.device))
+    return bound if row is None else torch.maximum(bound, row)
 
 
 def _check_prefix(prefix: Prefix, q: Tensor) -> None:
@@ -89,13 +113,13 @@ def _check_prefix(prefix: Prefix, q: Tensor) -> None:
             raise ValueError(f"{name} is {list(tensor.shape)}: it must be [N, {q.shape[2]}, {q.shape[3]}] with N >= 1")
 
 
-def visible(query_index: Tensor, key_index: Tensor, window: int, first_valid: Tensor | None) -> Tensor:
-    """Which keys each query sees: [Tq, Tk] bool, or [B, 1, Tq, Tk] when `first_valid` [B] differs by row."""
+def visible(query_index: Tensor, key_index: Tensor, window: int, first_visible: Tensor | None) -> Tensor:
+    """Which keys each query sees: [Tq, Tk] bool, or [B, 1, Tq, Tk] where `first_visible` [B, Tq or 1] is given."""
     distance = query_index[:, None] - key_index[None, :]
     mask = (distance >= 0) & (distance < window) & (key_index >= 0)
-    if first_valid is None:
+    if first_visible is None:
         return mask
-    return mask & (key_index >= first_valid[:, None])[:, None, None, :]
+    return mask & (key_index >= first_visible[:, None, :, None])
 
 
 def indices(start: int, stop: int, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ def attention(
     prefix: Prefix | None = None,
     context: tuple[Tensor, Tensor] | None = None,
     first_valid: Tensor | None = None,
+    first_visible: Tensor | None = None,
     backend: Literal["auto", "sdpa", "math"] = "auto",
 ) -> Tensor:
     """Causal softmax attention with scale D^-0.5; every argument is differentiable (first order).
@@ -33,8 +34,12 @@ def attention(
             (arXiv 2501.00663) section 4.1, without the future that the concatenation there would leak.
         first_valid: [B] int64; keys with a smaller index are invisible to that row (it was reset in mid-window).
             Values above Tk - Tq, the first query's own index, count as Tk - Tq.
-        backend: "sdpa" (torch's fused kernels; memory linear in Tq under a window), "math" (the plain formula;
-            quadratic), or "auto" (sdpa).
+        first_visible: [B, Tq] int64; the index of the first key (of k, cache included, and of the context alike) that
+            each query may see: where its document begins. Along Tq it must not decrease (not checked: that would wait
+            for the device). A value beyond the query's own index counts as the own index: every query sees its own
+            key, and the prefix, which belongs to no document. Beside `first_valid` the later of the two holds.
+        backend: "sdpa" (torch's fused kernels; memory linear in Tq under a window, masks made for a block of queries at
+            a time), "math" (the plain formula; quadratic), or "auto" (sdpa).
 
     Returns:
         [B, Tq, H, D] in the dtype of q.
@@ -44,4 +49,5 @@ def attention(
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}: choose one of {', '.join(_BACKENDS)}")
-    return _BACKENDS[backend](prepare(q, k, v, window, prefix, context, first_valid)).transpose(1, 2)
+    inputs = prepare(q, k, v, window, prefix, context, first_valid, first_visible)
+    return _BACKENDS[backend](inputs).transpose(1, 2)

@@ -11,7 +11,7 @@ def attention_reference(inputs: AttentionInputs) -> Tensor:
     q, scale = inputs.q, inputs.q.shape[-1] ** -0.5
     length = inputs.streams[0][0].shape[2]
     mask = visible(
-        indices(inputs.offset, length, q.device), indices(0, length, q.device), inputs.window, inputs.first_valid
+        indices(inputs.offset, length, q.device), indices(0, length, q.device), inputs.window, inputs.first_visible
     )
     scores = [(q @ keys.mT).masked_fill(~mask, float("-inf")) for keys, _ in inputs.streams]
     values = [values for _, values in inputs.streams]

@@ -10,6 +10,7 @@ not be, since the fused kernels drop the gradient of the log-sum-exp. The price 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention.inputs import AttentionInputs, Prefix, indices, visible
 
@@ -58,16 +59,16 @@ def _with_sink(q: Tensor, streams: _Streams, score: Tensor) -> tuple[Tensor, _St
 def _streams_attention(inputs: AttentionInputs, q: Tensor, streams: _Streams, scale: float, sink: bool) -> Tensor:
     """Attention over streams whose first may start with a sink key; picks the cheapest exact form."""
     length, total = q.shape[2], inputs.offset + q.shape[2]
-    plain = len(streams) == 1 and inputs.first_valid is None
+    plain = len(streams) == 1 and inputs.first_visible is None
     if plain and inputs.window == total and inputs.offset == 0:
         return _full_causal(q, *streams[0], scale, sink)
     if plain and length == 1:
         keys, values = (_select(tensor, total - inputs.window, total, sink) for tensor in streams[0])
         return scaled_dot_product_attention(q, keys, values, scale=scale)
-    if inputs.window == total:
-        blocks = range(0, length, _QUERY_BLOCK)
-        return torch.cat([_masked(inputs, q, streams, start, start + _QUERY_BLOCK, scale, sink) for start in blocks], 2)
-    # Only the first window of queries can see cached, reset or missing keys; behind it all blocks look alike.
+    if inputs.window == total or (inputs.has_documents and inputs.window > _QUERY_BLOCK):
+        return _by_blocks(inputs, q, streams, scale, sink)
+    # Only the first window of queries can see cached, reset or missing keys; behind it all blocks look alike, but for
+    # the documents' beginnings.
     head = _masked(inputs, q, streams, 0, inputs.window, scale, sink)
     if length <= inputs.window:
         return head
@@ -88,6 +89,22 @@ def _select(tensor: Tensor, start: int, stop: int, sink: bool) -> Tensor:
     return torch.cat((tensor[:, :, :1], tensor[:, :, start + 1 : stop + 1]), 2)
 
 
+def _by_blocks(inputs: AttentionInputs, q: Tensor, streams: _Streams, scale: float, sink: bool) -> Tensor:
+    """Blocks of queries in turn, each with its mask spelled out, and made again for the backward: kept, the masks of
+    all blocks would together be as large as the one that is avoided."""
+    length = q.shape[2]
+    if length <= _QUERY_BLOCK:
+        return _masked(inputs, q, streams, 0, length, scale, sink)
+    blocks = [
+        checkpoint(
+            _masked, inputs, q, streams, start, start + _QUERY_BLOCK, scale, sink,
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        for start in range(0, length, _QUERY_BLOCK)
+    ]  # fmt: skip
+    return torch.cat(blocks, 2)
+
+
 def _masked(
     inputs: AttentionInputs, q: Tensor, streams: _Streams, start: int, stop: int, scale: float, sink: bool
 ) -> Tensor:
@@ -95,7 +112,8 @@ def _masked(
     stop = min(stop, q.shape[2])
     first, last = max(0, inputs.offset + start - inputs.window + 1), inputs.offset + stop
     rows, columns = indices(inputs.offset + start, last, q.device), indices(first, last, q.device)
-    mask = _joined_mask(visible(rows, columns, inputs.window, inputs.first_valid), len(streams), sink)
+    bound = inputs.first_visible[:, start:stop] if inputs.has_documents else inputs.first_visible
+    mask = _joined_mask(visible(rows, columns, inputs.window, bound), len(streams), sink)
     keys, values = _joined([
         [_select(x, first, last, sink and number == 0) for x in pair] for number, pair in enumerate(streams)
     ])  # fmt: skip
@@ -118,7 +136,8 @@ def _alike_blocks(inputs: AttentionInputs, q: Tensor, streams: _Streams, scale: 
     window, batch, heads = inputs.window, q.shape[0], q.shape[1]
     count = -(-(q.shape[2] - window) // window)
     rows, columns = indices(window, 2 * window, q.device), indices(0, 2 * window, q.device)
-    mask = _joined_mask(visible(rows, columns, window, None), len(streams), sink)
+    bound = _bound_in_blocks(inputs, count) if inputs.has_documents else None
+    mask = _joined_mask(visible(rows, columns, window, bound), len(streams), sink)
 
     def fold(blocks: Tensor) -> Tensor:
         return blocks.transpose(1, 2).flatten(0, 1)
@@ -136,3 +155,11 @@ def _alike_blocks(inputs: AttentionInputs, q: Tensor, streams: _Streams, scale: 
     out = scaled_dot_product_attention(fold(blocks), keys, values, attn_mask=mask, scale=scale)
     out = out.unflatten(0, (batch, count)).transpose(1, 2)
     return out.reshape(batch, heads, count * window, -1)[:, :, : q.shape[2] - window]
+
+
+def _bound_in_blocks(inputs: AttentionInputs, count: int) -> Tensor:
+    """First visible key of the queries behind the first window, [B * count, window], in the keys of their block."""
+    window, length = inputs.window, inputs.q.shape[2]
+    bound = pad(inputs.first_visible[:, window:], (0, (count + 1) * window - length)).unflatten(1, (count, window))
+    beginnings = inputs.offset + window * indices(0, count, bound.device)
+    return (bound - beginnings[:, None]).flatten(0, 1)

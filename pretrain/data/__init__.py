@@ -1,14 +1,16 @@
 """The data that a run trains on, and the loader that deals it out.
 
-A training row is a pure function of (seed, global sample): the same for any world size, any number of workers and any
-batch size, so a run resumes exactly from a small cursor. What a run asks of any kind of data is in `source`, the
-division over ranks in `loader`. Tokenised shards: the folder's format is described in `format`, the order in
-`packing`. Rows that are drawn, with questions that have an answer: `synthetic`.
+A training row is a pure function of (seed, global sample), and for streams of the rows a step: the same for any world
+size and any number of workers, so a run resumes exactly from a small cursor. What a run asks of any kind of data is in
+`source`, the division over ranks in `loader`. Tokenised shards: the folder's format is described in `format`, documents
+end to end in `stream`, the order of rows in `packing`. Rows that are drawn, with questions that have an answer:
+`synthetic`.
 """
 
 from pretrain.data.config import DataConfig, ShardsConfig, open_shards
 from pretrain.data.cursor import Cursor
 from pretrain.data.loader import Batch, Division, Loader
+from pretrain.data.packing import LongDocuments, Selection
 from pretrain.data.shard_source import ShardSource
 from pretrain.data.shards import ShardSet, TokenizerInfo
 from pretrain.data.source import Data, HeldOut, Share, Source, SourceConfig
@@ -23,6 +25,8 @@ __all__ = [
     "Division",
     "HeldOut",
     "Loader",
+    "LongDocuments",
+    "Selection",
     "ShardSet",
     "ShardSource",
     "ShardsConfig",

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from pretrain.data.packing import Order
+from model import ModelConfig
+from pretrain.data.packing import LongDocuments, Order, Selection
 from pretrain.data.shard_source import HeldOutShards, ShardSource
 from pretrain.data.shards import ShardSet, Verify
 from pretrain.data.source import Data, Share, SourceConfig
 from pretrain.data.synthetic.config import SyntheticConfig
 from pretrain.errors import UserError
+from pretrain.quantities import Tokens
 
 
 class ShardsConfig(SourceConfig):
@@ -33,24 +35,85 @@ class ShardsConfig(SourceConfig):
 
     order: Order = "rows"
     """`rows`: documents are permuted and packed, and the packed rows permuted too, so that a batch does not come from
-    one long document. `documents`: rows follow each other as packed, so that row n+1 continues row n."""
+    one long document. `documents`: rows follow each other as packed, so that row n+1 continues row n. `streams`: each
+    row of a step goes on where the same row of the step before ended, and the model's state is carried from step to
+    step, for documents longer than a row: their gradient stops at the row's start."""
+
+    reset_memory: bool = False
+    """Whether the model's state (memory, convolutions, attention, positions) begins anew at each document's start. The
+    documents are then padded to whole chunks of the memory (segments of the mac), which --dry-run counts; padding is
+    read and counted as tokens, but is no target."""
+
+    min_document_tokens: Tokens = 1
+    """Documents of fewer tokens, EOS included, are left out."""
+
+    long_documents: LongDocuments | None = None
+    """A share of the rows that is made of long documents alone; none: all rows are of all documents."""
+
+    @model_validator(mode="after")
+    def _long_is_longer_than_any(self) -> "ShardsConfig":
+        long, shortest = self.long_documents, self.min_document_tokens
+        if long is not None and long.at_least <= shortest:
+            raise ValueError(
+                f"long_documents.at_least is {long.at_least}, min_document_tokens {shortest}: every document is long; "
+                "raise at_least, or remove long_documents"
+            )
+        return self
 
     @property
     def has_held_out(self) -> bool:
         """Whether validation shards are named."""
         return self.validation is not None
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether rows go on from step to step."""
+        return self.order == "streams"
+
+    @property
+    def pads_documents(self) -> bool:
+        """Whether documents are padded."""
+        return self.reset_memory
+
     def check_fits(self, *, sequence_length: int, vocab_size: int, held_out_tokens: int | None) -> None:
         """Nothing: what shards need is known when they are open."""
+
+    def check_resets(self, model: ModelConfig, *, sequence_length: int, segment_length: int | None) -> None:
+        """Raises ValueError for lengths that documents cannot begin at, and a state that would grow from step to
+        step.
+        """
+        if not self.reset_memory and not self.carries_state:
+            return
+        why = "data.reset_memory is on" if self.reset_memory else "data.order is streams"
+        unit = "model.segment" if model.variant == "mac" else "model.memory.chunk"
+        lengths = {"training.sequence_length": sequence_length, "training.segment_length": segment_length}
+        for name, length in lengths.items():
+            if length is not None and length % model.grid:
+                near = max(1, round(length / model.grid)) * model.grid
+                raise ValueError(
+                    f"{name} {length} is not a multiple of {unit} {model.grid}, where documents begin ({why}): make it "
+                    f"{near}, or another multiple"
+                )
+        if self.carries_state and model.variant == "transformer" and model.window is None:
+            raise ValueError(
+                "data.order is streams, which carries the state from step to step, but full attention's grows with "
+                "every token: set model.window, or another data.order"
+            )
 
     def missing(self) -> Path | None:
         """The folder of the training shards, if it is not there."""
         return None if self.train.exists() else self.train
 
-    def open(self, seed: int, share: Share | None = None) -> Data:
+    def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
         """See `open_shards`."""
         train, validation = open_shards(self, share)
-        source = ShardSource(train, seed, self.order, self.num_workers)
+        selection = Selection(
+            order=self.order,
+            grid=grid if self.reset_memory else None,
+            min_document_tokens=self.min_document_tokens,
+            long_documents=self.long_documents,
+        )
+        source = ShardSource(train, seed, selection, self.num_workers)
         return Data(source, None if validation is None else HeldOutShards(validation))
 
 

@@ -2,16 +2,17 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from pretrain.data.packing import Order
+from pretrain.data.packing import LongDocuments, Order
 from pretrain.errors import UserError
 
 
 class Cursor(BaseModel):
     """The position in the order of rows, and what that order depends on.
 
-    World size, batch size and number of workers are no part of it: any of them may change at a resume.
+    World size, micro-batch size and number of workers are no part of it, nor is the batch size, but for order streams:
+    any of them may change at a resume.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -26,6 +27,20 @@ class Cursor(BaseModel):
     """Kind of order (see ShardsConfig.order); drawn: each row is drawn by its number."""
     fingerprint: str
     """Identity of the training data: ShardSet.fingerprint, or the synthetic task's."""
+    rows_per_step: PositiveInt | None = None
+    """Order streams: rows of a step, each of which goes on where one of the step before ended."""
+    grid: PositiveInt | None = None
+    """Tokens that documents are padded to a multiple of; None: documents are packed."""
+    min_document_tokens: PositiveInt = 1
+    """Shorter documents are left out."""
+    long_documents: LongDocuments | None = None
+    """The share of long documents."""
+
+    @model_validator(mode="after")
+    def _streams_stand_between_steps(self) -> "Cursor":
+        if self.rows_per_step is not None and self.position % self.rows_per_step:
+            raise ValueError(f"position {self.position} is inside a step of {self.rows_per_step} rows")
+        return self
 
     def to_json(self) -> str:
         """The cursor as JSON text."""
@@ -55,6 +70,13 @@ class Cursor(BaseModel):
             ),
             "seed": "set data.seed (or the run's seed) back, or start a new run",
             "order": "set data.order back, or start a new run",
+            "rows_per_step": (
+                "with data.order streams each row goes on from one of the step before: set training.batch_tokens back, "
+                "or start a new run"
+            ),
+            "grid": "documents are padded to it: set data.reset_memory back, or start a new run",
+            "min_document_tokens": "set data.min_document_tokens back, or start a new run",
+            "long_documents": "set data.long_documents back, or start a new run",
         }
         problems = [
             f"{name} {getattr(cursor, name)} in the checkpoint, {getattr(self, name)} now ({fix})"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pretrain.data.cursor import Cursor
+from pretrain.data.rows import Rows
 from pretrain.errors import UserError
 
 # Enough that a worker is never idle while another's step waits to be taken.
@@ -26,17 +27,20 @@ STEPS_AHEAD_PER_WORKER = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank: `tokens` and `targets`, int64 [micro_batch_size, sequence_length] on the CPU."""
+    """One micro-batch of one rank: `tokens` and `targets`, int64 [micro_batch_size, sequence_length] on the CPU, and
+    `resets`, bool of the same shape, True where a row's state begins anew (see `pretrain.data.rows`), or None.
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor
+    resets: torch.Tensor | None = None
 
 
 class RowReader(Protocol):
     """Rows by number. Thread-safe."""
 
-    def read(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets of global samples: int64 [n] -> two int64 [n, sequence_length]."""
+    def read(self, samples: np.ndarray) -> Rows:
+        """The rows of global samples, int64 [n]."""
 
 
 def require_positive(**sizes: int) -> None:
@@ -69,6 +73,11 @@ class Division:
         require_rank(self.rank, self.world_size)
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of a step over all ranks."""
+        return self.accumulation * self.world_size * self.micro_batch_size
+
+    @property
     def layout(self) -> tuple[int, int, int]:
         """The shape in which a step's samples are dealt out: micro-batch, rank, row."""
         return self.accumulation, self.world_size, self.micro_batch_size
@@ -88,7 +97,7 @@ class Loader:
         self._start = start
         self._layout = division.layout
         self._rank = division.rank
-        self._step_samples = int(np.prod(division.layout))
+        self._step_samples = division.rows_per_step
         self._taken = 0  # steps handed out
         self._pool = ThreadPoolExecutor(num_workers, "data") if num_workers else None
         self._ahead: deque[Future[list[Batch]]] = deque()
@@ -132,7 +141,6 @@ class Loader:
     def _read_step(self, step: int) -> list[Batch]:
         first = self._start.position + step * self._step_samples
         samples = np.arange(first, first + self._step_samples).reshape(self._layout)[:, self._rank]
-        tokens, targets = (
-            torch.from_numpy(array).view(*samples.shape, -1) for array in self._rows.read(samples.ravel())
-        )
-        return [Batch(*pair) for pair in zip(tokens, targets, strict=True)]
+        rows = [x for x in self._rows.read(samples.ravel()) if x is not None]
+        parts = (torch.from_numpy(x).view(*samples.shape, -1) for x in rows)
+        return [Batch(*part) for part in zip(*parts, strict=True)]

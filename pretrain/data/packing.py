@@ -1,136 +1,189 @@
 """The order of the training data: rows as a pure function of (seed, epoch, global sample).
 
-In each epoch the documents are permuted and laid end to end as one stream of N tokens. Row p of a length T is the
-stream's tokens p*T .. p*T + T inclusive: T inputs and, one further, T targets, so that neighbouring rows share a
-token and every token but the first is a target once. An epoch has (N - 1) // T rows; what is left over, fewer than T
-tokens, differs with the permutation. With order "rows", a second permutation decides which row is read when.
+In each epoch the documents are permuted and laid end to end (`pretrain.data.stream`), and row p of a length T is the
+stream's inputs p*T and on. What is left over at the end, fewer than T inputs, differs with the permutation.
 
-The permutations are generalised Feistel networks (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002):
-any entry is computed on its own in O(1), the definition is a few lines of integer arithmetic, and so the order does
-not depend on the version of a random number library.
+- Order "rows": a second permutation decides which row is read when.
+- Order "documents": rows follow each other as they lie.
+- Order "streams": with R rows a step, row r of step n + 1 goes on where row r of step n ended. Each of these R lanes
+  has as many consecutive rows of an epoch's stream as the others, and when they are read, of the next epoch's: R
+  neighbouring shares, whose first rows begin with a reset. Rows that do not make up one more for every lane, fewer than
+  R, are left out of the epoch beside what is left over of the stream.
+
+With a share of long documents, two such orders are interleaved: one of the long documents alone, one of all.
 """
 
-import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isqrt
-from threading import Lock
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
+from pretrain.data.permutation import permute
+from pretrain.data.rows import Rows
 from pretrain.data.shards import ShardSet
+from pretrain.data.stream import Stream
 from pretrain.errors import UserError
+from pretrain.quantities import Tokens
 
-Order = Literal["rows", "documents"]
-
-# Entries are permuted in blocks of this many, which stay in the processor's cache.
-_BLOCK = 1 << 15
+Order = Literal["rows", "documents", "streams"]
 
 
-def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Where a permutation of range(size), chosen by `key`, sends each entry of `index`: int64 [n] -> int64 [n]."""
-    if index.size > _BLOCK:
-        blocks = np.array_split(index, -(-index.size // _BLOCK))
-        return np.concatenate([permute(block, size, key) for block in blocks])
-    rounds = np.frombuffer(hashlib.sha512(key.encode()).digest(), "<u8")
-    rows = np.uint64(isqrt(size - 1) + 1)
-    columns = np.uint64(-(-size // int(rows)))
-    out = _feistel(index.astype(np.uint64), rows, columns, rounds)
-    # The network permutes rows * columns >= size entries: those that leave the range walk on until they are back.
-    while (outside := out >= np.uint64(size)).any():
-        out[outside] = _feistel(out[outside], rows, columns, rounds)
-    return out.astype(np.int64)
+class LongDocuments(BaseModel):
+    """A share of the rows that is made of long documents alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    at_least: Tokens
+    """Tokens of a document, EOS included, from which on it is long."""
+
+    share: float = Field(gt=0, le=1)
+    """Share of the rows that hold long documents only; the others hold all documents, long ones among them. With order
+    streams, of the rows of a step, rounded down."""
+
+    def before(self, row: int) -> int:
+        """How many of the first `row` rows are of long documents."""
+        share = Fraction(str(self.share))  # as it is written: 0.3 is no binary number
+        return row * share.numerator // share.denominator
 
 
-def _feistel(value: np.ndarray, rows: np.uint64, columns: np.uint64, rounds: np.ndarray) -> np.ndarray:
-    left, right = np.divmod(value, columns)
-    for number, key in enumerate(rounds):
-        if number % 2:
-            right = _shifted(right, _mixed(left, key), columns)
-        else:
-            left = _shifted(left, _mixed(right, key), rows)
-    return left * columns + right
+class Selection(BaseModel):
+    """Which documents are read, and how they lie: all that the order depends on beside length, seed and rows a step."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-def _shifted(value: np.ndarray, mixed: np.ndarray, size: np.uint64) -> np.ndarray:
-    """(value + a number in range(size) drawn from the upper 32 bits of `mixed`) modulo size, for size < 2^32."""
-    value = value + (((mixed >> np.uint64(32)) * size) >> np.uint64(32))
-    return np.where(value >= size, value - size, value)
+    order: Order = "rows"
+    """Order of the rows."""
 
+    grid: int | None = None
+    """Tokens that every document is padded to a multiple of, where a model's memory is reset at its start; None: it is
+    not, and documents are packed without a gap."""
 
-def _mixed(value: np.ndarray, key: np.uint64) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
-    value = value ^ key
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    min_document_tokens: int = 1
+    """Shorter documents are left out."""
+
+    long_documents: LongDocuments | None = None
+    """The share of long documents."""
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    documents: np.ndarray  # int64 [documents]: the document at each place
-    starts: np.ndarray  # int64 [documents + 1]: where it starts in the epoch's stream
+class Pool:
+    """A stream, and the rows that an epoch has of it."""
+
+    stream: Stream
+    rows: int
+    lanes: int | None
+    """Rows of every step that go on in the next one; None: rows stand for themselves."""
+
+    @property
+    def rows_per_lane(self) -> int:
+        """Consecutive rows of an epoch that a lane reads."""
+        return self.rows // self.lanes
 
 
 class Packing:
-    """The rows of a shard set for one length, seed and order. Thread-safe."""
+    """The rows of a shard set for one length, seed and selection. Thread-safe."""
 
-    def __init__(self, shards: ShardSet, *, sequence_length: int, seed: int, order: Order) -> None:
-        """Raises UserError when the set is too small for one row."""
-        if shards.tokens < sequence_length + 1:
-            raise UserError(
-                f"{shards.folder}: holds {shards.tokens} tokens, a row of training.sequence_length {sequence_length} "
-                f"takes {sequence_length + 1}; add text or shorten the rows"
-            )
+    def __init__(
+        self, shards: ShardSet, *, sequence_length: int, seed: int, selection: Selection, rows_per_step: int
+    ) -> None:
+        """`rows_per_step`: rows of all ranks in a step, on which the order "streams" depends.
+
+        Raises UserError when the set is too small: for one row, for a row in every lane, or without long documents.
+        """
         self.shards = shards
         self.sequence_length = sequence_length
         self.seed = seed
-        self.order = order
-        self.rows_per_epoch = (shards.tokens - 1) // sequence_length
-        self._epochs: dict[int, _Epoch] = {}
-        self._lock = Lock()
+        self.selection = selection
+        self.rows_per_step = rows_per_step
+        self._has_lanes = selection.order == "streams"
+        long = selection.long_documents
+        self._long_lanes = long.before(rows_per_step) if long is not None and self._has_lanes else 0
+        if long is not None and self._has_lanes and not self._long_lanes:
+            raise UserError(
+                f"data.long_documents.share {long.share}: of {rows_per_step} rows a step that is none; raise it to "
+                f"{1 / rows_per_step:.2g} or more, or training.batch_tokens"
+            )
+        self.pools = [None if self.long_share == 1 else self._pool(None), None if long is None else self._pool(long)]
+        """Of all documents, and of long ones; None where no row is of it."""
 
-    def read(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets, one further, of global samples: int64 [n] -> two int64 [n, sequence_length]."""
-        rows = self.rows(samples)
-        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+    @property
+    def long_share(self) -> float:
+        """Share of the rows that are of long documents only, as it comes out."""
+        long = self.selection.long_documents
+        if long is None:
+            return 0.0
+        return self._long_lanes / self.rows_per_step if self._has_lanes else long.share
 
-    def rows(self, samples: np.ndarray) -> np.ndarray:
-        """The rows of global samples, int64 [n] -> int64 [n, sequence_length + 1]."""
-        out = np.empty((len(samples), self.sequence_length + 1), np.int64)
-        epochs, rows = np.divmod(samples, self.rows_per_epoch)
-        for epoch in np.unique(epochs):
-            places = np.flatnonzero(epochs == epoch)
-            numbers = rows[places]
-            if self.order == "rows":
-                numbers = permute(numbers, self.rows_per_epoch, f"rows {self.seed} {epoch}")
-            stream = self._epoch(int(epoch))
-            positions = numbers * self.sequence_length
-            first = np.searchsorted(stream.starts, positions, side="right") - 1
-            for place, position, document in zip(places, positions.tolist(), first.tolist(), strict=True):
-                self._fill(out[place], stream, position, document)
+    def read(self, samples: np.ndarray) -> Rows:
+        """Inputs, targets and resets of global samples, int64 [n]."""
+        shape = (len(samples), self.sequence_length)
+        resets = None if self.selection.grid is None and not self._has_lanes else np.zeros(shape, np.bool_)
+        out = Rows(np.empty(shape, np.int64), np.empty(shape, np.int64), resets)
+        for pool, places, numbers in self._pooled(samples.tolist()):
+            for place, epoch, row, begins in zip(places, *self._find(pool, np.array(numbers)), strict=True):
+                pool.stream.read(int(epoch), int(row) * self.sequence_length, out, place)
+                if begins:
+                    resets[place, 0] = True
         return out
 
-    def _fill(self, out: np.ndarray, epoch: _Epoch, position: int, place: int) -> None:
-        """Fills `out` from `position` of the epoch's stream, which lies in the document at `place`."""
-        filled = 0
-        while filled < len(out):
-            start = position + filled - int(epoch.starts[place])
-            stop = min(start + len(out) - filled, int(epoch.starts[place + 1] - epoch.starts[place]))
-            out[filled : filled + stop - start] = self.shards.read(int(epoch.documents[place]), start, stop)
-            filled += stop - start
-            place += 1
+    def _pool(self, long: LongDocuments | None) -> Pool:
+        selection, length = self.selection, self.sequence_length
+        at_least, field, name = selection.min_document_tokens, "data.min_document_tokens", ""
+        if long is not None:
+            at_least, field, name = long.at_least, "data.long_documents.at_least", "long "
+        stream = Stream(self.shards, seed=self.seed, at_least=at_least, grid=selection.grid, field=field, name=name)
+        lanes = None
+        if self._has_lanes:
+            lanes = self.rows_per_step - self._long_lanes if long is None else self._long_lanes
+        rows = max(stream.inputs, 0) // length
+        if rows < (lanes or 1):
+            of = "" if at_least <= 1 else f" in documents of at least {at_least} ({field})"
+            if stream.grid is not None:
+                of += f", {stream.inputs} with padding"
+            what = f"a row of training.sequence_length {length} takes {length + (stream.grid is None)}"
+            mend = "add text or shorten the rows"
+            if lanes is not None and lanes > 1:
+                what, mend = f"{lanes} rows a step that each go on in the next: {what}", f"{mend}, or have fewer"
+            raise UserError(f"{self.shards.folder}: holds {stream.tokens} tokens{of}, {what}; {mend}")
+        return Pool(stream, rows, lanes)
 
-    def _epoch(self, epoch: int) -> _Epoch:
-        # Two epochs are kept, the latest used, because threads read ahead across an epoch's end.
-        with self._lock:
-            found = self._epochs.pop(epoch, None)
-            if found is None:
-                everything = np.arange(self.shards.documents)
-                documents = permute(everything, self.shards.documents, f"documents {self.seed} {epoch}")
-                starts = np.concatenate([[0], np.cumsum(self.shards.document_tokens[documents])])
-                found = _Epoch(documents, starts)
-            self._epochs[epoch] = found
-            if len(self._epochs) > 2:
-                del self._epochs[next(iter(self._epochs))]
-            return found
+    def _pooled(self, samples: list[int]) -> Iterator[tuple[Pool, list[int], list[int]]]:
+        """Samples by pool: their places in the list, and their numbers among the rows of their pool.
+
+        Of streams a number is (step) * lanes + lane, and a lane is of one pool for good.
+        """
+        everything, long = self.pools
+        config = self.selection.long_documents
+        if config is None:
+            yield everything, list(range(len(samples))), samples
+            return
+        found: dict[bool, tuple[list[int], list[int]]] = {True: ([], []), False: ([], [])}
+        for place, sample in enumerate(samples):
+            step, row = divmod(sample, self.rows_per_step) if self._has_lanes else (0, sample)
+            before = config.before(row)
+            is_long = config.before(row + 1) > before
+            number = before if is_long else row - before
+            if self._has_lanes:
+                number += step * (long if is_long else everything).lanes
+            found[is_long][0].append(place)
+            found[is_long][1].append(number)
+        for is_long, (places, numbers) in found.items():
+            if places:
+                yield long if is_long else everything, places, numbers
+
+    def _find(self, pool: Pool, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Epoch and row of a pool's rows by number, and whether a lane begins there."""
+        if pool.lanes is not None:
+            steps, lanes = np.divmod(numbers, pool.lanes)
+            epochs, places = np.divmod(steps, pool.rows_per_lane)
+            return epochs, lanes * pool.rows_per_lane + places, places == 0
+        epochs, rows = np.divmod(numbers, pool.rows)
+        if self.selection.order == "rows":
+            prefix = "" if pool is self.pools[0] else "long "
+            for epoch in np.unique(epochs):
+                chosen = epochs == epoch
+                rows[chosen] = permute(rows[chosen], pool.rows, f"{prefix}rows {self.seed} {epoch}")
+        return epochs, rows, np.zeros(len(rows), np.bool_)

@@ -7,7 +7,7 @@ import numpy as np
 
 from pretrain.data.cursor import Cursor
 from pretrain.data.loader import Batch, Division, Loader
-from pretrain.data.packing import Order, Packing
+from pretrain.data.packing import Packing, Pool, Selection
 from pretrain.data.shards import ShardSet, TokenizerInfo
 from pretrain.data.validation import sequential_batches
 
@@ -18,7 +18,7 @@ class ShardSource:
 
     shards: ShardSet
     seed: int
-    order: Order
+    selection: Selection
     num_workers: int
 
     @property
@@ -40,14 +40,14 @@ class ShardSource:
         """The iterator over a rank's steps. Raises UserError for a set too small for one row, and a cursor of other
         data, length, seed or order.
         """
-        length = division.sequence_length
-        packing = Packing(self.shards, sequence_length=length, seed=self.seed, order=self.order)
+        packing = self._packing(division.sequence_length, division.rows_per_step)
         start = Cursor(
             position=0,
-            sequence_length=length,
+            sequence_length=division.sequence_length,
             seed=self.seed,
-            order=self.order,
             fingerprint=self.shards.fingerprint,
+            rows_per_step=division.rows_per_step if self.selection.order == "streams" else None,
+            **dict(self.selection),
         )
         changed = (
             f"the data in {self.shards.folder} changed: give the shards that the run began with as data.train, or "
@@ -55,13 +55,36 @@ class ShardSource:
         )
         return Loader(packing, start.moved_to(cursor, changed), division, self.num_workers)
 
-    def describe(self, total_tokens: int) -> str:
-        """Documents, tokens, and passes over them."""
-        shards = self.shards
-        return (
-            f"{shards.documents:,} documents, {shards.tokens:,} tokens: {total_tokens / shards.tokens:.2f} passes over "
-            "them"
+    def describe(self, total_tokens: int, *, sequence_length: int, rows_per_step: int) -> str:
+        """Documents, tokens, passes over them, padding, and what of the rows is of long documents."""
+        packing = self._packing(sequence_length, rows_per_step)
+        return "; ".join(
+            _describe(packing, pool, share * total_tokens)
+            for pool, share in zip(packing.pools, (1 - packing.long_share, packing.long_share), strict=True)
+            if pool is not None
         )
+
+    def _packing(self, sequence_length: int, rows_per_step: int) -> Packing:
+        return Packing(
+            self.shards,
+            sequence_length=sequence_length,
+            seed=self.seed,
+            selection=self.selection,
+            rows_per_step=rows_per_step,
+        )
+
+
+def _describe(packing: Packing, pool: Pool, tokens: float) -> str:
+    """One pool, of which a run reads so many tokens, padding included."""
+    stream = pool.stream
+    text = f"{stream.documents:,} documents, {stream.tokens:,} tokens: {tokens / stream.inputs:.2f} passes over them"
+    if stream.at_least > 1:
+        text = text.replace("documents", f"documents of at least {stream.at_least:,} tokens", 1)
+    if pool is packing.pools[1]:
+        text = f"{100 * packing.long_share:.3g} % of the rows: {text}"
+    if stream.grid is not None:
+        text += f", padded to multiples of {stream.grid}: {100 * stream.padding:.2f} % of what is read is padding"
+    return text
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
+from model import ModelConfig
 from pretrain.data.cursor import Cursor
 from pretrain.data.loader import Batch, Division, Loader
 from pretrain.data.shards import TokenizerInfo
@@ -46,8 +47,10 @@ class Source(Protocol):
         other data.
         """
 
-    def describe(self, total_tokens: int) -> str:
-        """A line about the data and what a run of `total_tokens` is beside it."""
+    def describe(self, total_tokens: int, *, sequence_length: int, rows_per_step: int) -> str:
+        """A line about the data and what a run of `total_tokens` is beside it. Raises UserError for data that is too
+        small.
+        """
 
 
 class HeldOut(Protocol):
@@ -99,21 +102,35 @@ class SourceConfig(BaseModel, ABC):
     def has_held_out(self) -> bool:
         """Whether there is a held-out part."""
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether each row of a step goes on where the same row of the step before ended."""
+        return False
+
+    @property
+    def pads_documents(self) -> bool:
+        """Whether some of what is read is padding between documents, and all else has a target."""
+        return False
+
     @abstractmethod
     def check_fits(self, *, sequence_length: int, vocab_size: int, held_out_tokens: int | None) -> None:
         """Raises ValueError where the section alone tells that rows or vocabulary are too small for the data, or that
         the held-out part has no `held_out_tokens` (None: all).
         """
 
+    def check_resets(self, model: ModelConfig, *, sequence_length: int, segment_length: int | None) -> None:
+        """Raises ValueError where the model's state cannot begin anew, or be carried, as the section asks for."""
+
     @abstractmethod
     def missing(self) -> Path | None:
         """A folder that the section names and that is not there."""
 
     @abstractmethod
-    def open(self, seed: int, share: Share | None = None) -> Data:
+    def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
         """Opens and checks the data; `seed` is the one to use (see Recipe.data_seed). Raises UserError.
 
         Args:
+            grid: tokens at whose multiples the model's state may begin anew: ModelConfig.grid.
             share: this process's part in reading all content through, where the section asks for that; None: nothing is
                 read through.
         """

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from pretrain.data.loader import Batch, require_positive, require_rank
+from pretrain.data.rows import IGNORE_INDEX
 from pretrain.data.shards import ShardSet
-
-IGNORE_INDEX = -100
 
 
 def sequential_batches(

@@ -10,57 +10,27 @@ from torch.autograd.graph import saved_tensors_hooks
 from kernels.attention import Prefix, attention
 from kernels.attention.inputs import prepare
 from kernels.attention.sdpa import attention_sdpa
-
-BATCH, HEADS, WIDTH = 2, 2, 8
-
-
-def _inputs(length: int, total: int, has_prefix: bool, has_context: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(length + total)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, HEADS, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    tensors = {"q": draw(BATCH, length), "k": draw(BATCH, total), "v": draw(BATCH, total)}
-    if has_prefix:
-        tensors |= {"plain_q": draw(BATCH, length), "prefix_k": draw(3), "prefix_v": draw(3)}
-    if has_context:
-        tensors |= {"context_k": draw(BATCH, total), "context_v": draw(BATCH, total)}
-    return tensors
-
-
-def _run(tensors: dict[str, Tensor], window: int | None, first_valid: Tensor | None, backend: str) -> Tensor:
-    prefix = Prefix(tensors["plain_q"], tensors["prefix_k"], tensors["prefix_v"]) if "plain_q" in tensors else None
-    context = (tensors["context_k"], tensors["context_v"]) if "context_k" in tensors else None
-    return attention(
-        tensors["q"],
-        tensors["k"],
-        tensors["v"],
-        window=window,
-        prefix=prefix,
-        context=context,
-        first_valid=first_valid,
-        backend=backend,
-    )
+from tests.kernels.attention_cases import BATCH, HEADS, WIDTH, draw_inputs, run_attention, with_gradients
 
 
 @pytest.mark.parametrize(("length", "total"), [(1, 1), (13, 13), (13, 16), (1, 9), (4, 17)])
 @pytest.mark.parametrize("window", [None, 1, 4, 30])
 def test_outputs_and_gradients_equal_the_formula(length: int, total: int, window: int | None) -> None:
     for has_prefix, has_context, has_reset in itertools.product((False, True), repeat=3):
-        tensors = _inputs(length, total, has_prefix, has_context, torch.float64)
+        tensors = draw_inputs(length, total, has_prefix, has_context, torch.float64)
         first_valid = torch.tensor([0, (total - length) // 2 + 1]) if has_reset else None
         results = {}
         for backend in ("sdpa", "math"):
-            out = _run(tensors, window, first_valid, backend)
-            results[backend] = (out, *torch.autograd.grad((out * out.detach().sin()).sum(), list(tensors.values())))
+            out = run_attention(tensors, window=window, first_valid=first_valid, backend=backend)
+            results[backend] = with_gradients(out, tensors)
         for got, expected in zip(results["sdpa"], results["math"], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_the_formula_equals_an_explicit_loop() -> None:
-    tensors = _inputs(5, 8, True, True, torch.float64)
+    tensors = draw_inputs(5, 8, True, True, torch.float64)
     first_valid, window = torch.tensor([0, 2]), 4
-    out = _run(tensors, window, first_valid, "math")
+    out = run_attention(tensors, window=window, first_valid=first_valid, backend="math")
     for row, i, head in itertools.product(range(BATCH), range(5), range(HEADS)):
         seen = [j for j in range(8) if 0 <= 3 + i - j < window and j >= first_valid[row]]
         scores, values = [], []
@@ -75,26 +45,28 @@ def test_the_formula_equals_an_explicit_loop() -> None:
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_bf16_stays_within_its_rounding_even_with_a_heavy_prefix(window: int | None) -> None:
-    tensors = _inputs(16, 16, True, True, torch.bfloat16)
+    tensors = draw_inputs(16, 16, True, True, torch.bfloat16)
     with torch.no_grad():
         tensors["prefix_k"].mul_(6)
     exact = {name: tensor.detach().double() for name, tensor in tensors.items()}
-    got = _run(tensors, window, None, "sdpa")
+    got = run_attention(tensors, window=window, backend="sdpa")
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.double(), _run(exact, window, None, "math"), rtol=0.02, atol=0.03)
+    torch.testing.assert_close(got.double(), run_attention(exact, window=window, backend="math"), rtol=0.02, atol=0.03)
 
 
 def test_a_reset_beyond_the_first_query_counts_as_the_first_query() -> None:
-    tensors = _inputs(3, 5, False, False, torch.float64)
+    tensors = draw_inputs(3, 5, False, False, torch.float64)
     for backend in ("sdpa", "math"):
-        late, exact = (_run(tensors, 4, torch.tensor([0, index]), backend) for index in (99, 2))
+        late, exact = (
+            run_attention(tensors, window=4, first_valid=torch.tensor([0, index]), backend=backend) for index in (99, 2)
+        )
         assert torch.equal(late, exact)
         assert late.isfinite().all()
 
 
 def _saved_bytes(length: int) -> int:
     """Bytes of distinct storage that a windowed call with prefix keeps for its backward."""
-    tensors = _inputs(length, length, True, True, torch.float32)
+    tensors = draw_inputs(length, length, True, True, torch.float32)
     storages: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -102,7 +74,7 @@ def _saved_bytes(length: int) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        _run(tensors, 32, None, "sdpa")
+        run_attention(tensors, window=32, backend="sdpa")
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
@@ -112,7 +84,7 @@ def test_windowed_memory_is_linear_in_the_length() -> None:
 
 
 def test_full_causal_attention_with_a_prefix_builds_no_mask() -> None:
-    tensors = _inputs(4096, 4096, True, False, torch.float32)
+    tensors = draw_inputs(4096, 4096, True, False, torch.float32)
     prefix = Prefix(tensors["plain_q"], tensors["prefix_k"], tensors["prefix_v"])
     largest = 0
 
@@ -134,6 +106,8 @@ def test_full_causal_attention_with_a_prefix_builds_no_mask() -> None:
         ({"k": torch.zeros(1, 2, 2, 4)}, "k is"),
         ({"v": torch.zeros(1, 3, 2, 5)}, "v are"),
         ({"first_valid": torch.zeros(2, dtype=torch.int64)}, "first_valid"),
+        ({"first_visible": torch.zeros(1, 2, dtype=torch.int64)}, "first_visible"),
+        ({"first_visible": torch.zeros(1, 3, dtype=torch.int32)}, "first_visible is torch.int32"),
         ({"context": (torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 2, 4))}, "context values"),
         ({"prefix": Prefix(torch.zeros(1, 3, 2, 4), torch.zeros(1, 1, 4), torch.zeros(1, 2, 4))}, "prefix.k"),
     ],

@@ -149,6 +149,7 @@ def test_correct_targets_are_those_with_the_largest_logit(case, small_model, dra
     targets[0, ::2], targets[1, 3:7] = best[0, ::2], -100
     output = model(tokens, targets=targets, with_correct=True)
     assert torch.equal(output.correct, best == targets)
+    torch.testing.assert_close(output.losses, model.token_losses(tokens, targets)[0])
     torch.testing.assert_close(output.loss_sum, model(tokens, targets=targets).loss_sum)
     with pytest.raises(ValueError, match="no targets"):
         model(tokens, with_correct=True)

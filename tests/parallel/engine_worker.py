@@ -27,12 +27,14 @@ class Output:
     loss_sum: Tensor
     stats: list[dict[str, Tensor]] | None
     correct: Tensor | None
+    losses: Tensor | None
 
 
 @dataclass(frozen=True)
 class Rows:
     tokens: Tensor
     targets: Tensor
+    resets: Tensor | None = None
 
 
 class Layer(nn.Module):
@@ -51,8 +53,8 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, self.weight).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return loss, logits.detach().argmax(2) == targets
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        return losses.view_as(targets), logits.detach().argmax(2) == targets
 
 
 class Small(nn.Module):
@@ -72,8 +74,9 @@ class Small(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         stats = [{"size": hidden.detach().float().abs().mean()}, {}] if with_stats else None
-        loss, correct = self.head(hidden, targets)
-        return Output(loss, stats, correct if with_correct else None)
+        losses, correct = self.head(hidden, targets)
+        scores = (correct, losses) if with_correct else (None, None)
+        return Output(losses.sum(), stats, *scores)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.AdamW:

@@ -60,6 +60,7 @@ class Trial:
 class Rows:
     tokens: Tensor
     targets: Tensor
+    resets: Tensor | None = None
 
 
 def own_rows(world: World, step: int, accumulation: int) -> list[Rows]:

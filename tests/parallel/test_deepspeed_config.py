@@ -38,7 +38,7 @@ def test_without_zero_the_engine_clips_itself() -> None:
 
 def test_gradients_are_summed_in_fp32() -> None:
     made = settings(ParallelConfig(zero_stage=2, precision="bf16"))
-    assert made["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert made["bf16"] == {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
     assert made["data_types"] == {"grad_accum_dtype": "fp32"}
     assert made["communication_data_type"] == "fp32"
 
@@ -58,8 +58,9 @@ def test_buckets_are_even_for_a_model_with_an_odd_number_of_parameters() -> None
 def test_a_start_does_not_import_torchs_compiler() -> None:
     """It takes longer than all else that DeepSpeed imports."""
     program = (
-        "import sys, torch; from parallel.engine import _import_deepspeed; from parallel.process import initialize;"
-        "initialize('cpu'); compiler = torch.compile; _import_deepspeed(torch.device('cpu'));"
+        "import sys, torch; from parallel.deepspeed_import import import_deepspeed;"
+        "from parallel.process import initialize;"
+        "initialize('cpu'); compiler = torch.compile; import_deepspeed(torch.device('cpu'));"
         "import deepspeed.runtime.zero.muon.muon_optimizer;"
         "assert torch.compile is compiler; assert 'torch._inductor.compile_fx' not in sys.modules; print('fine')"
     )

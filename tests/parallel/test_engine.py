@@ -102,12 +102,13 @@ def test_bf16_stays_near_fp32(seen: dict[int, Any], plain: dict[str, Any], layou
 def test_evaluation_admits_ranks_with_different_numbers_of_batches(
     seen: dict[int, Any], plain: dict[str, Any], layout: str
 ) -> None:
-    loss, tokens, correct = seen[2][layout]["evaluated"]
+    loss, tokens, correct, positions = seen[2][layout]["evaluated"]
     batches = 1 + 3
     expected_loss, expected_correct = plain["evaluated"]
     assert loss == pytest.approx(batches * expected_loss, rel=1e-4)
     assert correct == batches * expected_correct
     assert tokens == batches * int((work.global_batch(99).targets != -100).sum())
+    assert positions is None
 
 
 def test_layer_statistics_are_the_mean_over_ranks(seen: dict[int, Any]) -> None:

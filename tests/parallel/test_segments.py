@@ -361,6 +361,9 @@ def test_nothing_to_run_is_refused(cut: list[int], every: int | None) -> None:
 
 def test_rows_that_are_not_of_the_segments_length_are_refused() -> None:
     segments = Segments(length=8, count=4)
-    assert [tokens.shape[1] for tokens, _ in segments.cut(*sequence(32))] == [8] * 4
+    assert [(tokens.shape[1], resets) for tokens, _, resets in segments.cut(*sequence(32))] == [(8, None)] * 4
+    resets = torch.arange(64).view(2, 32) % 3 == 0
+    pieces = segments.cut(*sequence(32), resets)
+    assert torch.equal(torch.cat([piece[2] for piece in pieces], 1), resets) and len(pieces) == 4
     with pytest.raises(ValueError, match="40 tokens are not 4 segments of 8"):
         segments.cut(*sequence(40))

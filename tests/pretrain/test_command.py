@@ -166,13 +166,16 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run_copy: Path) -> N
     assert newest(run_copy).is_dir()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run_copy: Path) -> None:
+def test_losses_that_stay_not_finite_end_the_run_and_leave_the_checkpoints_of_before(run_copy: Path) -> None:
     options = ["--optimizer.lr", "1e30", "--schedule.warmup_tokens", "0", "--training.tokens", "2048"]
     finished = pretrain(run_copy.with_suffix(".yaml"), *options, check=False)
-    assert finished.codes == [1]
-    assert "not finite. The checkpoints from before are whole" in finished.errors[0]
-    assert (run_copy / "checkpoints" / "latest").read_text() == "step-00000008\n"
-    assert events(run_copy)[-1]["type"] == "FloatingPointError"
+    assert finished.codes == [2]
+    assert "error: step 12: loss nan, gradient norm inf: not finite, the 3rd step in a row" in finished.errors[0]
+    assert "Traceback" not in finished.errors[0]
+    assert (run_copy / "checkpoints" / "latest").read_text() == "step-00000012\n"
+    assert (run_copy / "checkpoints" / "step-00000008").is_dir()
+    assert [event["step"] for event in events(run_copy, "skip")] == [10, 11, 12]
+    assert events(run_copy)[-1]["type"] == "DivergedError"
 
 
 def test_never_refuses_a_folder_that_holds_checkpoints(run_copy: Path) -> None:

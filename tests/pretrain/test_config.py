@@ -13,6 +13,8 @@ from pretrain.errors import UserError
 from pretrain.strict_yaml import load_yaml
 from tests.training_cases import recipe_fields, write_recipe
 
+NO_SHARDS = {"data.validation": "null"}
+
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
@@ -111,6 +113,22 @@ def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value
         ({"parallel.keep_gathered_below": "0"}, "keep_gathered_below is 0, but only zero_stage 3"),
         ({"parallel.gather_ahead_elements": "5"}, "gather_ahead_elements is 5, but only zero_stage 3"),
         ({"evaluation": "{tokens: 5}", "data.validation": "null"}, "evaluation.tokens is set but data.validation"),
+        ({"evaluation": "{context: 2Mi}", **NO_SHARDS}, "evaluation.context is set but data.validation is not"),
+        ({"evaluation": "{by_position: true}", **NO_SHARDS}, "evaluation.by_position is set but data.validation"),
+        ({"evaluation": "{reset_window: 16}", **NO_SHARDS}, "evaluation.reset_window is set but data.validation"),
+        ({"evaluation.reset_window": "16"}, "evaluation.reset_window is set, but by_position is not: set it to true"),
+        (
+            {"evaluation": "{by_position: true, reset_window: 24}"},
+            "evaluation.reset_window 24 is not a multiple of the model's segment of 16 tokens: 16 or 32 would be",
+        ),
+        (
+            {"evaluation": "{by_position: true, reset_window: 32}"},
+            "evaluation.reset_window 32 resets nothing in rows of 32 tokens",
+        ),
+        (
+            {"evaluation": "{context: 64}", "data": "{kind: synthetic, task: {kind: recall}}"},
+            "evaluation.context is 64, but drawn rows are as long as data.task makes them",
+        ),
         ({"schedule": "{kind: constant, min_lr_ratio: 0.5}"}, "min_lr_ratio is unused with kind constant"),
         ({"optimizer.lr": ".inf"}, "optimizer.lr: inf does not fit"),
         ({"optimizer.betas": "[.nan, 0.9]"}, "optimizer.betas.0: nan does not fit"),
@@ -144,6 +162,32 @@ def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value
         ),
         ({"training.segment_length": "8", "training.gradient": "none"}, "training.gradient: 'none' does not fit"),
         ({"training.segment_length": "8", "training.truncate_every": "0"}, "training.truncate_every: 0 does not fit"),
+        (
+            {"data.reset_memory": "true", "training.segment_length": "8"},
+            "training.segment_length 8 is not a multiple of model.segment 16, where documents begin (data.reset_memory "
+            "is on): make it 16, or another multiple",
+        ),
+        (
+            {"data.order": "streams", "training.sequence_length": "40", "training.batch_tokens": "160"},
+            "training.sequence_length 40 is not a multiple of model.segment 16, where documents begin (data.order is "
+            "streams): make it 32, or another multiple",
+        ),
+        (
+            {"data.reset_memory": "true", "model": "{preset: lmm-tiny, memory: {chunk: 24}}"},
+            "training.sequence_length 32 is not a multiple of model.memory.chunk 24",
+        ),
+        (
+            {"data.order": "streams", "model": "{preset: transformer-tiny}"},
+            "full attention's grows with every token: set model.window",
+        ),
+        (
+            {"data.long_documents": "{at_least: 10, share: 0.5}", "data.min_document_tokens": "10"},
+            "long_documents.at_least is 10, min_document_tokens 10: every document is long",
+        ),
+        ({"data.long_documents": "{at_least: 10, share: 0}"}, "data.long_documents.share: 0 does not fit"),
+        ({"data.long_documents": "{at_least: 10, share: 1.5}"}, "data.long_documents.share: 1.5 does not fit"),
+        ({"data.long_documents.share": "0.5"}, "data.long_documents.at_least: missing"),
+        ({"data.order": "stream"}, "data.order: 'stream' does not fit"),
     ],
 )
 def test_a_value_without_effect_or_bound_is_refused(
@@ -158,6 +202,11 @@ def test_a_value_without_effect_or_bound_is_refused(
         {"model.memory.depth": "1", "model.memory.momentum": "false", "model.memory.forgetting": "false"},
         {"schedule": "{kind: constant}", "data.validation": "null", "evaluation": "{}"},
         {"model": "{preset: delta-tiny, vocab_size: 400}"},
+        {"data.reset_memory": "true", "training.segment_length": "16"},
+        {"data.reset_memory": "true", "training.sequence_length": "31", "training.batch_tokens": "62"}
+        | {"model": "{preset: transformer-tiny, vocab_size: 400}"},
+        {"data.order": "streams", "data.long_documents": "{at_least: 4Ki, share: 0.5}"},
+        {"data.order": "streams", "model": "{preset: transformer-tiny, window: 64, vocab_size: 400}"},
     ],
 )
 def test_what_is_left_unused_may_be_written_out(recipe_file: Path, tmp_path: Path, overrides: dict[str, str]) -> None:

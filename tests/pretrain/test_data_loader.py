@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pretrain.data import Cursor, Division, Loader, ShardSet, ShardSource
+from pretrain.data.packing import Selection
 from pretrain.errors import UserError
 from tests.data_cases import documents, make_shards, make_tokenizer
 
@@ -20,7 +21,7 @@ def shards(tmp_path_factory):
 
 
 def open_loader(shards, *, seed=5, order="rows", num_workers=0, cursor=None, **division) -> Loader:
-    return ShardSource(shards, seed, order, num_workers).open_loader(Division(**division), cursor)
+    return ShardSource(shards, seed, Selection(order=order), num_workers).open_loader(Division(**division), cursor)
 
 
 def load(shards, *, world_size=1, rank=0, micro=2, workers=0, cursor=None, **changes):

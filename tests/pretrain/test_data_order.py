@@ -1,17 +1,13 @@
 """The order of training rows, against a slow oracle that shares no code with the reader."""
 
-import hashlib
-import math
-import tarfile
-
 import numpy as np
 import pytest
 
-from pretrain.data.packing import Packing, permute
+from pretrain.data.packing import Packing, Selection
+from pretrain.data.permutation import permute
 from pretrain.errors import UserError
 from tests.data_cases import documents, make_shards, make_tokenizer
-
-MASK = 2**64 - 1
+from tests.order_oracle import permuted, stored_documents
 
 
 @pytest.fixture(scope="module")
@@ -20,35 +16,15 @@ def shards(tmp_path_factory):
     return make_shards(folder, make_tokenizer(folder), documents(40))
 
 
-def permuted(value, size, key):
-    """One entry of the permutation, in Python's own integers, as the module's docstring and references define it."""
-    digest = hashlib.sha512(key.encode()).digest()
-    keys = [int.from_bytes(digest[at : at + 8], "little") for at in range(0, 64, 8)]
-    rows = math.ceil(math.sqrt(size))
-    columns = math.ceil(size / rows)
-    while True:
-        left, right = divmod(value, columns)
-        for number, round_key in enumerate(keys):
-            mixed = (right if number % 2 == 0 else left) ^ round_key
-            mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-            mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & MASK
-            mixed = (mixed ^ (mixed >> 31)) >> 32
-            if number % 2 == 0:
-                left = (left + (mixed * rows >> 32)) % rows
-            else:
-                right = (right + (mixed * columns >> 32)) % columns
-        value = left * columns + right
-        if value < size:
-            return value
+def pack(shards, length, *, seed=0, order="rows"):
+    return Packing(shards, sequence_length=length, seed=seed, selection=Selection(order=order), rows_per_step=1)
 
 
-def stored_documents(shards):
-    """Every document's tokens, read by tarfile alone."""
-    found = []
-    for path in sorted(shards.folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            found += [np.frombuffer(tar.extractfile(member).read(), "<u2").tolist() for member in tar]
-    return found
+def rows_of(packing, samples):
+    """Inputs and, one further, the last target: [n, sequence_length + 1]."""
+    tokens, targets, resets = packing.read(samples)
+    assert resets is None and np.array_equal(tokens[:, 1:], targets[:, :-1])
+    return np.concatenate([tokens, targets[:, -1:]], 1)
 
 
 def oracle(shards, length, seed, order, samples):
@@ -70,41 +46,36 @@ def oracle(shards, length, seed, order, samples):
 @pytest.mark.parametrize("order", ["rows", "documents"])
 @pytest.mark.parametrize("length", [1, 7, 64, 3001])
 def test_rows_equal_the_oracle_over_three_epochs(shards, order, length):
-    packing = Packing(shards, sequence_length=length, seed=3, order=order)
-    per_epoch = packing.rows_per_epoch
+    packing = pack(shards, length, seed=3, order=order)
+    per_epoch = packing.pools[0].rows
     samples = sorted({*range(0, 3 * per_epoch, max(1, per_epoch // 40)), per_epoch - 1, per_epoch, 2 * per_epoch})
-    assert packing.rows(np.array(samples)).tolist() == oracle(shards, length, 3, order, samples)
+    assert rows_of(packing, np.array(samples)).tolist() == oracle(shards, length, 3, order, samples)
 
 
 def test_an_epoch_reads_every_row_once_and_epochs_and_seeds_differ(shards):
     length = 16
-    packing = Packing(shards, sequence_length=length, seed=0, order="rows")
-    per_epoch = packing.rows_per_epoch
-    stream = {
-        tuple(row)
-        for row in Packing(shards, sequence_length=length, seed=0, order="documents")
-        .rows(np.arange(per_epoch))
-        .tolist()
-    }
-    first = [tuple(row) for row in packing.rows(np.arange(per_epoch)).tolist()]
+    packing = pack(shards, length)
+    per_epoch = packing.pools[0].rows
+    stream = {tuple(row) for row in rows_of(pack(shards, length, order="documents"), np.arange(per_epoch)).tolist()}
+    first = [tuple(row) for row in rows_of(packing, np.arange(per_epoch)).tolist()]
     assert set(first) == stream
-    second = [tuple(row) for row in packing.rows(np.arange(per_epoch, 2 * per_epoch)).tolist()]
-    other = Packing(shards, sequence_length=length, seed=1, order="rows").rows(np.arange(per_epoch)).tolist()
+    second = [tuple(row) for row in rows_of(packing, np.arange(per_epoch, 2 * per_epoch)).tolist()]
+    other = rows_of(pack(shards, length, seed=1), np.arange(per_epoch)).tolist()
     assert first != second
     assert first != [tuple(row) for row in other]
 
 
 def test_consecutive_rows_of_order_documents_share_one_token(shards):
-    rows = Packing(shards, sequence_length=10, seed=0, order="documents").rows(np.arange(50))
+    rows = rows_of(pack(shards, 10, order="documents"), np.arange(50))
     assert np.array_equal(rows[1:, 0], rows[:-1, -1])
 
 
 def test_rows_do_not_depend_on_what_is_asked_with_them(shards):
-    packing = Packing(shards, sequence_length=16, seed=0, order="rows")
-    samples = np.arange(packing.rows_per_epoch - 20, packing.rows_per_epoch + 20)
-    together = packing.rows(samples)
-    fresh = Packing(shards, sequence_length=16, seed=0, order="rows")
-    assert all(np.array_equal(fresh.rows(samples[[at]])[0], together[at]) for at in (39, 0, 20, 19, 3))
+    packing = pack(shards, 16)
+    samples = np.arange(packing.pools[0].rows - 20, packing.pools[0].rows + 20)
+    together = rows_of(packing, samples)
+    fresh = pack(shards, 16)
+    assert all(np.array_equal(rows_of(fresh, samples[[at]])[0], together[at]) for at in (39, 0, 20, 19, 3))
 
 
 def test_the_order_is_pinned():
@@ -138,6 +109,6 @@ def test_neighbours_are_torn_apart():
 
 
 def test_a_set_smaller_than_one_row_is_an_error_with_its_tokens(shards):
-    Packing(shards, sequence_length=shards.tokens - 1, seed=0, order="rows")
+    pack(shards, shards.tokens - 1)
     with pytest.raises(UserError, match=f"holds {shards.tokens} tokens, a row of training.sequence_length"):
-        Packing(shards, sequence_length=shards.tokens, seed=0, order="rows")
+        pack(shards, shards.tokens)

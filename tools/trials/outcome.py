@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pretrain.agreement import DivergedError
 from pretrain.metrics import read_events
 from tools.trials.results import ProbeResult, Result
 from tools.trials.runs import TrialFile
@@ -54,9 +55,9 @@ def training_of(events: list[dict[str, Any]], metric: Literal["accuracy", "loss"
 
 
 def divergence(events: list[dict[str, Any]]) -> str | None:
-    """The error of an attempt whose loss or gradient was not finite; None for any other end."""
+    """The error of an attempt that ended for steps that were not finite; None for any other end."""
     last = events[-1] if events else {}
-    if last.get("event") != "error" or last.get("type") != FloatingPointError.__name__:
+    if last.get("event") != "error" or last.get("type") != DivergedError.__name__:
         return None
     return f"{last['type']}: {last['message']}"
 

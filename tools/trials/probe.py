@@ -20,8 +20,8 @@ from parallel.state_files import load_parameters
 from pretrain.checkpoints import checkpoint_step
 from pretrain.config import Recipe, load_recipe
 from pretrain.data import ShardsConfig, ShardSet, SyntheticConfig
+from pretrain.data.rows import IGNORE_INDEX
 from pretrain.data.synthetic import HeldOutDraws
-from pretrain.data.validation import IGNORE_INDEX
 from pretrain.errors import UserError
 from tools.command import run_command
 from tools.export import find_checkpoint

@@ -47,6 +47,6 @@ class SyntheticConfig(SourceConfig):
     def missing(self) -> Path | None:
         """Nothing: no file is read."""
 
-    def open(self, seed: int, share: Share | None = None) -> Data:
+    def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
         """The two streams of the task."""
         return Data(SyntheticSource(self.task, seed, self.num_workers), HeldOutDraws(self.task, seed))

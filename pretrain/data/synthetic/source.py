@@ -10,9 +10,9 @@ import torch
 
 from pretrain.data.cursor import Cursor
 from pretrain.data.loader import Batch, Division, Loader, require_positive, require_rank
+from pretrain.data.rows import IGNORE_INDEX, Rows
 from pretrain.data.synthetic.draws import Draws, Split
 from pretrain.data.synthetic.task import PAD, Task
-from pretrain.data.validation import IGNORE_INDEX
 from pretrain.errors import UserError
 
 _GENERATION = 1
@@ -34,15 +34,15 @@ class DrawnRows:
     split: Split
     sequence_length: int
 
-    def read(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets of samples: int64 [n] -> two int64 [n, sequence_length]."""
+    def read(self, samples: np.ndarray) -> Rows:
+        """Tokens and targets of samples, int64 [n]."""
         tokens = np.full((len(samples), self.sequence_length), PAD, np.int64)
         targets = np.full((len(samples), self.sequence_length), IGNORE_INDEX, np.int64)
         for place, sample in enumerate(samples.tolist()):
             row, answers = self.task.draw(Draws(self.seed, self.split, sample))
             tokens[place, : len(row)] = row
             targets[place, : len(row)] = answers
-        return tokens, targets
+        return Rows(tokens, targets)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class SyntheticSource:
         changed = "data.task is not what the run began with: set it back, or start a new run"
         return Loader(rows, start.moved_to(cursor, changed), division, self.num_workers)
 
-    def describe(self, total_tokens: int) -> str:
+    def describe(self, total_tokens: int, *, sequence_length: int, rows_per_step: int) -> str:
         """The task's numbers."""
         task = self.task
         return (
@@ -120,6 +120,6 @@ class HeldOutDraws:
         rows_a_step = batch_size * world_size
         for step in range(-(-total // rows_a_step)):
             start = step * rows_a_step + rank * batch_size
-            tokens, targets = rows.read(np.arange(start, start + batch_size))
+            tokens, targets, _ = rows.read(np.arange(start, start + batch_size))
             targets[max(total - start, 0) :] = IGNORE_INDEX
             yield Batch(torch.from_numpy(tokens), torch.from_numpy(targets))

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
+from pretrain.data.rows import IGNORE_INDEX
 from pretrain.data.synthetic.draws import Draws
-from pretrain.data.validation import IGNORE_INDEX
 from pretrain.quantities import TokensOrZero
 
 PAD, ASK, MARK = range(3)

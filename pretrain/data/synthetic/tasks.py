@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from pretrain.data.rows import IGNORE_INDEX
 from pretrain.data.synthetic.draws import Draws
 from pretrain.data.synthetic.task import ASK, MARK, NUM_SPECIAL, Task, TokenRange, next_token_row
-from pretrain.data.validation import IGNORE_INDEX
 
 
 class FillerTask(Task):

@@ -66,8 +66,8 @@ def test_events_are_those_that_a_run_writes_and_a_cut_line_is_none(tmp_path: Pat
 
 def test_only_a_number_that_is_not_finite_is_a_divergence() -> None:
     assert divergence([]) is None and divergence(EVENTS) is None
-    error = {"event": "error", "type": "FloatingPointError", "message": "step 3: loss nan"}
-    assert divergence([*EVENTS, error]) == "FloatingPointError: step 3: loss nan"
+    error = {"event": "error", "type": "DivergedError", "message": "step 3: loss nan"}
+    assert divergence([*EVENTS, error]) == "DivergedError: step 3: loss nan"
     assert divergence([*EVENTS, {**error, "type": "UserError"}]) is None
     assert divergence([error, *EVENTS]) is None
 

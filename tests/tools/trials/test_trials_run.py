@@ -109,7 +109,7 @@ def test_probes_score_the_rows_that_they_ask_for(finished: Finished) -> None:
 def test_a_run_that_diverges_is_a_result_and_stops_no_other(finished: Finished) -> None:
     for seed in (0, 1):
         result = finished.result(WILD, seed)
-        assert result.failed is not None and result.failed.startswith("FloatingPointError: step ")
+        assert result.failed is not None and result.failed.startswith("DivergedError: step ")
         assert not result.probes and result.steps < STEPS
     assert "study/wild/seed-1  diverged" in finished.printed
     assert "2 diverged" in finished.printed, "in the table at the end"

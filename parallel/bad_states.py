@@ -1,0 +1,98 @@
+"""Rows whose carried state is not finite go back, so that they do not spoil the gradient of all.
+
+One number that is not finite in the state of one row makes the loss of its micro-batch, and with it the gradient of the
+whole step on all ranks, not finite, in this step and in all that follow. So states are looked at before a step and
+behind it; the rows that are well are never touched.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model import ModelState
+from parallel.boundary_states import State
+from parallel.carried_states import CarriedStates
+
+OnBadState = Literal["reset", "rollback"]
+"""What a row does whose state is not finite: begin anew, or go on from the state before the step that spoiled it."""
+
+
+class StateGuard:
+    """Looks after carried states.
+
+    Args:
+        on_bad_state: "rollback" holds the states before a step until it is over: the memory of a second state. A row
+            begins anew all the same where there is no good one: before the first step, for states that are not finite
+            when the step begins (loaded so, or damaged since), and while an attention's cache is still growing.
+    """
+
+    def __init__(self, carried: CarriedStates, on_bad_state: OnBadState) -> None:
+        self._carried = carried
+        self._on_bad_state = on_bad_state
+        self._before: list[State] = []
+
+    def before_step(self) -> list[int]:
+        """Mends the states that a step is about to begin from, and returns the numbers of the rows that were not
+        finite. Waits for the device, which has nothing to do then.
+        """
+        found = self._mend([])
+        if self._on_bad_state == "rollback":
+            self._before = [self._carried.get(index) for index in range(len(self._carried))]
+        return found
+
+    def after_step(self) -> list[int]:
+        """The same with the states that the step led to."""
+        before, self._before = self._before, []
+        return self._mend(before)
+
+    def _mend(self, before: list[State]) -> list[int]:
+        states = {index: state for index in range(len(self._carried)) if (state := self._carried.get(index))}
+        if not states:
+            return []
+        bad = {index: ~finite_rows(state) for index, state in states.items()}
+        flags = torch.stack(list(bad.values())).tolist()
+        found = []
+        for index, rows in zip(states, flags, strict=True):
+            if any(rows):
+                earlier = before[index] if before else {}
+                self._carried.put(index, _mended(states[index], earlier, bad[index]))
+                found += [number for number, is_bad in zip(self._carried.rows(index), rows, strict=True) if is_bad]
+        return found
+
+
+def finite_rows(state: State) -> Tensor:
+    """Which rows of a flat state hold nothing but finite numbers: [B] bool, on the state's device."""
+    finite = [torch.isfinite(tensor).flatten(1).all(1) for tensor in state.values() if tensor.is_floating_point()]
+    return torch.stack(finite).all(0)
+
+
+def _mended(state: State, before: State, bad: Tensor) -> State:
+    """The state with its bad rows as they were `before`, or at a beginning where that state has other shapes."""
+    if not before or _shapes(state) != _shapes(before):
+        reset = ModelState.from_tensors(state).reset_rows(bad).flat()
+        # The memory itself goes back to W_0 in the layers, at the next step; until then it must pass for well.
+        return {
+            name: tensor.masked_fill(_along(bad, tensor), 0) if tensor.is_floating_point() else tensor
+            for name, tensor in reset.items()
+        }
+    before = _with_restart(before)
+    return {
+        name: torch.where(_along(bad, new), before[name], new) if new.dim() else new
+        for name, new in _with_restart(state).items()
+    }
+
+
+def _with_restart(state: State) -> State:
+    """Also those say which rows' memory begins anew in which none's does."""
+    return {"restart": torch.zeros_like(state["position"], dtype=torch.bool)} | state
+
+
+def _along(rows: Tensor, tensor: Tensor) -> Tensor:
+    return rows.view(-1, *(1,) * (tensor.dim() - 1))
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in _with_restart(state).items()}

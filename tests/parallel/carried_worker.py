@@ -1,0 +1,131 @@
+"""Runs on every rank of test_carried_states.py: rows that go on from step to step, saved and gone on with.
+
+Arguments: FOLDER FROM, the trials' folders below FOLDER/<ranks>; FROM: number of ranks whose states are gone on with.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel.config import ParallelConfig
+from parallel.engine import Engine, StepResult
+from parallel.process import World, barrier, exit_now, initialize, shutdown
+from parallel.segments import Segments
+from tests.model_cases import build_model, random_tokens
+
+ROWS, LENGTH, STEPS, HALF, RATE = 4, 16, 4, 2, 3e-3
+BEGINNINGS = ((0, 40, 56), (0, 16), (0,), (0, 8, 32, 48))
+"""Of each row's documents, in tokens from the first step on: at a step's first token, inside, several in one step."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    case: str
+    stage: int
+    segments: int | None = None
+    accumulation: int = 1
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        return "-".join(map(str, vars(self).values()))
+
+
+TRIALS = [
+    Trial("mac", 1, accumulation=2),
+    Trial("mac", 2),
+    Trial("mac", 3, segments=2),
+    Trial("mag", 2, segments=2, accumulation=2),
+    Trial("mal", 3, recompute=True),
+    Trial("lmm", 3, segments=4),
+    # Forgetting to zero uses the initial weights where a row begins anew alone, on one rank and not on another.
+    *(Trial("lmm-softmax", stage) for stage in (1, 2, 3)),
+    Trial("transformer-window", 2),
+]
+
+
+@dataclass(frozen=True)
+class Rows:
+    tokens: Tensor
+    targets: Tensor
+    resets: Tensor | None
+
+
+def streams() -> Rows:
+    """What every row reads over all steps: [ROWS, STEPS * LENGTH]."""
+    tokens = random_tokens(ROWS, STEPS * LENGTH + 1, seed=3)
+    targets = tokens[:, 1:].clone()
+    resets = torch.zeros(ROWS, STEPS * LENGTH, dtype=torch.bool)
+    for row, beginnings in enumerate(BEGINNINGS):
+        resets[row, list(beginnings)] = True
+        targets[row, : 3 * row] = -100
+    return Rows(tokens[:, :-1], targets, resets)
+
+
+def own_rows(world: World, step: int, accumulation: int) -> list[Rows]:
+    """This rank's micro-batches of a step."""
+    size = ROWS // accumulation // world.size
+    span = slice(step * LENGTH, (step + 1) * LENGTH)
+    starts = [(m * world.size + world.rank) * size for m in range(accumulation)]
+    return [Rows(*(x[s : s + size, span] for x in vars(streams()).values())) for s in starts]
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.5, 0.95), weight_decay=0.1)
+
+
+def build(trial: Trial, world: World, accumulation: int) -> Engine:
+    model = build_model(trial.case, torch.float32)
+    model.set_activation_checkpointing(trial.recompute)
+    gathered = {"keep_gathered_below": 20} if trial.stage == 3 else {}
+    return Engine(
+        model,
+        optimizer_of(model),
+        ParallelConfig(zero_stage=trial.stage, precision="fp32", device="cpu", **gathered),
+        world,
+        micro_batch_size=ROWS // accumulation // world.size,
+        accumulation=accumulation,
+        gradient_clip=0.0,
+        segments=None if trial.segments is None else Segments(LENGTH // trial.segments, trial.segments),
+        carry_state=True,
+    )
+
+
+def take(engine: Engine, world: World, steps: range) -> list[StepResult]:
+    return [engine.train_step(own_rows(world, step, engine.accumulation), RATE) for step in steps]
+
+
+def run(trial: Trial, world: World, folder: Path, other: Path) -> dict[str, list[float]]:
+    """The losses in one go, and those after `other`'s checkpoint in micro-batches of another size."""
+    engine = build(trial, world, trial.accumulation)
+    results = take(engine, world, range(HALF))
+    folder.mkdir(exist_ok=True, parents=True)
+    engine.save(folder)
+    engine.evaluate(own_rows(world, STEPS - 1, 1))
+    results += take(engine, world, range(HALF, STEPS))
+    engine.destroy()
+    barrier()
+    resumed = build(trial, world, 3 - trial.accumulation)
+    resumed.load(other)
+    again = take(resumed, world, range(HALF, STEPS))
+    resumed.destroy()
+    return {"losses": [float(r.loss) for r in results], "resumed": [float(r.loss) for r in again]}
+
+
+def main(folder: Path, other_ranks: str) -> None:
+    world = initialize("cpu")
+    torch.set_num_threads(1)
+    own, other = folder / str(world.size), folder / other_ranks
+    seen = {str(trial): run(trial, world, own / str(trial), other / str(trial)) for trial in TRIALS}
+    if world.is_main:
+        torch.save(seen, own / "seen.pt")
+    shutdown()
+    exit_now(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
