@@ -253,6 +253,8 @@ class Engine:
         spread_masters(self._engine.optimizer, self.config.zero_stage)
         if self.carried is not None and with_carried:
             self.carried.read(folder)
+        elif self.carried is not None:
+            self.carried.clear()
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter, whole, fp32, on the CPU of rank 0 (an empty dict elsewhere). Every rank calls it."""
