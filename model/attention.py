@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import Prefix, attention
+from kernels.attention import Prefix, attention, explain_attention
 from model.config import ModelConfig
 from model.layers import linear
 from model.rope import Rotary, rotate
@@ -17,6 +17,8 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.window = config.window
+        self.backend = "auto"
+        """Of kernels.attention: what computes the attention, never what is computed."""
         self.q = linear(config.dim, config.dim)
         self.k = linear(config.dim, config.dim)
         self.v = linear(config.dim, config.dim)
@@ -48,6 +50,7 @@ class AttentionLayer(nn.Module):
             prefix=self._prefix(plain_q),
             context=None if context is None else (grown.context_k, grown.context_v),
             first_valid=None if cache is None else cache.first_valid,
+            backend=self.backend,
         )  # fmt: skip
         return self.output(y.flatten(2)), grown if self.window is None else _keep_last(grown, self.window - 1)
 
@@ -63,6 +66,40 @@ class AttentionLayer(nn.Module):
         if self.persistent is None:
             return None
         return Prefix(plain_q, self._heads(self.k(self.persistent)), self._heads(self.v(self.persistent)))
+
+
+def explain_attention_backend(
+    config: ModelConfig, backend: str, *, rows: int, length: int, device: torch.device, dtype: torch.dtype
+) -> str:
+    """What computes the attention of a model in training, and why: `kernels.attention.explain_attention` of what it
+    first attends over.
+
+    Args:
+        backend: as of `TitansLM.set_attention_backend`.
+        rows, length: of the tokens [rows, length] that the model reads from a beginning.
+
+    Raises:
+        ValueError: the backend does not take this attention, or there is none of that name; the message says why.
+    """
+    # All elements are one, so that a long row takes no memory: nothing is computed with them.
+    number = torch.zeros((), device=device, dtype=dtype, requires_grad=True)
+    persistent = number.expand(config.num_persistent, config.num_heads, config.head_dim)
+
+    def explain(length: int) -> str:
+        x = number.expand(rows, length, config.num_heads, config.head_dim)
+        return explain_attention(
+            x, x, x,
+            window=config.window,
+            prefix=Prefix(x, persistent, persistent) if config.num_persistent else None,
+            context=(x, x) if config.variant == "mac" else None,
+            backend=backend,
+        )  # fmt: skip
+
+    if config.segment is None or length <= config.segment:
+        return explain(length)
+    if rest := length % config.segment:
+        explain(rest)  # raises where only the whole segments are taken
+    return explain(config.segment)
 
 
 def _grow(
