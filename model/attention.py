@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from kernels.attention import Prefix, attention, explain_attention
 from model.config import ModelConfig
 from model.layers import linear
-from model.rope import Rotary, rotate
+from model.rope import Rotary, Rotation
 from model.state import AttentionCache
 
 
@@ -23,6 +23,7 @@ class AttentionLayer(nn.Module):
         self.k = linear(config.dim, config.dim)
         self.v = linear(config.dim, config.dim)
         self.output = linear(config.dim, config.dim, scale)
+        self.rotate = Rotation()
         # Vectors of the model's width through the layer's own maps, as the paper's section 3.3 has them; as large as a
         # normalised token, so that they start as keys and values of an ordinary size.
         self.persistent = (
@@ -42,10 +43,10 @@ class AttentionLayer(nn.Module):
         """
         plain_q = self._heads(self.q(x))
         grown = _grow(
-            cache, rotate(self._heads(self.k(x)), rotary), self._heads(self.v(x)), *self._context(context, rotary)
+            cache, self.rotate(self._heads(self.k(x)), rotary), self._heads(self.v(x)), *self._context(context, rotary)
         )
         y = attention(
-            rotate(plain_q, rotary), grown.k, grown.v,
+            self.rotate(plain_q, rotary), grown.k, grown.v,
             window=self.window,
             prefix=self._prefix(plain_q),
             context=None if context is None else (grown.context_k, grown.context_v),
@@ -60,7 +61,7 @@ class AttentionLayer(nn.Module):
     def _context(self, context: Tensor | None, rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
         if context is None:
             return None, None
-        return rotate(self._heads(self.k(context)), rotary), self._heads(self.v(context))
+        return self.rotate(self._heads(self.k(context)), rotary), self._heads(self.v(context))
 
     def _prefix(self, plain_q: Tensor) -> Prefix | None:
         if self.persistent is None:

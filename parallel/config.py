@@ -36,6 +36,12 @@ class ParallelConfig(BaseModel):
     changes speed and memory; what is learned differs by rounding alone.
     """
 
+    compile: bool = False
+    """Fuse the small operations between the matrix products (norms, activations, convolutions, rotary phases, gates)
+    by torch.compile: fewer passes over memory, for some minutes of compiling at the start. What is learned differs by
+    rounding alone.
+    """
+
     bucket_elements: int = Field(default=100_000_000, ge=1)
     """Gradients are reduced in buckets of this many elements; larger ones use the network better and take more
     memory.

@@ -12,6 +12,7 @@ import torch
 
 from model import TitansLM
 from model.attention import explain_attention_backend
+from model.compiled import compile_parts
 from model.flops import flops_per_token
 from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_states
 from parallel.engine import Engine, StepResult
@@ -89,6 +90,8 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     torch.manual_seed(recipe.seed)
     model = TitansLM(recipe.model)
     model.set_activation_checkpointing(recipe.parallel.activation_checkpointing)
+    if recipe.parallel.compile:
+        compile_parts(model)
     check_attention_backend(recipe, world)
     model.set_attention_backend(recipe.parallel.attention_backend)
     return Engine(

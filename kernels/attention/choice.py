@@ -81,10 +81,10 @@ def _disadvantage(backend: Backend, problem: Problem) -> str | None:
 def _refusal(backend: Backend, problem: Problem, inputs: AttentionInputs) -> str | None:
     if backend.kernels is None:
         return None
-    return _standing_refusal(backend, problem) or backend.kernels.overlap(inputs)
+    return _standing_refusal(backend, problem) or backend.kernels.misfit(inputs)
 
 
 @functools.cache
 def _standing_refusal(backend: Backend, problem: Problem) -> str | None:
-    """What does not depend on the values of a call: asked once for each problem and device of a process."""
+    """What does not depend on a call's lengths and values: asked once for each problem and device of a process."""
     return backend.kernels.refusal(problem) or failure(backend.name, backend.run, problem)

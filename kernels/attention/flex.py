@@ -21,6 +21,8 @@ from kernels.attention.sink import prefix_summary
 name = "flex"
 BLOCK = 128
 """Queries and keys of a block that is computed or skipped as a whole; FlexAttention's own."""
+MAX_PAIRS = 2**22
+"""Pairs of blocks in a row, of 262,144 queries and keys: their lists grow with the square of the length."""
 WIDTHS = range(16, 257)
 _BEYOND = 2**40
 """Larger than any index; exact as the double that padding makes of it."""
@@ -54,8 +56,13 @@ def hardware_refusal(problem: Problem) -> str | None:
     return None
 
 
-def overlap(inputs: AttentionInputs) -> str | None:
-    """None: documents may overlap."""
+def misfit(inputs: AttentionInputs) -> str | None:
+    """Why rows of a call's length are not taken; None if they are."""
+    queries, keys = inputs.q.shape[2], inputs.streams[0][0].shape[2] * len(inputs.streams)
+    if (pairs := -(-queries // BLOCK) * -(-keys // BLOCK)) > MAX_PAIRS:
+        return (
+            f"a row has {pairs:,} pairs of blocks; the lists of them, a number each, are made for up to {MAX_PAIRS:,}"
+        )
     return None
 
 
@@ -76,9 +83,10 @@ def attention_flex(inputs: AttentionInputs, flex_attention: Callable[..., Any]) 
     """[B, H, Tq, D] by `flex_attention`, compiled or not."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    keys, values = (torch.cat(parts, 2) for parts in zip(*inputs.streams, strict=True))
-    scale, has_prefix = inputs.q.shape[-1] ** -0.5, inputs.prefix is not None
-    q, keys, values = (x.contiguous() for x in (inputs.q, keys, values))
+    q, (keys, values) = inputs.q, inputs.streams[0]
+    if len(inputs.streams) > 1:
+        keys, values = (torch.cat(parts, 2) for parts in zip(*inputs.streams, strict=True))
+    scale, has_prefix = q.shape[-1] ** -0.5, inputs.prefix is not None
     out = flex_attention(
         q, keys, values, block_mask=_block_mask(inputs), scale=scale,
         return_aux=AuxRequest(lse=True) if has_prefix else None,

@@ -75,7 +75,7 @@ def hardware_refusal(problem: Problem) -> str | None:
     return None
 
 
-def overlap(inputs: AttentionInputs) -> str | None:
+def misfit(inputs: AttentionInputs) -> str | None:
     """Why the values of a call's bounds can't be sequences; None if they can."""
     if inputs.has_documents and document_sequences(inputs) is None:
         return "documents overlap: a query's first key is neither the one before's nor its own"

@@ -15,7 +15,7 @@ from kernels.attention.packed import Packed, attention_packed
 from kernels.attention.problem import Problem
 
 name = "varlen"
-overlap = packed.overlap
+misfit = packed.misfit
 
 
 def refusal(problem: Problem) -> str | None:

@@ -148,6 +148,12 @@ def test_documents_that_overlap_go_to_a_backend_with_masks(stand_ins) -> None:
     torch.testing.assert_close(out, run_attention(tensors, window=4, backend="math"), rtol=1e-11, atol=1e-12)
 
 
+def test_rows_too_long_for_lists_of_blocks_go_elsewhere() -> None:
+    for length, taken in ((2**18, True), (2**18 + 1, False)):
+        x = torch.zeros(()).expand(1, length, 1, 16)
+        assert (flex.misfit(prepare(x, x, x, 512, None, None, None, None)) is None) == taken
+
+
 def test_changed_bounds_are_read_again(stand_ins) -> None:
     tensors, _ = case_inputs(13, 13)
     bound = first_visible_keys(13, 13)
@@ -201,6 +207,7 @@ def test_flex_skips_only_blocks_that_are_not_seen_and_checks_all_that_are_seen_i
     assert (mask.kv_num_blocks + mask.full_kv_num_blocks).sum() == reached.sum(), "a block is listed twice"
 
 
+@pytest.mark.slow  # a minute of compiling
 def test_flex_compiled_skips_blocks_and_gives_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 300, 2, 16, generator=generator) for _ in range(3))
