@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import Prefix, attention
+from kernels.attention import Prefix, attention, explain_attention
 from model.config import ModelConfig
 from model.layers import linear
 from model.resets import Resets
-from model.rope import Rotary, rotate
+from model.rope import Rotary, Rotation
 from model.state import AttentionCache
 
 
@@ -20,10 +20,13 @@ class AttentionLayer(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.window = config.window
+        self.backend = "auto"
+        """Of kernels.attention: what computes the attention, never what is computed."""
         self.q = linear(config.dim, config.dim)
         self.k = linear(config.dim, config.dim)
         self.v = linear(config.dim, config.dim)
         self.output = linear(config.dim, config.dim, scale)
+        self.rotate = Rotation()
         # Vectors of the model's width through the layer's own maps, as the paper's section 3.3 has them; as large as a
         # normalised token, so that they start as keys and values of an ordinary size.
         self.persistent = (
@@ -50,15 +53,16 @@ class AttentionLayer(nn.Module):
         begins = None if resets is None else resets.begins
         plain_q = self._heads(self.q(x))
         grown = _grow(
-            cache, rotate(self._heads(self.k(x)), rotary), self._heads(self.v(x)), *self._context(context, rotary)
+            cache, self.rotate(self._heads(self.k(x)), rotary), self._heads(self.v(x)), *self._context(context, rotary)
         )
         y = attention(
-            rotate(plain_q, rotary), grown.k, grown.v,
+            self.rotate(plain_q, rotary), grown.k, grown.v,
             window=self.window,
             prefix=self._prefix(plain_q),
             context=None if context is None else (grown.context_k, grown.context_v),
             first_valid=None if cache is None else cache.first_valid,
             first_visible=None if begins is None else begins + grown.k.shape[1] - x.shape[1],
+            backend=self.backend,
         )  # fmt: skip
         if begins is not None:
             grown = _hidden_before(grown, begins)
@@ -70,12 +74,46 @@ class AttentionLayer(nn.Module):
     def _context(self, context: Tensor | None, rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
         if context is None:
             return None, None
-        return rotate(self._heads(self.k(context)), rotary), self._heads(self.v(context))
+        return self.rotate(self._heads(self.k(context)), rotary), self._heads(self.v(context))
 
     def _prefix(self, plain_q: Tensor) -> Prefix | None:
         if self.persistent is None:
             return None
         return Prefix(plain_q, self._heads(self.k(self.persistent)), self._heads(self.v(self.persistent)))
+
+
+def explain_attention_backend(
+    config: ModelConfig, backend: str, *, rows: int, length: int, device: torch.device, dtype: torch.dtype
+) -> str:
+    """What computes the attention of a model in training, and why: `kernels.attention.explain_attention` of what it
+    first attends over.
+
+    Args:
+        backend: as of `TitansLM.set_attention_backend`.
+        rows, length: of the tokens [rows, length] that the model reads from a beginning.
+
+    Raises:
+        ValueError: the backend does not take this attention, or there is none of that name; the message says why.
+    """
+    # All elements are one, so that a long row takes no memory: nothing is computed with them.
+    number = torch.zeros((), device=device, dtype=dtype, requires_grad=True)
+    persistent = number.expand(config.num_persistent, config.num_heads, config.head_dim)
+
+    def explain(length: int) -> str:
+        x = number.expand(rows, length, config.num_heads, config.head_dim)
+        return explain_attention(
+            x, x, x,
+            window=config.window,
+            prefix=Prefix(x, persistent, persistent) if config.num_persistent else None,
+            context=(x, x) if config.variant == "mac" else None,
+            backend=backend,
+        )  # fmt: skip
+
+    if config.segment is None or length <= config.segment:
+        return explain(length)
+    if rest := length % config.segment:
+        explain(rest)  # raises where only the whole segments are taken
+    return explain(config.segment)
 
 
 def _grow(

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from torch.utils.checkpoint import checkpoint
 
+from kernels.attention import BACKENDS
 from kernels.cross_entropy import linear_cross_entropy, token_losses, token_scores
+from model.attention import AttentionLayer
 from model.config import ModelConfig
 from model.gates import GateProjection
 from model.layers import RMSNorm, SwiGLU, linear, residual_scale
@@ -181,6 +183,16 @@ class TitansLM(nn.Module):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether backward recomputes a block's activations instead of keeping them; gradients stay the same."""
         self._activation_checkpointing = enabled
+
+    def set_attention_backend(self, backend: str) -> None:
+        """What computes the attention: "auto" or another name of kernels.attention.BACKENDS; results stay the same up
+        to rounding. One that does not take the model's attention makes forward raise a ValueError that says why.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"attention backend is {backend!r}: choose one of {', '.join(BACKENDS)}")
+        for module in self.modules():
+            if isinstance(module, AttentionLayer):
+                module.backend = backend
 
     def num_parameters(self) -> int:
         """Number of learned numbers, shared ones counted once."""

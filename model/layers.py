@@ -62,6 +62,27 @@ class HeadNorm(nn.Module):
         return (rms_norm(x.to(wide), x.shape[-1:], None, self.eps) * self.weight.to(wide)).to(x.dtype)
 
 
+class GatedSilu(nn.Module):
+    """`SiLU(gate) * up`."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Two tensors of one shape to a third."""
+        return silu(gate) * up
+
+
+class UnitSilu(nn.Module):
+    """SiLU, heads apart, and division by the l2 norm of each by choice."""
+
+    def __init__(self, num_heads: int, normalize: bool) -> None:
+        super().__init__()
+        self.num_heads, self.normalize = num_heads, normalize
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, dim] to [B, T, H, D]."""
+        heads = silu(x).unflatten(-1, (self.num_heads, -1))
+        return unit(heads) if self.normalize else heads
+
+
 class SwiGLU(nn.Module):
     """Feed-forward `down(SiLU(gate x) * up x)` (arXiv 2002.05202)."""
 
@@ -70,10 +91,11 @@ class SwiGLU(nn.Module):
         self.gate = linear(dim, hidden)
         self.up = linear(dim, hidden)
         self.down = linear(hidden, dim, scale)
+        self.activation = GatedSilu()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, dim] to [B, T, dim]."""
-        return self.down(silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x), self.up(x)))
 
 
 class CausalConvolution(nn.Module):

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from kernels.memory import MemoryState, memory_read, neural_memory
 from model.config import MemoryConfig, ModelConfig
 from model.gates import GateProjection, Gates
-from model.layers import READ_NORM_EPS, CausalConvolution, HeadNorm, linear, unit
+from model.layers import READ_NORM_EPS, CausalConvolution, HeadNorm, UnitSilu, linear
 from model.resets import Resets
 from model.state import MemoryLayerState
 
@@ -137,17 +136,16 @@ class Stream(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, width: int, normalize: bool) -> None:
         super().__init__()
-        self.num_heads, self.normalize = num_heads, normalize
         self.project = linear(dim, dim)
         self.convolution = CausalConvolution(dim, width) if width > 1 else None
+        self.activation = UnitSilu(num_heads, normalize)
 
     def forward(self, x: Tensor, tail: Tensor | None, resets: Resets | None) -> tuple[Tensor, Tensor | None]:
         """x [B, T, dim] and the convolution's tail to [B, T, H, D] and the next tail."""
         x = self.project(x)
         if self.convolution is not None:
             x, tail = self.convolution(x, tail, None if resets is None else resets.begins)
-        heads = silu(x).unflatten(-1, (self.num_heads, -1))
-        return unit(heads) if self.normalize else heads, tail
+        return self.activation(x), tail
 
 
 class MemoryOutput(nn.Module):

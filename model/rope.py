@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Rotary(NamedTuple):
@@ -36,3 +36,11 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = rotary.cos[:, :, None], rotary.sin[:, :, None]
     first, second = x.to(cos.dtype).chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+class Rotation(nn.Module):
+    """`rotate` as a part of a model."""
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """As `rotate`."""
+        return rotate(x, rotary)

@@ -30,6 +30,18 @@ class ParallelConfig(BaseModel):
     more compute.
     """
 
+    attention_backend: Literal["auto", "flash", "varlen", "flex", "sdpa", "math"] = "auto"
+    """What computes the attention: flash-attn, torch's kernels for packed sequences, FlexAttention, scaled-dot-product
+    kernels, or the plain formula. auto takes the first that can and that agrees with the formula on this GPU. It
+    changes speed and memory; what is learned differs by rounding alone.
+    """
+
+    compile: bool = False
+    """Fuse the small operations between the matrix products (norms, activations, convolutions, rotary phases, gates)
+    by torch.compile: fewer passes over memory, for some minutes of compiling at the start. What is learned differs by
+    rounding alone.
+    """
+
     bucket_elements: int = Field(default=100_000_000, ge=1)
     """Gradients are reduced in buckets of this many elements; larger ones use the network better and take more
     memory.

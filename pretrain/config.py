@@ -277,6 +277,16 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _attention_is_there_to_compute(self) -> Recipe:
+        backend = self.parallel.attention_backend
+        if backend != "auto" and not self.model.has_attention:
+            raise ValueError(
+                f"parallel.attention_backend is {backend}, but model.variant {self.model.variant} has no attention: "
+                "remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _data_fits(self) -> Recipe:
         self.data.check_fits(
             sequence_length=self.training.sequence_length,

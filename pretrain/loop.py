@@ -13,6 +13,8 @@ from typing import NoReturn
 import torch
 
 from model import TitansLM
+from model.attention import explain_attention_backend
+from model.compiled import compile_parts
 from model.flops import flops_per_token
 from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_states
 from parallel.engine import Engine, StepResult
@@ -127,6 +129,10 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     torch.manual_seed(recipe.seed)
     model = TitansLM(recipe.model)
     model.set_activation_checkpointing(recipe.parallel.activation_checkpointing)
+    if recipe.parallel.compile:
+        compile_parts(model)
+    check_attention_backend(recipe, world)
+    model.set_attention_backend(recipe.parallel.attention_backend)
     return Engine(
         model,
         build_optimizer(model, recipe.optimizer, world.device),
@@ -139,6 +145,24 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
         carry_state=recipe.data.carries_state,
         on_bad_state=recipe.training.on_bad_state,
     )
+
+
+def check_attention_backend(recipe: Recipe, world: World) -> None:
+    """Raise UserError when the attention backend that the recipe asks for can't compute the model's attention here."""
+    parallel, training = recipe.parallel, recipe.training
+    if parallel.attention_backend == "auto":
+        return
+    try:
+        explain_attention_backend(
+            recipe.model,
+            parallel.attention_backend,
+            rows=training.micro_batch_size,
+            length=training.segment_length or training.sequence_length,
+            device=world.device,
+            dtype=torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
+        )
+    except ValueError as error:
+        raise UserError(f"parallel.attention_backend: {error}") from error
 
 
 def open_training_data(recipe: Recipe, batches: Batches, world: World, source: Source, state: TrainerState) -> Loader:

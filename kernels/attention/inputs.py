@@ -36,11 +36,17 @@ class AttentionInputs:
     first_visible: Tensor | None
     """Key index of the first key seen, never beyond the query's own: [B, Tq] by query, or [B, 1] for all of a row's
     queries (then it hides cached keys alone)."""
+    given_bounds: tuple[Tensor | None, Tensor | None]
+    """The arguments that `first_visible` was made of, by which it is known again."""
 
     @property
     def offset(self) -> int:
         """Key index of the first query."""
         return self.streams[0][0].shape[2] - self.q.shape[2]
+
+    def tensors(self) -> list[Tensor]:
+        """All that a gradient can be asked for."""
+        return [self.q, *(x for pair in self.streams for x in pair), *(self.prefix or ())]
 
     @property
     def has_documents(self) -> bool:
@@ -85,6 +91,7 @@ def prepare(
         prefix=prefix,
         window=k.shape[1] if window is None else min(window, k.shape[1]),
         first_visible=_first_visible(first_valid, first_visible, k.shape[1] - length, length),
+        given_bounds=(first_valid, first_visible),
     )
 
 

@@ -1,21 +1,13 @@
-"""Attention on torch's fused scaled-dot-product kernels.
-
-The prefix enters as ONE extra key, the sink, whose score is the log-sum-exp of the prefix scores: with p its weight in
-the softmax and y_p the prefix's own attention output, the result is (output over the other keys) + p * y_p, exactly.
-The score reaches the kernel through two extra components of the query and p comes back through an extra component of
-the values, so any fused kernel serves and its ordinary backward is exact; merging two calls by their log-sum-exp would
-not be, since the fused kernels drop the gradient of the log-sum-exp. The price is a head 8 wider, not twice as wide.
-"""
+"""Attention on torch's fused scaled-dot-product kernels; the prefix enters as one extra key (sink.py)."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention.inputs import AttentionInputs, Prefix, indices, visible
+from kernels.attention.inputs import AttentionInputs, indices, visible
+from kernels.attention.sink import give_back, prefix_summary, sink_of, wide_keys, wide_queries, wide_values
 
-_EXTRA = 8
-"""Components added to a head for the sink: two are used, eight keep a width that fused kernels take."""
 _QUERY_BLOCK = 1024
 """Queries per call where the mask must be spelled out over all keys: bounds the mask, not the attention."""
 
@@ -24,36 +16,22 @@ _Streams = tuple[tuple[Tensor, Tensor], ...]
 
 def attention_sdpa(inputs: AttentionInputs) -> Tensor:
     """[B, H, Tq, D], by fused kernels; memory beyond inputs and output is linear in Tq under a window."""
-    width, scale = inputs.q.shape[-1], inputs.q.shape[-1] ** -0.5
+    scale = inputs.q.shape[-1] ** -0.5
     if inputs.prefix is None:
         return _streams_attention(inputs, inputs.q, inputs.streams, scale, sink=False)
-    score, own = _prefix_summary(inputs.prefix, scale)
-    q, streams = _with_sink(inputs.q, inputs.streams, score / scale)
-    out = _streams_attention(inputs, q, streams, scale, sink=True)
-    return out[..., :width] + out[..., width : width + 1] * own
+    score, own = prefix_summary(inputs.prefix, scale)
+    q = wide_queries(inputs.q, score / scale)
+    return give_back(_streams_attention(inputs, q, _with_sink(inputs.streams), scale, sink=True), own)
 
 
-def _prefix_summary(prefix: Prefix, scale: float) -> tuple[Tensor, Tensor]:
-    """The prefix's log-sum-exp [B, H, Tq, 1] (fp32 or better) and its own attention output [B, H, Tq, D]."""
-    scores = prefix.q @ prefix.k.mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    return scores.logsumexp(-1, keepdim=True), scores.softmax(-1).to(prefix.v.dtype) @ prefix.v
-
-
-def _with_sink(q: Tensor, streams: _Streams, score: Tensor) -> tuple[Tensor, _Streams]:
-    """Widens the heads and puts the sink at key index 0 of the first stream; `score` is before the scale."""
-    # bf16 keeps 8 bits of a score: the rest goes into a second component. The gradient all goes through `high`.
-    high = score.to(q.dtype)
-    low = (score - high).to(q.dtype)
-    q = pad(torch.cat((q, high, low), -1), (0, _EXTRA - 2))
-    (keys, values), *others = ((pad(keys, (0, _EXTRA)), pad(values, (0, _EXTRA))) for keys, values in streams)
-    width = keys.shape[-1] - _EXTRA
-    sink_key, sink_value = keys.new_zeros(keys.shape[-1]), values.new_zeros(values.shape[-1])
-    sink_key[width : width + 2] = 1
-    sink_value[width] = 1
+def _with_sink(streams: _Streams) -> _Streams:
+    """Widens the heads and puts the sink at key index 0 of the first stream."""
+    (keys, values), *others = ((wide_keys(keys), wide_values(values)) for keys, values in streams)
     shape = (*keys.shape[:2], 1, -1)
-    first = (torch.cat((sink_key.expand(shape), keys), 2), torch.cat((sink_value.expand(shape), values), 2))
-    return q, (first, *others)
+    first = (
+        torch.cat((sink.expand(shape), x), 2) for sink, x in zip(sink_of(keys, values), (keys, values), strict=True)
+    )
+    return (tuple(first), *others)
 
 
 def _streams_attention(inputs: AttentionInputs, q: Tensor, streams: _Streams, scale: float, sink: bool) -> Tensor:

@@ -134,6 +134,16 @@ def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value
         ({"optimizer.betas": "[.nan, 0.9]"}, "optimizer.betas.0: nan does not fit"),
         ({"model.memory.step_bound": ".inf"}, "model.memory.step_bound: inf does not fit"),
         ({"parallel.timeout_minutes": ".inf"}, "parallel.timeout_minutes: inf does not fit"),
+        (
+            {
+                "model.variant": "lmm",
+                "model.segment": "null",
+                "model.num_persistent": "0",
+                "parallel.attention_backend": "math",
+            },
+            "parallel.attention_backend is math, but model.variant lmm has no attention",
+        ),
+        ({"parallel.attention_backend": "fast"}, "parallel.attention_backend: 'fast' does not fit"),
         ({"training.gradient": "truncated"}, "gradient is truncated, but without segment_length rows are run whole"),
         ({"training.truncate_every": "2"}, "truncate_every is 2, but without segment_length"),
         ({"training.boundary_states": "disk"}, "boundary_states is disk, but without segment_length"),

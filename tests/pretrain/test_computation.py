@@ -1,0 +1,66 @@
+"""How the model computes: `parallel.attention_backend` and `parallel.compile` reach it, and a backend that can't
+compute its attention is refused by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.attention import AttentionLayer
+from model.compiled import PARTS
+from parallel.process import World
+from pretrain import loop
+from pretrain.config import load_recipe
+from pretrain.errors import UserError
+from tests.distributed_helper import run_ranks
+from tests.training_cases import events, make_data, write_recipe
+
+
+def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *overrides: tuple[str, str]) -> torch.nn.Module:
+    """The model that is handed to the engine."""
+    monkeypatch.setattr(loop, "Engine", lambda model, *arguments, **options: model)
+    recipe = load_recipe(write_recipe(Path("shards"), tmp_path / "run"), overrides)
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    return loop.build_engine(recipe, recipe.batches(1), world)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
+def test_it_reaches_every_layer(backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = built(monkeypatch, tmp_path, ("parallel.attention_backend", backend))
+    assert [m.backend for m in model.modules() if isinstance(m, AttentionLayer)] == [backend, backend]
+
+
+def test_one_that_does_not_take_the_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        built(monkeypatch, tmp_path, ("parallel.attention_backend", "flash"))
+    message = str(caught.value)
+    assert message.startswith("parallel.attention_backend: attention backend 'flash' does not take this attention: ")
+    assert "second stream" in message
+    assert "choose 'auto'" in message
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compile_reaches_every_part(compiled: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = built(monkeypatch, tmp_path, ("parallel.compile", str(compiled).lower()))
+    parts = [module for module in model.modules() if isinstance(module, PARTS)]
+    assert [hasattr(part.forward, "_torchdynamo_orig_callable") for part in parts] == [compiled] * len(parts)
+
+
+@pytest.mark.slow
+def test_compiled_runs_follow_the_others_with_their_parameters_shared_out(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    recipes = [
+        write_recipe(
+            data, tmp_path / f"{stage}-{compiled}", steps=4, parallel={"zero_stage": stage, "compile": compiled}
+        )
+        for stage in (1, 3)
+        for compiled in (False, True)
+    ]
+    run_ranks(["tests/pretrain/train_worker.py", *map(str, recipes)], ranks=2, timeout=900)
+    for stage in (1, 3):
+        plain, compiled = (events(tmp_path / f"{stage}-{value}", "step") for value in (False, True))
+        for name in ("loss", "gradient_norm"):
+            assert [e[name] for e in compiled] == pytest.approx([e[name] for e in plain], rel=1e-4)
