@@ -1,4 +1,4 @@
-"""A group of chunks by Triton kernels: what chunk.py and chunk_gradient.py do in PyTorch, with the same values."""
+"""A group of chunks by Triton kernels: `write_group` and `read_group` of chunk.py, with the same values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.memory.chunk import GroupGates, GroupTokens, GroupTrace, LayerWrites, step_scale
 from kernels.memory.options import MemoryOptions
-from kernels.memory.triton.launch import Tiles, block_of
+from kernels.memory.triton.launch import Tiles, block_of, packed
 from kernels.memory.triton.read import read_layer
 from kernels.memory.triton.write import write_one_layer, write_two_layers
 
@@ -21,46 +21,46 @@ def write_group(
     state: Sequence[Tensor],
     options: MemoryOptions,
     with_end: bool,
-    keep: bool = False,
+    for_gradient: bool = False,
 ) -> GroupTrace:
-    """`chunk.write_group`; the outputs of layers and the pulled gradients are there only with `keep`."""
-    k, v = tokens.k.contiguous(), tokens.v.contiguous()
+    """`chunk.write_group` of one or two layers; `outputs` and `pulled` are there only for the gradient."""
+    tokens, gates = GroupTokens(*packed(tokens)), GroupGates(*packed(gates))
+    k, theta, bounded = tokens.k, tokens.theta, options.step_bound is not None
     num_chunks, num_memories, size, dim = k.shape
-    tiles, bounded = Tiles.of(k, size), options.step_bound is not None
     num_states = num_chunks + with_end
+    tiles = Tiles.of(k)
     states = [s.new_empty(num_states, *s.shape) for s in state]
     for buffer, s in zip(states, state, strict=True):
         buffer[0] = s
     gradients = [k.new_empty(*k.shape[:3], s.shape[2], dtype=tiles.stored) for s in state]
-    theta = tokens.theta.contiguous()
-    steps, divisors = ([torch.empty_like(theta) if bounded else theta for _ in state] for _ in range(2))
-    scale = step_scale(theta, tokens.eta).contiguous()
-    shared = (k, v, theta, scale, gates.write, gates.momentum_last.contiguous(), gates.a, gates.e, gates.p)
-    targets = [s if w is None else w for w, s in zip(learned, state, strict=True)]
-    sizes = (num_chunks, num_states, num_memories, size)
+    steps = [torch.empty_like(theta) if bounded else theta for _ in state]
+    arguments = (
+        k, tokens.v, theta, step_scale(theta, tokens.eta), gates.write, gates.momentum_last, gates.a, gates.e, gates.p,
+        *(s if w is None else w.contiguous() for w, s in zip(learned, state, strict=True)), *states,
+    )  # fmt: skip
+    numbers = (num_chunks, num_states, num_memories, size)
     constants = {
         "D": dim, "CP": tiles.tokens, "L2": options.objective == "l2", "INIT": learned[0] is not None,
-        "BOUND": bounded, "PRECISION": tiles.precision,
+        "BOUND": bounded, **tiles.constants,
     }  # fmt: skip
-    bound = options.step_bound or 0.0
     if len(state) == 1:
         block = block_of(dim)
         write_one_layer[(num_memories * (dim // block),)](
-            *shared, *targets, *states, *gradients, *steps, *divisors, bound, *sizes, OB=block, **constants
+            *arguments, *gradients, *steps, options.step_bound or 0.0, *numbers, OB=block, **constants
         )
         writes = [LayerWrites(k, None, None, gradients[0], steps[0])]
     else:
         width = state[0].shape[2]
         hidden = torch.empty_like(gradients[0])
-        outputs = hidden.new_empty(hidden.shape if keep else hidden.shape[1:], dtype=torch.float32)
-        pulled = torch.empty_like(outputs) if keep else outputs
+        outputs = hidden.new_empty(hidden.shape if for_gradient else hidden.shape[1:], dtype=torch.float32)
+        pulled = torch.empty_like(outputs) if for_gradient else None
         write_two_layers[(num_memories,)](
-            *shared, *targets, *states, hidden, outputs, pulled, *gradients, *steps, *divisors, bound,
-            options.activation_scale, *sizes, H=width, HB=block_of(width), ACTIVATION=options.activation, KEEP=keep,
-            **constants,
+            *arguments, hidden, outputs, outputs if pulled is None else pulled, *gradients, *steps,
+            options.step_bound or 0.0, options.activation_scale, *numbers,
+            H=width, HB=block_of(width), ACTIVATION=options.activation, KEEP=for_gradient, **constants,
         )  # fmt: skip
         writes = [
-            LayerWrites(k, outputs, pulled, gradients[0], steps[0]),
+            LayerWrites(k, outputs if for_gradient else None, pulled, gradients[0], steps[0]),
             LayerWrites(hidden, None, None, gradients[1], steps[1]),
         ]
     # A copy of the end: a view would keep all the group's states alive for as long as it is.
@@ -69,24 +69,29 @@ def write_group(
 
 
 def read_group(
-    q: Tensor, gates: GroupGates, learned: Sequence[Tensor | None], trace: GroupTrace, options: MemoryOptions
+    q: Tensor,
+    gates: GroupGates,
+    learned: Sequence[Tensor | None],
+    trace: GroupTrace,
+    options: MemoryOptions,
+    hidden_only: bool = False,
 ) -> list[Tensor]:
-    """Every layer's outputs for the queries, [n, N, M, o]; the last one's are y."""
+    """Each layer's outputs before activation for the queries, [n, N, M, o]; the last one's are y."""
     num_chunks, num_memories, num_queries, _ = q.shape
-    size = gates.a.shape[-1]
-    tiles = Tiles.of(q, num_queries)
-    tokens = Tiles.of(trace.writes[0].inputs, num_queries).tokens
+    gates = GroupGates(*packed(gates))
+    tiles = Tiles.of(trace.writes[0].inputs, num_queries)
     outputs: list[Tensor] = []
-    for w0, states, writes in zip(learned, trace.states, trace.writes, strict=True):
-        x = outputs[-1] if outputs else q.contiguous()
+    for layer in range(len(learned) - hidden_only):
+        w0, states, writes = learned[layer], trace.states[layer], trace.writes[layer]
         d_in, d_out = states.shape[2] // 2, states.shape[3]
         block = block_of(d_out)
         out = q.new_empty(*q.shape[:3], d_out, dtype=torch.float32)
         read_layer[(num_chunks * num_memories * (d_out // block),)](
-            x, writes.inputs, writes.gradients, writes.steps, gates.write, gates.a, gates.p,
-            states if w0 is None else w0, states, out, options.activation_scale, num_memories, num_queries, size,
-            I=d_in, O=d_out, IB=block_of(d_in), OB=block, MP=tiles.queries, CP=tokens,
-            ACTIVATION=options.activation if outputs else "none", INIT=w0 is not None, PRECISION=tiles.precision,
+            outputs[-1] if outputs else q.contiguous(), writes.inputs, writes.gradients, writes.steps, gates.write,
+            gates.a, gates.p, states if w0 is None else w0.contiguous(), states, out, options.activation_scale,
+            num_memories, num_queries, writes.inputs.shape[2], IN=d_in, OUT=d_out, IB=block_of(d_in), OB=block,
+            MP=tiles.queries, CP=tiles.tokens, ACTIVATION=options.activation if outputs else "none",
+            INIT=w0 is not None, **tiles.constants,
         )  # fmt: skip
         outputs.append(out)
     return outputs

@@ -1,8 +1,9 @@
-"""Sizes of tiles and precision of products for a launch of the memory's kernels."""
+"""Sizes of tiles, warps and precision of products for a launch of the memory's kernels."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# The tensor cores' products have at least 16 terms, and larger tiles than 128 tokens do not fit the registers.
-MIN_TILE, MAX_TOKENS, MAX_DIM = 16, 128, 128
+MIN_TILE = 16  # terms of the tensor cores' products
 MAX_BLOCK = 64
 
 
@@ -22,31 +22,47 @@ def padded(num_tokens: int) -> int:
 
 
 def block_of(width: int) -> int:
-    """Columns of a block of a layer's width; it divides the width."""
+    """Columns in a block of a layer's width, which it divides."""
     return next(size for size in (MAX_BLOCK, 32, MIN_TILE) if width % size == 0)
 
 
-def precision_of(tokens: Tensor) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """How the kernels round what they multiply: bf16 as bf16, fp32 as PyTorch's own products do."""
     if INTERPRETED:
-        return "ieee"  # the interpreter's bf16 is wrong and it knows no tf32
-    if tokens.dtype == torch.bfloat16:
+        return "ieee"  # the interpreter is wrong in bf16, and has no tf32
+    if dtype == torch.bfloat16:
         return "bf16"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def packed(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Without gaps, as the kernels index."""
+    return [x.contiguous() for x in tensors]
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Constants of a group's kernels."""
+    """What the launches of a group have in common."""
 
-    tokens: int  # CP, the chunk's tokens, padded
-    queries: int  # MP
+    tokens: int  # CP: the chunk's tokens, padded
+    queries: int  # MP: the queries, padded
     precision: str
-    stored: torch.dtype  # of X and D between kernels: what their products would round them to
+    num_warps: int
 
     @classmethod
-    def of(cls, k: Tensor, num_queries: int) -> Tiles:
-        """For keys [n, N, C, D]."""
-        precision = precision_of(k)
-        stored = torch.bfloat16 if precision == "bf16" else torch.float32
-        return cls(padded(k.shape[2]), padded(num_queries), precision, stored)
+    def of(cls, keys: Tensor, num_queries: int | None = None) -> Tiles:
+        """For keys [n, N, C, D], and as many queries a chunk unless told otherwise."""
+        tokens = padded(keys.shape[2])
+        queries = padded(num_queries or keys.shape[2])
+        # A tile of 64 x 64 fp32 is 16 registers of a thread with 8 warps, of which a kernel needs several.
+        return cls(tokens, queries, precision_of(keys.dtype), 8 if tokens >= 64 else 4)
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """What all kernels are compiled with."""
+        return {"PRECISION": self.precision, "num_warps": self.num_warps, "num_stages": 1}
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Of X and D between kernels, which are only multiplied there."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32

@@ -16,7 +16,6 @@ from kernels.memory.triton.tiles import (
     activation_slopes,
     dot,
     load_gate,
-    load_square,
     load_state,
     load_tile,
     store_state,
@@ -49,28 +48,29 @@ def end_gates(write, momentum_last, a, e, p, at, tokens, C):
 
 @triton.jit
 def advance(
-    state, following, learned, left, gradients, for_weights, for_momentum, a, e, p, rows, columns,
-    I: tl.constexpr, O: tl.constexpr, INIT: tl.constexpr, PRECISION: tl.constexpr,
+    state, following, learned, inputs, gradients, for_weights, for_momentum, a, e, p, tokens, C, rows, columns,
+    IN: tl.constexpr, OUT: tl.constexpr, INIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one layer's weights and momentum [2 * I, O] at the next chunk's start.
+    """A tile of one layer's weights and momentum [2 * IN, OUT] at the next chunk's start.
 
-    `left` [rows, C] is the transposed inputs, `gradients` [C, columns] D; `for_weights` and `for_momentum` [C] are P or
-    H at the chunk's end times the steps.
+    `inputs` is X [C, IN] in memory, `gradients` D [C, columns]; `for_weights` and `for_momentum` [C] are P and H at the
+    chunk's end times the steps.
     """
-    weights = load_state(state, rows, columns, O)
-    momentum = load_state(state + I * O, rows, columns, O)
+    left = tl.trans(load_tile(inputs, tokens, C, rows, IN))
+    weights = load_state(state, rows, columns, OUT)
+    momentum = load_state(state + IN * OUT, rows, columns, OUT)
     new = a * weights + p * momentum
     if INIT:
-        new += (1 - a) * load_state(learned, rows, columns, O)
+        new += (1 - a) * load_state(learned, rows, columns, OUT)
     new -= dot(left, for_weights[:, None] * gradients, PRECISION)
-    store_state(following, new, rows, columns, O)
+    store_state(following, new, rows, columns, OUT)
     new = e * momentum - dot(left, for_momentum[:, None] * gradients, PRECISION)
-    store_state(following + I * O, new, rows, columns, O)
+    store_state(following + IN * OUT, new, rows, columns, OUT)
 
 
 @triton.jit
 def write_one_layer(
-    k, v, theta, scale, write, momentum_last, a, e, p, learned, states, gradients, steps, divisors, bound,
+    k, v, theta, scale, write, momentum_last, a, e, p, learned, states, gradients, steps, bound,
     num_chunks, num_states, num_memories, C,
     D: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr,
     L2: tl.constexpr, INIT: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,7 +84,7 @@ def write_one_layer(
         learned: W_0 [N, D, D].
         states: [num_states, N, 2 * D, D], the first one given; num_states is n, or n + 1 with the state at the end.
         gradients: out, D [n, N, C, D].
-        steps, divisors: out, [n, N, C], the bounded steps and what theta was divided by.
+        steps: out, [n, N, C], theta bounded; not written without BOUND.
     """
     memory = tl.program_id(0) // (D // OB)
     columns = tl.program_id(0) % (D // OB) * OB + tl.arange(0, OB)
@@ -94,9 +94,8 @@ def write_one_layer(
         x = load_tile(k + at * C * D, tokens, C, dims, D)
         step = load_gate(theta + at * C, tokens, C)
         if BOUND:
-            divisor = overlap_divisor(dot(x, tl.trans(x), PRECISION), load_gate(scale + at * C, tokens, C), bound, tokens)
-            step /= divisor
-            tl.store(divisors + at * C + tokens, divisor, mask=tokens < C)
+            products = dot(x, tl.trans(x), PRECISION)
+            step /= overlap_divisor(products, load_gate(scale + at * C, tokens, C), bound, tokens)
             tl.store(steps + at * C + tokens, step, mask=tokens < C)
         state = states + at * 2 * D * D
         outputs = dot(x, load_state(state, dims, columns, D), PRECISION)
@@ -106,8 +105,8 @@ def write_one_layer(
             last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)
             following = states + ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * D * D
             advance(
-                state, following, learned + memory * D * D, tl.trans(x), gradient, last * step, momentum * step,
-                a_end, e_end, p_end, dims, columns, D, D, INIT, PRECISION,
+                state, following, learned + memory * D * D, k + at * C * D, gradient, last * step, momentum * step,
+                a_end, e_end, p_end, tokens, C, dims, columns, D, D, INIT, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
 
@@ -146,7 +145,7 @@ def products_of_inputs(
 @triton.jit
 def write_two_layers(
     k, v, theta, scale, write, momentum_last, a, e, p, learned1, learned2, states1, states2,
-    hidden, outputs, pulled, gradients1, gradients2, steps1, steps2, divisors1, divisors2, bound, act_scale,
+    hidden, outputs, pulled, gradients1, gradients2, steps1, steps2, bound, act_scale,
     num_chunks, num_states, num_memories, C,
     D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
     L2: tl.constexpr, INIT: tl.constexpr, BOUND: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -159,7 +158,7 @@ def write_two_layers(
         hidden, gradients1: out, X_2 and D_1 [n, N, C, H]; gradients2: out, D_2 [n, N, C, D].
         outputs, pulled: out, the hidden layer before its activation, and the inner gradient after it, [n, N, C, H];
             without KEEP one chunk's for each memory, [N, C, H], and `pulled` is not written.
-        steps1, steps2, divisors1, divisors2: out, [n, N, C].
+        steps1, steps2: out, [n, N, C]; not written without BOUND.
     """
     memory = tl.program_id(0)
     tokens, dims = tl.arange(0, CP), tl.arange(0, D)
@@ -178,12 +177,9 @@ def write_two_layers(
         step2 = step1
         if BOUND:
             c = load_gate(scale + at * C, tokens, C)
-            divisor1 = overlap_divisor(dot(x, tl.trans(x), PRECISION), c, bound, tokens)
+            step1 /= overlap_divisor(dot(x, tl.trans(x), PRECISION), c, bound, tokens)
             products = products_of_inputs(after, tokens, C, H, HB, CP, PRECISION)
-            divisor2 = overlap_divisor(products, c, bound, tokens)
-            step1, step2 = step1 / divisor1, step2 / divisor2
-            tl.store(divisors1 + at * C + tokens, divisor1, mask=tokens < C)
-            tl.store(divisors2 + at * C + tokens, divisor2, mask=tokens < C)
+            step2 /= overlap_divisor(products, c, bound, tokens)
             tl.store(steps1 + at * C + tokens, step1, mask=tokens < C)
             tl.store(steps2 + at * C + tokens, step2, mask=tokens < C)
         last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)
@@ -198,12 +194,11 @@ def write_two_layers(
                 store_tile(pulled + at * C * H, pull, tokens, C, block, H)
             if chunk + 1 < num_states:
                 advance(
-                    first, states1 + following, learned1 + memory * D * H, tl.trans(x),
-                    gradient1, last * step1, momentum * step1, a_end, e_end, p_end, dims, block, D, H, INIT, PRECISION,
+                    first, states1 + following, learned1 + memory * D * H, k + at * C * D, gradient1, last * step1,
+                    momentum * step1, a_end, e_end, p_end, tokens, C, dims, block, D, H, INIT, PRECISION,
                 )  # fmt: skip
-                left = tl.trans(load_tile(after, tokens, C, block, H))
                 advance(
-                    second, states2 + following, learned2 + memory * H * D, left,
-                    gradient2, last * step2, momentum * step2, a_end, e_end, p_end, block, dims, H, D, INIT, PRECISION,
+                    second, states2 + following, learned2 + memory * H * D, after, gradient2, last * step2,
+                    momentum * step2, a_end, e_end, p_end, tokens, C, block, dims, H, D, INIT, PRECISION,
                 )  # fmt: skip
         tl.debug_barrier()

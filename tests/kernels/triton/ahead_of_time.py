@@ -1,0 +1,91 @@
+"""Compiles Triton kernels for GPUs that are not there, and reads what the assembler says of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+TENSOR_CORES = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma_")
+
+
+class Report(NamedTuple):
+    """What one kernel takes on one target; registers and spilled bytes are a thread's."""
+
+    registers: int
+    spills: int
+    shared: int
+    tensor_core_instructions: int
+    ttgir: str
+
+    @property
+    def odd_layouts(self) -> list[str]:
+        """Lines where a tile of a `#linear` layout feeds a product: what Hopper's compiler has got wrong."""
+        uses = ("local_alloc", "dot_op", "local_store")
+        return [line for line in self.ttgir.splitlines() if "#linear" in line and any(use in line for use in uses)]
+
+
+def _assemble(ptx: str, name: str) -> tuple[int, int]:
+    """Registers and spilled bytes, from ptxas."""
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    target = re.search(r"\.target (\w+)", ptx).group(1)
+    assembler = binaries / ("ptxas-blackwell" if name == "sm_100" else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [assembler, "-v", "--gpu-name", target, file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    def number(pattern: str) -> int:
+        return int(re.search(pattern, said).group(1))
+
+    return number(r"Used (\d+) registers"), max(number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes spill loads"))
+
+
+def compile_for(
+    target: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], **options: int
+) -> Report:
+    """Compiles a kernel.
+
+    Args:
+        target: a key of TARGETS.
+        arguments: types of run-time arguments by name, as in "*fp32" or "i32"; pointers are 16-byte aligned.
+        constants: compile-time arguments by name.
+        options: num_warps, num_stages.
+    """
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in names}
+    pointers = [index for index, name in enumerate(names) if signature[name].startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(index,): [["tt.divisibility", 16]] for index in pointers},
+    )
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    if target == "gfx942":
+        code = compiled.asm["amdgcn"]
+
+        def field(pattern: str) -> int:
+            return int(re.search(pattern, code).group(1))
+
+        registers, spills = field(r"\.vgpr_count:\s+(\d+)"), 4 * field(r"\.vgpr_spill_count:\s+(\d+)")
+    else:
+        code = compiled.asm["ptx"]
+        registers, spills = _assemble(code, target)
+    instructions = sum(code.count(mark) for mark in TENSOR_CORES)
+    return Report(registers, spills, compiled.metadata.shared, instructions, compiled.asm["ttgir"])
