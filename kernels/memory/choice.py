@@ -46,7 +46,9 @@ def _kernels_or_dual_form(problem: Problem, forced: bool) -> Choice:
         return Choice(DualForm(), f"Triton can't be imported: {error}")
     reason = refusal(problem)
     if reason is None and not forced:
-        reason = disadvantage(problem) or failure(problem)
+        reason = disadvantage(problem)
+    if reason is None and problem.device.type == "cuda":
+        reason = failure(problem)  # an order is not followed either with kernels that are wrong here
     if reason is not None:
         return Choice(DualForm(), reason)
     return Choice(TritonKernels(), "asked for" if forced else "the kernels agree with the dual form here")
