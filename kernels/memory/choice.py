@@ -20,8 +20,8 @@ def choose(problem: Problem, backend: str) -> Choice:
     """The backend for a problem.
 
     Args:
-        backend: "dual" and "triton" are orders; with "auto" the kernels compute what they take on a GPU, once they
-            have agreed with the dual form there (triton/selftest.py).
+        backend: "dual" and "triton" are orders, of which "triton" is followed where the kernels have agreed with the
+            dual form (triton/selftest.py); "auto" is the dual form.
 
     Raises:
         ValueError: "triton" was asked for, and can't compute this; the message says why.

@@ -58,8 +58,8 @@ def neural_memory(
             steps.
         activation_scale: multiplies every hidden activation.
         backend: "dual" (the chunked dual form in PyTorch), "triton" (the same in Triton kernels), "reference" (the
-            oracle), or "auto": the kernels where they run and have agreed with the dual form, which is faster
-            there, else the dual form. `explain_backend` says which and why.
+            oracle), or "auto": the dual form, until the kernels have been measured. `explain_backend` says which and
+            why.
         return_surprise: also return the norm of u_t for each token.
 
     Returns:

@@ -68,4 +68,4 @@ def disadvantage(problem: Problem) -> str | None:
         return (
             "fp32 products are exact unless torch.set_float32_matmul_precision('high'), and leave the tensor cores idle"
         )
-    return None
+    return "the kernels are used only where backend='triton' asks for them"
