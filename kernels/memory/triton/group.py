@@ -28,7 +28,7 @@ def write_group(
     k, theta, bounded = tokens.k, tokens.theta, options.step_bound is not None
     num_chunks, num_memories, size, dim = k.shape
     num_states = num_chunks + with_end
-    tiles = Tiles.of(k)
+    tiles = Tiles.of(k.dtype, options.chunk_size)
     states = [s.new_empty(num_states, *s.shape) for s in state]
     for buffer, s in zip(states, state, strict=True):
         buffer[0] = s
@@ -36,17 +36,17 @@ def write_group(
     steps = [torch.empty_like(theta) if bounded else theta for _ in state]
     arguments = (
         k, tokens.v, theta, step_scale(theta, tokens.eta), gates.write, gates.momentum_last, gates.a, gates.e, gates.p,
-        *(s if w is None else w.contiguous() for w, s in zip(learned, state, strict=True)), *states,
+        *packed(s if w is None else w for w, s in zip(learned, state, strict=True)), *states,
     )  # fmt: skip
     numbers = (num_chunks, num_states, num_memories, size)
     constants = {
-        "D": dim, "CP": tiles.tokens, "L2": options.objective == "l2", "INIT": learned[0] is not None,
+        "D": dim, "L2": options.objective == "l2", "INIT": learned[0] is not None,
         "BOUND": bounded, **tiles.constants,
     }  # fmt: skip
     if len(state) == 1:
         block = block_of(dim)
         write_one_layer[(num_memories * (dim // block),)](
-            *arguments, *gradients, *steps, options.step_bound or 0.0, *numbers, OB=block, **constants
+            *arguments, *gradients, *steps, float(options.step_bound or 0), *numbers, OB=block, **constants
         )
         writes = [LayerWrites(k, None, None, gradients[0], steps[0])]
     else:
@@ -56,7 +56,7 @@ def write_group(
         pulled = torch.empty_like(outputs) if for_gradient else None
         write_two_layers[(num_memories,)](
             *arguments, hidden, outputs, outputs if pulled is None else pulled, *gradients, *steps,
-            options.step_bound or 0.0, options.activation_scale, *numbers,
+            float(options.step_bound or 0), float(options.activation_scale), *numbers,
             H=width, HB=block_of(width), ACTIVATION=options.activation, KEEP=for_gradient, **constants,
         )  # fmt: skip
         writes = [
@@ -79,7 +79,7 @@ def read_group(
     """Each layer's outputs before activation for the queries, [n, N, M, o]; the last one's are y."""
     num_chunks, num_memories, num_queries, _ = q.shape
     gates = GroupGates(*packed(gates))
-    tiles = Tiles.of(trace.writes[0].inputs, num_queries)
+    tiles = Tiles.of(trace.writes[0].inputs.dtype, options.chunk_size)
     outputs: list[Tensor] = []
     for layer in range(len(learned) - hidden_only):
         w0, states, writes = learned[layer], trace.states[layer], trace.writes[layer]
@@ -87,10 +87,10 @@ def read_group(
         block = block_of(d_out)
         out = q.new_empty(*q.shape[:3], d_out, dtype=torch.float32)
         read_layer[(num_chunks * num_memories * (d_out // block),)](
-            outputs[-1] if outputs else q.contiguous(), writes.inputs, writes.gradients, writes.steps, gates.write,
-            gates.a, gates.p, states if w0 is None else w0.contiguous(), states, out, options.activation_scale,
+            *packed([outputs[-1] if outputs else q]), writes.inputs, writes.gradients, writes.steps, gates.write,
+            gates.a, gates.p, *packed([states if w0 is None else w0]), states, out, float(options.activation_scale),
             num_memories, num_queries, writes.inputs.shape[2], IN=d_in, OUT=d_out, IB=block_of(d_in), OB=block,
-            MP=tiles.queries, CP=tiles.tokens, ACTIVATION=options.activation if outputs else "none",
+            ACTIVATION=options.activation if outputs else "none",
             INIT=w0 is not None, **tiles.constants,
         )  # fmt: skip
         outputs.append(out)

@@ -11,10 +11,11 @@ from torch import Tensor
 from kernels.memory.chunk import GroupGates, GroupTokens, GroupTrace, group_gates, step_scale
 from kernels.memory.chunk_gradient import BoundGradient, GroupGradients, LayerGradients, step_gradients
 from kernels.memory.options import MemoryOptions
+from kernels.memory.triton.end_gradient import end_inputs_gradient, end_products
 from kernels.memory.triton.group import read_group, write_group
 from kernels.memory.triton.launch import Tiles, block_of, packed
 from kernels.memory.triton.read_gradient import read_inputs_gradient, read_states_gradient
-from kernels.memory.triton.write_gradient import end_products, write_one_layer_gradient, write_two_layers_gradient
+from kernels.memory.triton.write_gradient import write_one_layer_gradient, write_two_layers_gradient
 
 
 class _Pass(NamedTuple):
@@ -27,11 +28,16 @@ class _Pass(NamedTuple):
     options: MemoryOptions
     tiles: Tiles
 
+    @property
+    def act_scale(self) -> float:
+        """Of the activation, never an int, which Triton would compile other code for."""
+        return float(self.options.activation_scale)
+
     def layer_constants(self, index: int) -> dict[str, object]:
         """Compile-time arguments of the kernels for one layer's reads."""
         d_in, d_out = self.trace.states[index].shape[2] // 2, self.trace.states[index].shape[3]
         return {
-            "IN": d_in, "OUT": d_out, "IB": block_of(d_in), "OB": block_of(d_out), "MP": self.tiles.queries,
+            "IN": d_in, "OUT": d_out, "IB": block_of(d_in), "OB": block_of(d_out),
             "ACTIVATION": self.options.activation if index else "none", **self.tiles.constants,
         }  # fmt: skip
 
@@ -45,15 +51,15 @@ def group_gradients(
     d_end: Sequence[Tensor] | None,
 ) -> GroupGradients:
     """`chunk_gradient.group_gradients` of one or two layers."""
-    tokens, d_y = GroupTokens(*packed(tokens)), d_y.contiguous()
-    learned = [None if w is None else w.contiguous() for w in learned]
+    tokens, (d_y,) = GroupTokens(*packed(tokens)), packed([d_y])
+    learned = [None if w is None else packed([w])[0] for w in learned]
     with torch.enable_grad():
         leaves = tokens.alpha.detach().requires_grad_(), tokens.eta.detach().requires_grad_()
         graph = group_gates(*leaves)
     gates = GroupGates(*packed(x.detach() for x in graph))
     d_gates = GroupGates(*(torch.zeros_like(x) for x in gates))
     trace = write_group(tokens, gates, learned, state, options, with_end=False, for_gradient=True)
-    group = _Pass(gates, d_gates, learned, trace, options, Tiles.of(tokens.k, tokens.q.shape[2]))
+    group = _Pass(gates, d_gates, learned, trace, options, Tiles.of(tokens.k.dtype, options.chunk_size))
     reads = [tokens.q, *read_group(tokens.q, gates, learned, trace, options, hidden_only=True)]
     layers: list[LayerGradients] = []
     d_outputs = [d_y]
@@ -77,7 +83,9 @@ def group_gradients(
     d_theta, d_eta_of_steps = step_gradients(tokens, layers, bounds)
     d_alpha, d_eta = torch.autograd.grad(graph, leaves, d_gates)
     d_tokens = GroupTokens(d_outputs[0], d_k, d_v, d_alpha, d_eta + d_eta_of_steps, d_theta)
-    return GroupGradients(d_tokens, [layer.learned for layer in layers], [layer.states[0] for layer in layers])
+    # Copies: a view would keep all chunks' gradients alive through the next group.
+    d_state = [layer.states[0].clone() for layer in layers]
+    return GroupGradients(d_tokens, [layer.learned for layer in layers], d_state)
 
 
 def _read_layer_gradients(group: _Pass, index: int, x: Tensor, d_out: Tensor) -> tuple[Tensor, LayerGradients]:
@@ -85,7 +93,7 @@ def _read_layer_gradients(group: _Pass, index: int, x: Tensor, d_out: Tensor) ->
 
     The states' gradients, [n + 1, N, 2 * i, o], have room for the end's behind the chunks'.
     """
-    gates, d_gates, options = group.gates, group.d_gates, group.options
+    gates, d_gates = group.gates, group.d_gates
     writes, states, learned = group.trace.writes[index], group.trace.states[index], group.learned[index]
     num_chunks, num_memories, size, _ = writes.inputs.shape
     num_queries = d_out.shape[2]
@@ -98,12 +106,12 @@ def _read_layer_gradients(group: _Pass, index: int, x: Tensor, d_out: Tensor) ->
     d_gradients = d_out.new_empty(writes.gradients.shape)
     read_inputs_gradient[(num_chunks * num_memories * num_in,)](
         d_out, x, writes.inputs, writes.gradients, writes.steps, gates.write, gates.a, gates.p,
-        states if learned is None else learned, states, d_x, d_keys, d_products, d_a, d_p, options.activation_scale,
-        num_memories, num_queries, size, CP=group.tiles.tokens, INIT=learned is not None, **constants,
+        states if learned is None else learned, states, d_x, d_keys, d_products, d_a, d_p, group.act_scale,
+        num_memories, num_queries, size, INIT=learned is not None, **constants,
     )  # fmt: skip
     read_states_gradient[(num_chunks * num_memories * num_out,)](
         d_out, x, writes.inputs, writes.steps, gates.write, gates.a, gates.p, d_states, d_gradients, scores,
-        options.activation_scale, num_queries, size, CP=group.tiles.tokens, **constants,
+        group.act_scale, num_queries, size, **constants,
     )  # fmt: skip
     d_coefficients = d_products.mul_(scores)
     d_gates.write[..., -num_queries:, :].addcmul_(d_coefficients, writes.steps.unsqueeze(-2))
@@ -120,28 +128,37 @@ def _write_gradients(group: _Pass, layers: Sequence[LayerGradients], bounds: Seq
     k, steps = writes[0].inputs, [layer.steps for layer in writes]
     num_chunks, num_memories, size, dim = k.shape
     d_v = torch.empty_like(k, dtype=torch.float32)
-    overlaps = [[torch.empty_like(s) for s in steps] for _ in range(2)]
+    parts = dim // block_of(dim) if len(layers) == 1 else 1
+    overlaps = [[s.new_empty(parts, *s.shape) for s in steps] for _ in range(2)]
     gradients = [layer.gradients for layer in writes]
-    arguments = (*steps, gates.write, gates.momentum_last, gates.a, gates.e, gates.p, *states)
+    arguments = (*gradients, *steps, gates.write, gates.momentum_last, gates.a, gates.e, gates.p)
     numbers = (num_chunks, num_memories, size)
-    constants = {"D": dim, "CP": group.tiles.tokens, "L2": options.objective == "l2", **group.tiles.constants}
+    constants = {"D": dim, "L2": options.objective == "l2", **group.tiles.constants}
     if len(layers) == 1:
-        write_one_layer_gradient[(num_memories,)](
-            k, *gradients, *arguments, layers[0].states, layers[0].inputs, layers[0].gradients, d_v,
-            *overlaps[0], *overlaps[1], *numbers, OB=block_of(dim), **constants,
+        write_one_layer_gradient[(num_memories * parts,)](
+            k, *arguments, layers[0].states, layers[0].gradients, d_v, *overlaps[0], *overlaps[1], *numbers,
+            OB=block_of(dim), **constants,
         )  # fmt: skip
+        d_outputs, sign = d_v, -1 if options.objective == "l2" else 0
     else:
         first, second = layers
         outputs, width = writes[0].outputs, writes[0].outputs.shape[-1]
         signed, slope = (bounds[1].signed, bounds[1].slope) if bounds else (gates.write, gates.a)
-        d_pulled, d_outputs = (torch.empty_like(outputs[0]) for _ in range(2))
+        d_outputs, sign, d_pulled = torch.empty_like(outputs), 1, torch.empty_like(outputs[0])
         write_two_layers_gradient[(num_memories,)](
-            k, writes[1].inputs, outputs, writes[0].pulled, *gradients, *arguments, signed, slope,
-            first.states, second.states, first.inputs, second.inputs, first.gradients, second.gradients, second.steps,
-            d_v, *overlaps[0], *overlaps[1], d_pulled, d_outputs, options.activation_scale, *numbers,
+            k, writes[1].inputs, outputs, writes[0].pulled, *arguments, states[1], signed, slope,
+            first.states, second.states, second.inputs, first.gradients, second.gradients, second.steps,
+            d_v, d_outputs, *overlaps[0], *overlaps[1], d_pulled, group.act_scale, *numbers,
             H=width, HB=block_of(width), ACTIVATION=options.activation, BOUND=bounds is not None, **constants,
         )  # fmt: skip
-    for layer, step, by_weights, by_momentum in zip(layers, steps, *overlaps, strict=True):
+    constants = group.layer_constants(0)
+    del constants["ACTIVATION"]
+    end_inputs_gradient[(num_chunks * num_memories * (dim // constants["IB"]),)](
+        d_outputs, gradients[0], steps[0], gates.write, gates.momentum_last, states[0], layers[0].states,
+        layers[0].inputs, num_memories, size, OUTPUTS=sign, **constants,
+    )  # fmt: skip
+    for layer, step, *sums in zip(layers, steps, *overlaps, strict=True):
+        by_weights, by_momentum = (x.sum(0) for x in sums)
         layer.steps.addcmul_(by_weights, gates.write[..., -1, :], value=-1)
         layer.steps.addcmul_(by_momentum, gates.momentum_last, value=-1)
         d_gates.write[..., -1, :].addcmul_(by_weights, step, value=-1)
@@ -158,7 +175,7 @@ def _end_gradients(group: _Pass, index: int, layer: LayerGradients, x: Tensor, d
     d_ends = states.new_empty(3, num_parts, num_chunks, num_memories)
     end_products[(num_memories * num_parts,)](
         d_out, x, gates.a, states if learned is None else learned, states, layer.states,
-        d_ends if learned is None else layer.learned, d_ends, group.options.activation_scale, num_chunks, num_memories,
+        d_ends if learned is None else layer.learned, d_ends, group.act_scale, num_chunks, num_memories,
         num_queries, gates.a.shape[-1], INIT=learned is not None, **constants,
     )  # fmt: skip
     for d_gate, d_last in zip((d_gates.a, d_gates.p, d_gates.e), d_ends.sum(1), strict=True):

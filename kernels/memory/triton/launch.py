@@ -14,6 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MIN_TILE = 16  # terms of the tensor cores' products
 MAX_BLOCK = 64
+ALIGNMENT = 16  # bytes; Triton compiles other code for pointers without it
 
 
 def padded(num_tokens: int) -> int:
@@ -36,31 +37,30 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def packed(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Without gaps, as the kernels index."""
-    return [x.contiguous() for x in tensors]
+    """Without gaps, as the kernels index, and aligned, as they are compiled for."""
+    tensors = [x.contiguous() for x in tensors]
+    return [x.clone() if x.data_ptr() % ALIGNMENT else x for x in tensors]
 
 
 @dataclass(frozen=True)
 class Tiles:
     """What the launches of a group have in common."""
 
-    tokens: int  # CP: the chunk's tokens, padded
-    queries: int  # MP: the queries, padded
+    tokens: int  # CP: a whole chunk's tokens, padded; also for queries, and in a chunk that is open
     precision: str
     num_warps: int
 
     @classmethod
-    def of(cls, keys: Tensor, num_queries: int | None = None) -> Tiles:
-        """For keys [n, N, C, D], and as many queries a chunk unless told otherwise."""
-        tokens = padded(keys.shape[2])
-        queries = padded(num_queries or keys.shape[2])
+    def of(cls, dtype: torch.dtype, chunk_size: int) -> Tiles:
+        """For tokens of a dtype. An open chunk has a whole one's kernels: few are compiled, and all self-tested."""
+        tokens = padded(chunk_size)
         # A tile of 64 x 64 fp32 is 16 registers of a thread with 8 warps, of which a kernel needs several.
-        return cls(tokens, queries, precision_of(keys.dtype), 8 if tokens >= 64 else 4)
+        return cls(tokens, precision_of(dtype), 8 if tokens >= 64 else 4)
 
     @property
     def constants(self) -> dict[str, object]:
         """What all kernels are compiled with."""
-        return {"PRECISION": self.precision, "num_warps": self.num_warps, "num_stages": 1}
+        return {"CP": self.tokens, "PRECISION": self.precision, "num_warps": self.num_warps, "num_stages": 1}
 
     @property
     def stored(self) -> torch.dtype:

@@ -8,13 +8,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.memory.triton.tiles import activate, dot, load_gate, load_square, load_state, load_tile, store_tile
+from kernels.memory.triton.tiles import (
+    NUMBERS,
+    activate,
+    dot,
+    load_gate,
+    load_square,
+    load_state,
+    load_tile,
+    load_tile_transposed,
+    store_tile,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def read_layer(
     x, keys, gradients, steps, write, a, p, learned, states, out, act_scale, num_memories, M, C,
-    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr,
     ACTIVATION: tl.constexpr, INIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Z = a * (Q W) + p * (Q S) + (1 - a) * (Q W_0) - (Q X^T * P theta) D, Q = act(x). Grid (n * N * OUT / OB).
@@ -28,17 +38,17 @@ def read_layer(
     """
     at = (tl.program_id(0) // (OUT // OB)).to(tl.int64)
     columns = tl.program_id(0) % (OUT // OB) * OB + tl.arange(0, OB)
-    queries, tokens = tl.arange(0, MP), tl.arange(0, CP)
+    queries, tokens = tl.arange(0, CP), tl.arange(0, CP)
     weights, momentum = states + at * 2 * IN * OUT, states + at * 2 * IN * OUT + IN * OUT
     learned += at % num_memories * IN * OUT
-    scores = tl.zeros((MP, CP), tl.float32)
-    from_weights = tl.zeros((MP, OB), tl.float32)
-    from_momentum = tl.zeros((MP, OB), tl.float32)
-    from_learned = tl.zeros((MP, OB), tl.float32)
+    scores = tl.zeros((CP, CP), tl.float32)
+    from_weights = tl.zeros((CP, OB), tl.float32)
+    from_momentum = tl.zeros((CP, OB), tl.float32)
+    from_learned = tl.zeros((CP, OB), tl.float32)
     for start in range(0, IN, IB):
         block = start + tl.arange(0, IB)
         q = activate(load_tile(x + at * M * IN, queries, M, block, IN), act_scale, ACTIVATION)
-        scores += dot(q, tl.trans(load_tile(keys + at * C * IN, tokens, C, block, IN)), PRECISION)
+        scores += dot(q, load_tile_transposed(keys + at * C * IN, tokens, C, block, IN), PRECISION)
         from_weights += dot(q, load_state(weights, block, columns, OUT), PRECISION)
         from_momentum += dot(q, load_state(momentum, block, columns, OUT), PRECISION)
         if INIT:

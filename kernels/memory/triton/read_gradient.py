@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 
 from kernels.memory.triton.tiles import (
+    NUMBERS,
     activate,
     activation_slopes,
     dot,
     load_gate,
     load_square,
-    load_state,
+    load_state_transposed,
     load_tile,
+    load_tile_transposed,
     store_square,
     store_state,
     store_tile,
@@ -33,33 +35,49 @@ def read_coefficients_transposed(write, steps, at, queries, M, tokens, C):
 @triton.jit
 def back_through_states(
     d_out, gradients, weights, learned, queries, M, tokens, C, block,
-    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr,
     INIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`d_out` times W^T, S^T and W_0^T, [M, block], and E = -d_out D^T, [M, C], and E^T."""
-    products = tl.zeros((MP, CP), tl.float32)
-    transposed = tl.zeros((CP, MP), tl.float32)
-    through_weights = tl.zeros((MP, IB), tl.float32)
-    through_momentum = tl.zeros((MP, IB), tl.float32)
-    through_learned = tl.zeros((MP, IB), tl.float32)
+    """`d_out` times (W - W_0)^T, S^T and W_0^T, [M, block], or W^T, S^T and 0 without INIT; E = -d_out D^T [M, C]."""
+    products = tl.zeros((CP, CP), tl.float32)
+    through_weights = tl.zeros((CP, IB), tl.float32)
+    through_momentum = tl.zeros((CP, IB), tl.float32)
+    through_learned = tl.zeros((CP, IB), tl.float32)
     for start in range(0, OUT, OB):
         columns = start + tl.arange(0, OB)
         d_z = load_tile(d_out, queries, M, columns, OUT)
-        gradient = load_tile(gradients, tokens, C, columns, OUT)
-        products -= dot(d_z, tl.trans(gradient), PRECISION)
-        transposed -= dot(gradient, tl.trans(d_z), PRECISION)
-        through_weights += dot(d_z, tl.trans(load_state(weights, block, columns, OUT)), PRECISION)
-        through_momentum += dot(d_z, tl.trans(load_state(weights + IN * OUT, block, columns, OUT)), PRECISION)
+        products -= dot(d_z, load_tile_transposed(gradients, tokens, C, columns, OUT), PRECISION)
+        moved = load_state_transposed(weights, block, columns, OUT)
         if INIT:
-            through_learned += dot(d_z, tl.trans(load_state(learned, block, columns, OUT)), PRECISION)
-    return through_weights, through_momentum, through_learned, products, transposed
+            # Subtracted before it is rounded: the gradient of forgetting needs the difference alone.
+            w0 = load_state_transposed(learned, block, columns, OUT)
+            through_learned += dot(d_z, w0, PRECISION)
+            moved -= w0
+        through_weights += dot(d_z, moved, PRECISION)
+        momentum = load_state_transposed(weights + IN * OUT, block, columns, OUT)
+        through_momentum += dot(d_z, momentum, PRECISION)
+    return through_weights, through_momentum, through_learned, products
 
 
 @triton.jit
+def products_transposed(
+    d_out, gradients, queries, M, tokens, C,
+    OUT: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """E^T = -D d_out^T, [C, M]."""
+    transposed = tl.zeros((CP, CP), tl.float32)
+    for start in range(0, OUT, OB):
+        columns = start + tl.arange(0, OB)
+        gradient = load_tile(gradients, tokens, C, columns, OUT)
+        transposed -= dot(gradient, load_tile_transposed(d_out, queries, M, columns, OUT), PRECISION)
+    return transposed
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def read_inputs_gradient(
     d_out, x, keys, gradients, steps, write, a, p, learned, states, d_x, d_keys, d_products, d_a, d_p, act_scale,
     num_memories, M, C,
-    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr,
     ACTIVATION: tl.constexpr, INIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a layer's reads give back to the queries and to the keys' inputs. Grid (n * N * IN / IB).
@@ -74,26 +92,23 @@ def read_inputs_gradient(
     part = tl.program_id(0) % (IN // IB)
     at = (tl.program_id(0) // (IN // IB)).to(tl.int64)
     block = part * IB + tl.arange(0, IB)
-    queries, tokens = tl.arange(0, MP), tl.arange(0, CP)
+    queries, tokens = tl.arange(0, CP), tl.arange(0, CP)
     first = at * C + C - M
-    through_weights, through_momentum, through_learned, products, transposed = back_through_states(
+    through_weights, through_momentum, through_learned, products = back_through_states(
         d_out + at * M * OUT, gradients + at * C * OUT, states + at * 2 * IN * OUT,
-        learned + at % num_memories * IN * OUT, queries, M, tokens, C, block, IN, OUT, IB, OB, MP, CP, INIT, PRECISION,
+        learned + at % num_memories * IN * OUT, queries, M, tokens, C, block, IN, OUT, IB, OB, CP, INIT, PRECISION,
     )  # fmt: skip
     if part == 0:
         store_square(d_products + at * M * C, products, queries, M, tokens, C, C, 1)
     z = load_tile(x + at * M * IN, queries, M, block, IN)
     q = activate(z, act_scale, ACTIVATION)
-    transposed *= read_coefficients_transposed(write, steps, at, queries, M, tokens, C)
-    store_tile(d_keys + at * C * IN, dot(transposed, q, PRECISION), tokens, C, block, IN)
     products *= load_square(write + first * C, queries, M, tokens, C, C, 1)
     products *= load_gate(steps + at * C, tokens, C)[None, :]
     a_queries = load_gate(a + first, queries, M)[:, None]
     d_q = dot(products, load_tile(keys + at * C * IN, tokens, C, block, IN), PRECISION)
     d_q += a_queries * through_weights + load_gate(p + first, queries, M)[:, None] * through_momentum
     if INIT:
-        d_q += (1 - a_queries) * through_learned
-        through_weights -= through_learned
+        d_q += through_learned
     if ACTIVATION != "none":
         slope, _ = activation_slopes(z, act_scale, ACTIVATION)
         d_q *= slope
@@ -101,12 +116,19 @@ def read_inputs_gradient(
     sums = (part * (tl.num_programs(0) // (IN // IB)) + at) * M + queries
     tl.store(d_a + sums, tl.sum(q * through_weights, 1), mask=queries < M)
     tl.store(d_p + sums, tl.sum(q * through_momentum, 1), mask=queries < M)
+    transposed = products_transposed(
+        d_out + at * M * OUT, gradients + at * C * OUT, queries, M, tokens, C, OUT, OB, CP, PRECISION
+    )
+    transposed *= read_coefficients_transposed(write, steps, at, queries, M, tokens, C)
+    # Loaded again: few tiles stay in registers.
+    q = activate(load_tile(x + at * M * IN, queries, M, block, IN), act_scale, ACTIVATION)
+    store_tile(d_keys + at * C * IN, dot(transposed, q, PRECISION), tokens, C, block, IN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def read_states_gradient(
     d_out, x, keys, steps, write, a, p, d_states, d_gradients, scores, act_scale, M, C,
-    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a layer's reads give back to the states and to D. Grid (n * N * OUT / OB).
@@ -119,15 +141,15 @@ def read_states_gradient(
     part = tl.program_id(0) % (OUT // OB)
     at = (tl.program_id(0) // (OUT // OB)).to(tl.int64)
     columns = part * OB + tl.arange(0, OB)
-    queries, tokens = tl.arange(0, MP), tl.arange(0, CP)
+    queries, tokens = tl.arange(0, CP), tl.arange(0, CP)
     first = at * C + C - M
     d_z = load_tile(d_out + at * M * OUT, queries, M, columns, OUT)
     d_weights, d_momentum = d_states + at * 2 * IN * OUT, d_states + at * 2 * IN * OUT + IN * OUT
     a_queries, p_queries = load_gate(a + first, queries, M)[:, None], load_gate(p + first, queries, M)[:, None]
-    transposed = tl.zeros((CP, MP), tl.float32)
+    transposed = tl.zeros((CP, CP), tl.float32)
     for start in range(0, IN, IB):
         block = start + tl.arange(0, IB)
-        q = tl.trans(activate(load_tile(x + at * M * IN, queries, M, block, IN), act_scale, ACTIVATION))
+        q = activate(load_tile_transposed(x + at * M * IN, queries, M, block, IN), act_scale, ACTIVATION)
         transposed += dot(load_tile(keys + at * C * IN, tokens, C, block, IN), q, PRECISION)
         store_state(d_weights, dot(q, a_queries * d_z, PRECISION), block, columns, OUT)
         store_state(d_momentum, dot(q, p_queries * d_z, PRECISION), block, columns, OUT)

@@ -1,7 +1,8 @@
 """What the memory's kernels share: tiles in and out of row-major matrices, products, activations.
 
-Tiles are fp32 between load and store, whatever the tensors are, and rows past a matrix's end are 0. Only tiles that
-come from memory are transposed: Triton's compiler for Hopper has miscompiled transposed results of products.
+Tiles are fp32 between load and store, whatever the tensors are, and rows past a matrix's end are 0. No tile is
+transposed once it is in registers, where Triton's compiler for Hopper has miscompiled products: a transposed operand is
+loaded so, or the product that gives it is taken the other way around.
 """
 
 from __future__ import annotations
@@ -9,12 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Run-time numbers of the kernels: where one is 1 or a multiple of 16 Triton would compile other code, which no
+# self-test has seen.
+NUMBERS = ["num_chunks", "num_states", "num_memories", "M", "C"]
+
 
 @triton.jit
 def load_tile(matrix, rows, num_rows, columns, WIDTH: tl.constexpr):
     """Tile [rows, columns] of a row-major matrix [num_rows, WIDTH]."""
     at = rows[:, None] * WIDTH + columns[None, :]
     return tl.load(matrix + at, mask=(rows < num_rows)[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_tile_transposed(matrix, rows, num_rows, columns, WIDTH: tl.constexpr):
+    """The transpose of what `load_tile` gives, [columns, rows]."""
+    at = columns[:, None] + rows[None, :] * WIDTH
+    return tl.load(matrix + at, mask=(rows < num_rows)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -28,6 +40,12 @@ def store_tile(matrix, tile, rows, num_rows, columns, WIDTH: tl.constexpr):
 def load_state(matrix, rows, columns, WIDTH: tl.constexpr):
     """Tile of a matrix that has all of these rows: weights or momentum."""
     return tl.load(matrix + rows[:, None] * WIDTH + columns[None, :])
+
+
+@triton.jit
+def load_state_transposed(matrix, rows, columns, WIDTH: tl.constexpr):
+    """The transpose of what `load_state` gives, [columns, rows]."""
+    return tl.load(matrix + columns[:, None] + rows[None, :] * WIDTH)
 
 
 @triton.jit

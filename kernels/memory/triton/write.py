@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 
 from kernels.memory.triton.tiles import (
+    NUMBERS,
     activate,
     activation_slopes,
     dot,
     load_gate,
     load_state,
+    load_state_transposed,
     load_tile,
+    load_tile_transposed,
     store_state,
     store_tile,
 )
@@ -56,7 +59,7 @@ def advance(
     `inputs` is X [C, IN] in memory, `gradients` D [C, columns]; `for_weights` and `for_momentum` [C] are P and H at the
     chunk's end times the steps.
     """
-    left = tl.trans(load_tile(inputs, tokens, C, rows, IN))
+    left = load_tile_transposed(inputs, tokens, C, rows, IN)
     weights = load_state(state, rows, columns, OUT)
     momentum = load_state(state + IN * OUT, rows, columns, OUT)
     new = a * weights + p * momentum
@@ -68,7 +71,7 @@ def advance(
     store_state(following + IN * OUT, new, rows, columns, OUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def write_one_layer(
     k, v, theta, scale, write, momentum_last, a, e, p, learned, states, gradients, steps, bound,
     num_chunks, num_states, num_memories, C,
@@ -94,7 +97,7 @@ def write_one_layer(
         x = load_tile(k + at * C * D, tokens, C, dims, D)
         step = load_gate(theta + at * C, tokens, C)
         if BOUND:
-            products = dot(x, tl.trans(x), PRECISION)
+            products = dot(x, load_tile_transposed(k + at * C * D, tokens, C, dims, D), PRECISION)
             step /= overlap_divisor(products, load_gate(scale + at * C, tokens, C), bound, tokens)
             tl.store(steps + at * C + tokens, step, mask=tokens < C)
         state = states + at * 2 * D * D
@@ -137,12 +140,13 @@ def products_of_inputs(
     """inputs @ inputs^T of a matrix [C, WIDTH] in memory, [C, C]."""
     products = tl.zeros((CP, CP), tl.float32)
     for start in range(0, WIDTH, BLOCK):
-        x = load_tile(inputs, tokens, C, start + tl.arange(0, BLOCK), WIDTH)
-        products += dot(x, tl.trans(x), PRECISION)
+        columns = start + tl.arange(0, BLOCK)
+        x = load_tile(inputs, tokens, C, columns, WIDTH)
+        products += dot(x, load_tile_transposed(inputs, tokens, C, columns, WIDTH), PRECISION)
     return products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def write_two_layers(
     k, v, theta, scale, write, momentum_last, a, e, p, learned1, learned2, states1, states2,
     hidden, outputs, pulled, gradients1, gradients2, steps1, steps2, bound, act_scale,
@@ -177,7 +181,8 @@ def write_two_layers(
         step2 = step1
         if BOUND:
             c = load_gate(scale + at * C, tokens, C)
-            step1 /= overlap_divisor(dot(x, tl.trans(x), PRECISION), c, bound, tokens)
+            products = products_of_inputs(k + at * C * D, tokens, C, D, D, CP, PRECISION)
+            step1 /= overlap_divisor(products, c, bound, tokens)
             products = products_of_inputs(after, tokens, C, H, HB, CP, PRECISION)
             step2 /= overlap_divisor(products, c, bound, tokens)
             tl.store(steps1 + at * C + tokens, step1, mask=tokens < C)
@@ -186,7 +191,7 @@ def write_two_layers(
         following = ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * D * H
         for start in range(0, H, HB):
             block = start + tl.arange(0, HB)
-            pull = dot(gradient2, tl.trans(load_state(second, block, dims, D)), PRECISION)
+            pull = dot(gradient2, load_state_transposed(second, block, dims, D), PRECISION)
             slope, _ = activation_slopes(load_tile(before, tokens, C, block, H), act_scale, ACTIVATION)
             gradient1 = slope * pull
             store_tile(gradients1 + at * C * H, gradient1, tokens, C, block, H)

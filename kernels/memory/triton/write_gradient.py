@@ -1,8 +1,8 @@
 """Gradient of a group's writes, from the last chunk to the first.
 
 README.md of kernels/memory, section 4.2; `_end_gradients` and `_inner_gradients` of chunk_gradient.py are the same in
-PyTorch, but for what no earlier chunk waits for: the gates, the steps, the first layer's step bound and W_0 follow from
-what these kernels store, all chunks at once. One program runs through the chunks of one memory and streams the states'
+PyTorch, but for what no earlier chunk waits for: the gates, the steps, keys and W_0 follow from what these kernels
+store, all chunks at once (end_gradient.py). One program runs through the chunks of one memory and streams the states'
 gradients, as the writes stream the states. A barrier stands wherever a program reads what it has written.
 """
 
@@ -12,13 +12,15 @@ import triton
 import triton.language as tl
 
 from kernels.memory.triton.tiles import (
-    activate,
+    NUMBERS,
     activation_slopes,
     dot,
     load_gate,
     load_square,
     load_state,
+    load_state_transposed,
     load_tile,
+    load_tile_transposed,
     store_state,
     store_tile,
 )
@@ -26,10 +28,10 @@ from kernels.memory.triton.write import end_gates
 
 
 @triton.jit
-def add_state_gradient(
-    d_state, d_weights, d_momentum, increment, a, e, p, rows, columns, IN: tl.constexpr, OUT: tl.constexpr
-):
+def add_state_gradient(d_state, d_end, increment, a, e, p, rows, columns, IN: tl.constexpr, OUT: tl.constexpr):
     """dW += a_C dW' + increment and dS += p_C dW' + e_C dS', for a tile of one layer's state [2 * IN, OUT]."""
+    d_weights = load_state(d_end, rows, columns, OUT)
+    d_momentum = load_state(d_end + IN * OUT, rows, columns, OUT)
     total = load_state(d_state, rows, columns, OUT) + a * d_weights + increment
     store_state(d_state, total, rows, columns, OUT)
     total = load_state(d_state + IN * OUT, rows, columns, OUT) + p * d_weights + e * d_momentum
@@ -37,73 +39,51 @@ def add_state_gradient(
 
 
 @triton.jit
-def back_through_end(x, gradient, d_weights, d_momentum, for_weights, for_momentum, PRECISION: tl.constexpr):
-    """A layer's products with the gradient of the chunk's end: X dW' and X dS', and what reaches X by them.
-
-    `x` [C, rows] and `gradient` [C, columns] are tiles of X and D, `for_weights` and `for_momentum` [C, 1] as in
-    `write.advance`.
-    """
-    d_x = dot(for_weights * gradient, tl.trans(d_weights), PRECISION)
-    d_x += dot(for_momentum * gradient, tl.trans(d_momentum), PRECISION)
-    return dot(x, d_weights, PRECISION), dot(x, d_momentum, PRECISION), -d_x
+def by_end_gradient(
+    inputs, d_end, tokens, C, rows, columns, IN: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """A tile of a layer's X dW' and X dS' as far as `rows` of the state go; `d_end` is dW' above dS' [2 * IN, OUT]."""
+    x = load_tile(inputs, tokens, C, rows, IN)
+    by_weights = dot(x, load_state(d_end, rows, columns, OUT), PRECISION)
+    return by_weights, dot(x, load_state(d_end + IN * OUT, rows, columns, OUT), PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def write_one_layer_gradient(
-    k, gradients, steps, write, momentum_last, a, e, p, states, d_states, d_keys, d_gradients, d_v,
-    weights_overlap, momentum_overlap, num_chunks, num_memories, C,
+    k, gradients, steps, write, momentum_last, a, e, p, d_states, d_gradients, d_v, weights_overlap, momentum_overlap,
+    num_chunks, num_memories, C,
     D: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr, L2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A linear memory. Grid (N).
+    """A linear memory. Grid (N * D / OB): a program has OB columns of the weights.
 
     Args:
         k, gradients, steps, write, momentum_last, a, e, p: as `write.write_one_layer` has them.
-        states: [n, N, 2 * D, D].
         d_states: in and out, [n + 1, N, 2 * D, D]: what the reads of each chunk gave, and the end's gradient.
-        d_keys: in and out, dX [n, N, C, D]: what the reads gave.
         d_gradients: dD [n, N, C, D]: what the reads gave.
         d_v: out, [n, N, C, D].
-        weights_overlap, momentum_overlap: out, [n, N, C], the sums over D * (X dW') and D * (X dS').
+        weights_overlap, momentum_overlap: out, [D / OB, n, N, C], the sums over D * (X dW') and D * (X dS'), to be
+            summed over the first dimension.
     """
-    memory = tl.program_id(0)
-    tokens, dims = tl.arange(0, CP), tl.arange(0, D)
+    memory, part = tl.program_id(0) // (D // OB), tl.program_id(0) % (D // OB)
+    tokens, dims, columns = tl.arange(0, CP), tl.arange(0, D), part * OB + tl.arange(0, OB)
     for index in range(num_chunks):
         chunk = num_chunks - 1 - index
         at = (chunk * num_memories + memory).to(tl.int64)
         d_end = d_states + ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * D * D
-        x = load_tile(k + at * C * D, tokens, C, dims, D)
         step = load_gate(steps + at * C, tokens, C)
         last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)
-        for_weights, for_momentum = (last * step)[:, None], (momentum * step)[:, None]
-        d_x = load_tile(d_keys + at * C * D, tokens, C, dims, D)
-        overlap = tl.zeros((CP,), tl.float32)
-        overlap_momentum = tl.zeros((CP,), tl.float32)
-        for start in range(0, D, OB):
-            columns = start + tl.arange(0, OB)
-            d_weights = load_state(d_end, dims, columns, D)
-            d_momentum = load_state(d_end + D * D, dims, columns, D)
-            gradient = load_tile(gradients + at * C * D, tokens, C, columns, D)
-            by_weights, by_momentum, into_x = back_through_end(
-                x, gradient, d_weights, d_momentum, for_weights, for_momentum, PRECISION
-            )
-            d_x += into_x
-            overlap += tl.sum(gradient * by_weights, 1)
-            overlap_momentum += tl.sum(gradient * by_momentum, 1)
-            d_gradient = load_tile(d_gradients + at * C * D, tokens, C, columns, D)
-            d_gradient -= for_weights * by_weights + for_momentum * by_momentum
-            store_tile(d_v + at * C * D, -2 * d_gradient if L2 else -d_gradient, tokens, C, columns, D)
-            increment = tl.zeros((D, OB), tl.float32)
-            if L2:
-                d_output = 2 * d_gradient
-                weights = load_state(states + at * 2 * D * D, dims, columns, D)
-                d_x += dot(d_output, tl.trans(weights), PRECISION)
-                increment = dot(tl.trans(x), d_output, PRECISION)
-            add_state_gradient(
-                d_states + at * 2 * D * D, d_weights, d_momentum, increment, a_end, e_end, p_end, dims, columns, D, D
-            )
-        store_tile(d_keys + at * C * D, d_x, tokens, C, dims, D)
-        tl.store(weights_overlap + at * C + tokens, overlap, mask=tokens < C)
-        tl.store(momentum_overlap + at * C + tokens, overlap_momentum, mask=tokens < C)
+        by_weights, by_momentum = by_end_gradient(k + at * C * D, d_end, tokens, C, dims, columns, D, D, PRECISION)
+        gradient = load_tile(gradients + at * C * D, tokens, C, columns, D)
+        sums = (part * num_chunks * num_memories + at) * C + tokens
+        tl.store(weights_overlap + sums, tl.sum(gradient * by_weights, 1), mask=tokens < C)
+        tl.store(momentum_overlap + sums, tl.sum(gradient * by_momentum, 1), mask=tokens < C)
+        d_gradient = load_tile(d_gradients + at * C * D, tokens, C, columns, D)
+        d_gradient -= (last * step)[:, None] * by_weights + (momentum * step)[:, None] * by_momentum
+        store_tile(d_v + at * C * D, -2 * d_gradient if L2 else -d_gradient, tokens, C, columns, D)
+        increment = tl.zeros((D, OB), tl.float32)
+        if L2:
+            increment = dot(load_tile_transposed(k + at * C * D, tokens, C, dims, D), 2 * d_gradient, PRECISION)
+        add_state_gradient(d_states + at * 2 * D * D, d_end, increment, a_end, e_end, p_end, dims, columns, D, D)
         tl.debug_barrier()
 
 
@@ -120,33 +100,27 @@ def symmetric_bound_gradient(signed, slope, d_steps, tokens, C):
 
 @triton.jit
 def up_the_layers(
-    x, gradients, hidden, outputs, pulled, d_gradients, weights, d_end1, d_end2, d_pulled, d_outputs,
-    for_weights, for_momentum, d_x, act_scale, tokens, C,
+    k, gradients, outputs, pulled, d_gradients, weights, d_end, d_pulled, d_outputs, for_weights, for_momentum,
+    act_scale, tokens, C,
     D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First half of a chunk: the ends of both layers, and D_1 = act'(X W_1) * Y, Y = D_2 W_2^T.
+    """The end of the first layer, and D_1 = act'(X W_1) * Y, Y = D_2 W_2^T.
 
-    Stores the gradients of Y (`d_pulled`) and, as far as they come by D_1, of X W_1 (`d_outputs`), both [C, H].
+    `for_weights` and `for_momentum` [C, 1] are P and H at the chunk's end times the steps. Stores the gradients of Y
+    (`d_pulled`) and, as far as they come by D_1, of X W_1 (`d_outputs`), both [C, H].
 
     Returns:
-        d_x [C, D] with what the first layer's end gives; the sums over D_1 * (X dW') and D_1 * (X dS') [C]; what
-        reaches D_2 by Y; X_2 dW_2' and X_2 dS_2' [C, D].
+        the sums over D_1 * (X dW') and D_1 * (X dS') [C]; what reaches D_2 by Y [C, D].
     """
     dims = tl.arange(0, D)
     overlap = tl.zeros((CP,), tl.float32)
     overlap_momentum = tl.zeros((CP,), tl.float32)
     d_gradient2 = tl.zeros((CP, D), tl.float32)
-    by_weights2 = tl.zeros((CP, D), tl.float32)
-    by_momentum2 = tl.zeros((CP, D), tl.float32)
     for start in range(0, H, HB):
         block = start + tl.arange(0, HB)
+        by_weights, by_momentum = by_end_gradient(k, d_end, tokens, C, dims, block, D, H, PRECISION)
         gradient = load_tile(gradients, tokens, C, block, H)
-        by_weights, by_momentum, into_x = back_through_end(
-            x, gradient, load_state(d_end1, dims, block, H), load_state(d_end1 + D * H, dims, block, H), for_weights,
-            for_momentum, PRECISION,
-        )  # fmt: skip
-        d_x += into_x
         overlap += tl.sum(gradient * by_weights, 1)
         overlap_momentum += tl.sum(gradient * by_momentum, 1)
         d_gradient = load_tile(d_gradients, tokens, C, block, H) - for_weights * by_weights - for_momentum * by_momentum
@@ -156,76 +130,82 @@ def up_the_layers(
         d_pull = d_gradient * first
         store_tile(d_pulled, d_pull, tokens, C, block, H)
         d_gradient2 += dot(d_pull, load_state(weights, block, dims, D), PRECISION)
-        x2 = load_tile(hidden, tokens, C, block, H)
-        by_weights2 += dot(x2, load_state(d_end2, block, dims, D), PRECISION)
-        by_momentum2 += dot(x2, load_state(d_end2 + H * D, block, dims, D), PRECISION)
-    return d_x, overlap, overlap_momentum, d_gradient2, by_weights2, by_momentum2
+    return overlap, overlap_momentum, d_gradient2
+
+
+@triton.jit
+def end_of_second_layer(
+    hidden, d_end, tokens, C,
+    D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X_2 dW_2' and X_2 dS_2' [C, D]."""
+    dims = tl.arange(0, D)
+    by_weights = tl.zeros((CP, D), tl.float32)
+    by_momentum = tl.zeros((CP, D), tl.float32)
+    for start in range(0, H, HB):
+        block = start + tl.arange(0, HB)
+        more, more_momentum = by_end_gradient(hidden, d_end, tokens, C, block, dims, H, D, PRECISION)
+        by_weights += more
+        by_momentum += more_momentum
+    return by_weights, by_momentum
 
 
 @triton.jit
 def down_the_layers(
-    k, hidden, outputs, d_hidden, weights1, weights2, d_end1, d_end2, d_state1, d_state2, d_pulled, d_outputs,
-    gradient2, d_result, d_products, for_weights, for_momentum, a, e, p, d_x, act_scale, tokens, C,
+    k, hidden, outputs, d_hidden, weights2, d_end1, d_end2, d_state1, d_state2, d_pulled, d_outputs,
+    gradient2, d_result, d_products, for_weights, for_momentum, a, e, p, act_scale, tokens, C,
     D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, ACTIVATION: tl.constexpr,
     L2: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Second half of a chunk: X_2 = act(X W_1), its end and its step bound, and both layers' states.
+    """X_2 = act(X W_1), its end and its step bound, and both layers' states. Completes `d_outputs` [C, H].
 
     Args:
         gradient2: D_2 [C, D]; d_result: gradient of X_2 W_2 [C, D], by which D_2 depends on it.
         d_products: gradient of X_2 X_2^T [C, C].
-
-    Returns:
-        d_x [C, D] with what comes by X W_1.
     """
     dims = tl.arange(0, D)
     for start in range(0, H, HB):
         block = start + tl.arange(0, HB)
-        d_weights = load_state(d_end2, block, dims, D)
-        d_momentum = load_state(d_end2 + H * D, block, dims, D)
         d_x2 = load_tile(d_hidden, tokens, C, block, H)
-        d_x2 -= dot(for_weights * gradient2, tl.trans(d_weights), PRECISION)
-        d_x2 -= dot(for_momentum * gradient2, tl.trans(d_momentum), PRECISION)
-        increment = dot(tl.trans(load_tile(d_pulled, tokens, C, block, H)), gradient2, PRECISION)
-        x2 = load_tile(hidden, tokens, C, block, H)
+        d_x2 -= dot(for_weights * gradient2, load_state_transposed(d_end2, block, dims, D), PRECISION)
+        d_x2 -= dot(for_momentum * gradient2, load_state_transposed(d_end2 + H * D, block, dims, D), PRECISION)
+        increment = dot(load_tile_transposed(d_pulled, tokens, C, block, H), gradient2, PRECISION)
         if BOUND:
-            d_x2 += dot(d_products, x2, PRECISION)
+            d_x2 += dot(d_products, load_tile(hidden, tokens, C, block, H), PRECISION)
         if L2:
-            d_x2 += dot(d_result, tl.trans(load_state(weights2, block, dims, D)), PRECISION)
-            increment += dot(tl.trans(x2), d_result, PRECISION)
-        add_state_gradient(d_state2, d_weights, d_momentum, increment, a, e, p, block, dims, H, D)
+            d_x2 += dot(d_result, load_state_transposed(weights2, block, dims, D), PRECISION)
+            increment += dot(load_tile_transposed(hidden, tokens, C, block, H), d_result, PRECISION)
+        add_state_gradient(d_state2, d_end2, increment, a, e, p, block, dims, H, D)
         slope, _ = activation_slopes(load_tile(outputs, tokens, C, block, H), act_scale, ACTIVATION)
         d_output = load_tile(d_outputs, tokens, C, block, H) + slope * d_x2
-        d_x += dot(d_output, tl.trans(load_state(weights1, dims, block, H)), PRECISION)
-        increment = dot(tl.trans(load_tile(k, tokens, C, dims, D)), d_output, PRECISION)
-        d_weights = load_state(d_end1, dims, block, H)
-        d_momentum = load_state(d_end1 + D * H, dims, block, H)
-        add_state_gradient(d_state1, d_weights, d_momentum, increment, a, e, p, dims, block, D, H)
-    return d_x
+        store_tile(d_outputs, d_output, tokens, C, block, H)
+        increment = dot(load_tile_transposed(k, tokens, C, dims, D), d_output, PRECISION)
+        add_state_gradient(d_state1, d_end1, increment, a, e, p, dims, block, D, H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def write_two_layers_gradient(
     k, hidden, outputs, pulled, gradients1, gradients2, steps1, steps2, write, momentum_last, a, e, p,
-    states1, states2, signed, slope, d_states1, d_states2, d_keys, d_hidden, d_gradients1, d_gradients2, d_steps2,
-    d_v, weights_overlap1, weights_overlap2, momentum_overlap1, momentum_overlap2, d_pulled, d_outputs, act_scale,
+    states2, signed, slope, d_states1, d_states2, d_hidden, d_gradients1, d_gradients2, d_steps2,
+    d_v, d_outputs, weights_overlap1, weights_overlap2, momentum_overlap1, momentum_overlap2, d_pulled, act_scale,
     num_chunks, num_memories, C,
     D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
     L2: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A memory with one hidden layer of width H. Grid (N).
 
-    Args (beside those of `write_one_layer_gradient`):
+    Args (beside those of `write_one_layer_gradient`, whose overlaps are [1, n, N, C] here):
         hidden, outputs, pulled, gradients1, gradients2, steps1, steps2: as `write.write_two_layers` wrote them.
+        states2: [n, N, 2 * H, D].
         signed, slope: of the second layer's step bound, [n, N, C, C] and [n, N, C].
         d_hidden, d_gradients1, d_gradients2, d_steps2: dX_2, dD_1, dD_2 and the second layer's d theta, as far as the
             reads gave them, [n, N, C, ...].
-        d_pulled, d_outputs: space for one chunk of each memory, [N, C, H].
+        d_outputs: out, gradient of X W_1 [n, N, C, H].
+        d_pulled: space for one chunk of each memory, [N, C, H].
     """
     memory = tl.program_id(0)
     tokens, dims = tl.arange(0, CP), tl.arange(0, D)
     d_pulled += memory.to(tl.int64) * C * H
-    d_outputs += memory.to(tl.int64) * C * H
     for index in range(num_chunks):
         chunk = num_chunks - 1 - index
         at = (chunk * num_memories + memory).to(tl.int64)
@@ -233,23 +213,24 @@ def write_two_layers_gradient(
         state, small, wide = at * 2 * D * H, at * C * D, at * C * H
         last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)
         step = load_gate(steps1 + at * C, tokens, C)
-        d_x = load_tile(d_keys + small, tokens, C, dims, D)
-        d_x, overlap, overlap_momentum, d_gradient2, by_weights2, by_momentum2 = up_the_layers(
-            load_tile(k + small, tokens, C, dims, D), gradients1 + wide, hidden + wide, outputs + wide, pulled + wide,
-            d_gradients1 + wide, states2 + state, d_states1 + end, d_states2 + end, d_pulled, d_outputs,
-            (last * step)[:, None], (momentum * step)[:, None], d_x, act_scale, tokens, C,
-            D, H, HB, CP, ACTIVATION, PRECISION,
+        overlap, overlap_momentum, d_gradient2 = up_the_layers(
+            k + small, gradients1 + wide, outputs + wide, pulled + wide, d_gradients1 + wide, states2 + state,
+            d_states1 + end, d_pulled, d_outputs + wide, (last * step)[:, None], (momentum * step)[:, None], act_scale,
+            tokens, C, D, H, HB, CP, ACTIVATION, PRECISION,
         )  # fmt: skip
         tl.store(weights_overlap1 + at * C + tokens, overlap, mask=tokens < C)
         tl.store(momentum_overlap1 + at * C + tokens, overlap_momentum, mask=tokens < C)
+        by_weights, by_momentum = end_of_second_layer(
+            hidden + wide, d_states2 + end, tokens, C, D, H, HB, CP, PRECISION
+        )
         gradient2 = load_tile(gradients2 + small, tokens, C, dims, D)
-        overlap, overlap_momentum = tl.sum(gradient2 * by_weights2, 1), tl.sum(gradient2 * by_momentum2, 1)
+        overlap, overlap_momentum = tl.sum(gradient2 * by_weights, 1), tl.sum(gradient2 * by_momentum, 1)
         tl.store(weights_overlap2 + at * C + tokens, overlap, mask=tokens < C)
         tl.store(momentum_overlap2 + at * C + tokens, overlap_momentum, mask=tokens < C)
         step = load_gate(steps2 + at * C, tokens, C)
         for_weights, for_momentum = (last * step)[:, None], (momentum * step)[:, None]
         d_gradient2 += load_tile(d_gradients2 + small, tokens, C, dims, D)
-        d_gradient2 -= for_weights * by_weights2 + for_momentum * by_momentum2
+        d_gradient2 -= for_weights * by_weights + for_momentum * by_momentum
         d_result = 2 * d_gradient2 if L2 else d_gradient2
         store_tile(d_v + small, -d_result, tokens, C, dims, D)
         d_products = tl.zeros((CP, CP), tl.float32)
@@ -257,53 +238,10 @@ def write_two_layers_gradient(
             d_step = load_gate(d_steps2 + at * C, tokens, C) - overlap * last - overlap_momentum * momentum
             d_products = symmetric_bound_gradient(signed + at * C * C, slope + at * C, d_step, tokens, C)
         tl.debug_barrier()
-        d_x = down_the_layers(
-            k + small, hidden + wide, outputs + wide, d_hidden + wide, states1 + state, states2 + state,
-            d_states1 + end, d_states2 + end, d_states1 + state, d_states2 + state, d_pulled, d_outputs,
-            gradient2, d_result, d_products, for_weights, for_momentum, a_end, e_end, p_end, d_x, act_scale, tokens, C,
+        down_the_layers(
+            k + small, hidden + wide, outputs + wide, d_hidden + wide, states2 + state, d_states1 + end,
+            d_states2 + end, d_states1 + state, d_states2 + state, d_pulled, d_outputs + wide, gradient2, d_result,
+            d_products, for_weights, for_momentum, a_end, e_end, p_end, act_scale, tokens, C,
             D, H, HB, ACTIVATION, L2, BOUND, PRECISION,
         )  # fmt: skip
-        store_tile(d_keys + small, d_x, tokens, C, dims, D)
         tl.debug_barrier()
-
-
-@triton.jit
-def end_products(
-    d_out, x, a, learned, states, d_states, d_learned, d_ends, act_scale, num_chunks, num_memories, M, C,
-    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, MP: tl.constexpr,
-    ACTIVATION: tl.constexpr, INIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What remains when all states have their gradients. Grid (N * IN / IB * OUT / OB), one tile of a layer's weights.
-
-    Args:
-        d_out, x, learned: as `read_gradient.read_inputs_gradient` has them.
-        states: [n, N, 2 * IN, OUT]; d_states: [n + 1, N, 2 * IN, OUT].
-        d_learned: out, dW_0 [N, IN, OUT], by reads and ends.
-        d_ends: out, [3, IN / IB * OUT / OB, n, N]: gradients of a, p and e at each chunk's end by the state after it,
-            to be summed over the second dimension.
-    """
-    num_parts: tl.constexpr = (IN // IB) * (OUT // OB)
-    memory, part = tl.program_id(0) // num_parts, tl.program_id(0) % num_parts
-    rows, columns = part // (OUT // OB) * IB + tl.arange(0, IB), part % (OUT // OB) * OB + tl.arange(0, OB)
-    queries = tl.arange(0, MP)
-    learned += memory.to(tl.int64) * IN * OUT
-    total = tl.zeros((IB, OB), tl.float32)
-    for chunk in range(num_chunks):
-        at = (chunk * num_memories + memory).to(tl.int64)
-        end = d_states + ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * IN * OUT
-        d_weights, d_momentum = load_state(end, rows, columns, OUT), load_state(end + IN * OUT, rows, columns, OUT)
-        weights = load_state(states + at * 2 * IN * OUT, rows, columns, OUT)
-        momentum = load_state(states + at * 2 * IN * OUT + IN * OUT, rows, columns, OUT)
-        if INIT:
-            weights -= load_state(learned, rows, columns, OUT)
-            kept = load_gate(a + at * C + C - M, queries, M)[:, None]
-            d_z = (1 - kept) * load_tile(d_out + at * M * OUT, queries, M, columns, OUT)
-            q = activate(load_tile(x + at * M * IN, queries, M, rows, IN), act_scale, ACTIVATION)
-            total += (1 - tl.load(a + at * C + C - 1)) * d_weights + dot(tl.trans(q), d_z, PRECISION)
-        sums = d_ends + (part * num_chunks + chunk) * num_memories + memory
-        stride = num_parts * num_chunks * num_memories
-        tl.store(sums, tl.sum(d_weights * weights))
-        tl.store(sums + stride, tl.sum(d_weights * momentum))
-        tl.store(sums + 2 * stride, tl.sum(d_momentum * momentum))
-    if INIT:
-        store_state(d_learned + memory.to(tl.int64) * IN * OUT, total, rows, columns, OUT)

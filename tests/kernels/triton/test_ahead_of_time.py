@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels can't be compiled", allow_module_level=True)
 
-from kernels.memory.triton import read, read_gradient, write, write_gradient  # noqa: E402
+from kernels.memory.triton import end_gradient, read, read_gradient, write, write_gradient  # noqa: E402
 from tests.kernels.triton.ahead_of_time import SHARED_MEMORY, TARGETS, Report, compile_for  # noqa: E402
 
 NUMBERS = {"num_chunks", "num_states", "num_memories", "M", "C"}
@@ -33,10 +33,10 @@ def kernel_cases(shape: Shape) -> dict[str, tuple]:
     dim, width, chunk, precision, _ = shape
     common = {"D": dim, "CP": chunk, "L2": True, "PRECISION": precision}
     hidden = {**common, "H": width, "HB": 64, "ACTIVATION": "silu", "BOUND": True}
-    tiles = {"IB": 64, "OB": 64, "MP": chunk, "PRECISION": precision}
+    tiles = {"IB": 64, "OB": 64, "CP": chunk, "PRECISION": precision}
     first = {**tiles, "IN": dim, "OUT": width, "ACTIVATION": "none"}
     second = {**tiles, "IN": width, "OUT": dim, "ACTIVATION": "silu"}
-    reads = {"CP": chunk, "INIT": True}
+    reads = {"INIT": True}
     return {
         "write_one_layer": (write.write_one_layer, {**common, "OB": 64, "INIT": True, "BOUND": True}),
         "write_two_layers": (write.write_two_layers, {**hidden, "INIT": True, "KEEP": True}),
@@ -44,12 +44,16 @@ def kernel_cases(shape: Shape) -> dict[str, tuple]:
         "read_layer 2": (read.read_layer, {**second, **reads}),
         "read_inputs_gradient 1": (read_gradient.read_inputs_gradient, {**first, **reads}),
         "read_inputs_gradient 2": (read_gradient.read_inputs_gradient, {**second, **reads}),
-        "read_states_gradient 1": (read_gradient.read_states_gradient, {**first, "CP": chunk}),
-        "read_states_gradient 2": (read_gradient.read_states_gradient, {**second, "CP": chunk}),
+        "read_states_gradient 1": (read_gradient.read_states_gradient, first),
+        "read_states_gradient 2": (read_gradient.read_states_gradient, second),
         "write_one_layer_gradient": (write_gradient.write_one_layer_gradient, {**common, "OB": 64}),
         "write_two_layers_gradient": (write_gradient.write_two_layers_gradient, hidden),
-        "end_products 1": (write_gradient.end_products, {**first, "INIT": True}),
-        "end_products 2": (write_gradient.end_products, {**second, "INIT": True}),
+        "end_inputs_gradient": (
+            end_gradient.end_inputs_gradient,
+            {**{name: value for name, value in first.items() if name != "ACTIVATION"}, "OUTPUTS": 1},
+        ),
+        "end_products 1": (end_gradient.end_products, {**first, "INIT": True}),
+        "end_products 2": (end_gradient.end_products, {**second, "INIT": True}),
     }
 
 
