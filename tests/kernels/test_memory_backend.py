@@ -44,8 +44,20 @@ def test_what_the_kernels_do_not_take_is_computed_by_the_dual_form_and_said(chan
         choose(problem(**change), "triton")
 
 
+def test_auto_leaves_kernels_that_no_gpu_has_run_to_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    choice = choose(problem(dims=(64, 192, 64)), "auto")
+    assert choice.backend.name == "dual" and "not been run on a GPU" in choice.reason
+
+
+def test_gpus_without_bf16_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability \(7, 5\)"):
+        choose(problem(dims=(64, 320, 64)), "triton")
+
+
 def test_without_triton_the_dual_form_computes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kernels.memory.triton.selftest", None)
+    monkeypatch.setitem(sys.modules, "kernels.memory.triton.backend", None)
     unseen = problem(dims=(32, 32))
     assert choose(unseen, "auto").backend.name == "dual"
     with pytest.raises(ValueError, match="Triton can't be imported"):

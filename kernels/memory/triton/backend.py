@@ -11,7 +11,7 @@ from kernels.memory.chunk import GroupGates, GroupTrace
 from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from kernels.memory.triton import group, group_gradient
-from kernels.memory.triton.launch import INTERPRETED, MIN_TILE, precision_of
+from kernels.memory.triton.launch import INTERPRETED, MIN_TILE
 
 DIMS = (16, 32, 64, 128)
 MAX_CHUNK = 128  # more tokens than that do not fit the registers
@@ -39,10 +39,20 @@ class TritonKernels:
 
 
 def refusal(problem: Problem) -> str | None:
-    """Why the kernels do not take a problem; None if they do."""
-    dim, depth, options = problem.dims[0], len(problem.dims) - 1, problem.options
+    """Why the kernels do not take a problem on its device; None if they do."""
     if problem.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {problem.device.type}, the kernels run on a GPU"
+    reason = refusal_of_shape(problem)
+    if reason is None and problem.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(problem.device)
+        if capability < FIRST_CAPABILITY:
+            return f"the GPU has compute capability {capability}, the kernels need {FIRST_CAPABILITY} or later"
+    return reason
+
+
+def refusal_of_shape(problem: Problem) -> str | None:
+    """Why the kernels do not take a problem on any device; None if they do."""
+    dim, depth, options = problem.dims[0], len(problem.dims) - 1, problem.options
     if problem.dtype not in (torch.bfloat16, torch.float32):
         return f"the tokens are {problem.dtype}, the kernels take bfloat16 and float32 alike for q, k and v"
     if depth > 2:
@@ -55,17 +65,4 @@ def refusal(problem: Problem) -> str | None:
         return f"the hidden width is {problem.dims[1]}, the kernels take multiples of {MIN_TILE}"
     if options.chunk_size > MAX_CHUNK:
         return f"a chunk has {options.chunk_size} tokens, the kernels take up to {MAX_CHUNK}"
-    if problem.device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(problem.device)
-        if capability < FIRST_CAPABILITY:
-            return f"the GPU has compute capability {capability}, the kernels need {FIRST_CAPABILITY} or later"
     return None
-
-
-def disadvantage(problem: Problem) -> str | None:
-    """Why the kernels, though they take a problem, are not the ones to choose for it; None if they are."""
-    if precision_of(problem.dtype) == "ieee":
-        return (
-            "fp32 products are exact unless torch.set_float32_matmul_precision('high'), and leave the tensor cores idle"
-        )
-    return "the kernels are used only where backend='triton' asks for them"

@@ -57,7 +57,8 @@ def write_group(
         write_two_layers[(num_memories,)](
             *arguments, hidden, outputs, outputs if pulled is None else pulled, *gradients, *steps,
             float(options.step_bound or 0), float(options.activation_scale), *numbers,
-            H=width, HB=block_of(width), ACTIVATION=options.activation, KEEP=for_gradient, **constants,
+            H=width, DB=block_of(dim), HB=block_of(width), ACTIVATION=options.activation, KEEP=for_gradient,
+            **constants,
         )  # fmt: skip
         writes = [
             LayerWrites(k, outputs if for_gradient else None, pulled, gradients[0], steps[0]),

@@ -149,7 +149,8 @@ def _write_gradients(group: _Pass, layers: Sequence[LayerGradients], bounds: Seq
             k, writes[1].inputs, outputs, writes[0].pulled, *arguments, states[1], signed, slope,
             first.states, second.states, second.inputs, first.gradients, second.gradients, second.steps,
             d_v, d_outputs, *overlaps[0], *overlaps[1], d_pulled, group.act_scale, *numbers,
-            H=width, HB=block_of(width), ACTIVATION=options.activation, BOUND=bounds is not None, **constants,
+            H=width, DB=block_of(dim), HB=block_of(width), ACTIVATION=options.activation, BOUND=bounds is not None,
+            **constants,
         )  # fmt: skip
     constants = group.layer_constants(0)
     del constants["ACTIVATION"]

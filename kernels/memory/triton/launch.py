@@ -13,7 +13,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MIN_TILE = 16  # terms of the tensor cores' products
-MAX_BLOCK = 64
+MAX_BLOCK = 32  # with 64 the registers of most kernels don't suffice
 ALIGNMENT = 16  # bytes; Triton compiles other code for pointers without it
 
 
@@ -24,7 +24,7 @@ def padded(num_tokens: int) -> int:
 
 def block_of(width: int) -> int:
     """Columns in a block of a layer's width, which it divides."""
-    return next(size for size in (MAX_BLOCK, 32, MIN_TILE) if width % size == 0)
+    return next(size for size in (MAX_BLOCK, MIN_TILE) if width % size == 0)
 
 
 def precision_of(dtype: torch.dtype) -> str:

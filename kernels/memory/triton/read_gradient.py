@@ -34,19 +34,17 @@ def read_coefficients_transposed(write, steps, at, queries, M, tokens, C):
 
 @triton.jit
 def back_through_states(
-    d_out, gradients, weights, learned, queries, M, tokens, C, block,
+    d_out, weights, learned, queries, M, block,
     IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr,
     INIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`d_out` times (W - W_0)^T, S^T and W_0^T, [M, block], or W^T, S^T and 0 without INIT; E = -d_out D^T [M, C]."""
-    products = tl.zeros((CP, CP), tl.float32)
+    """`d_out` times (W - W_0)^T, S^T and W_0^T, [M, block]; or times W^T and S^T, and 0, without INIT."""
     through_weights = tl.zeros((CP, IB), tl.float32)
     through_momentum = tl.zeros((CP, IB), tl.float32)
     through_learned = tl.zeros((CP, IB), tl.float32)
     for start in range(0, OUT, OB):
         columns = start + tl.arange(0, OB)
         d_z = load_tile(d_out, queries, M, columns, OUT)
-        products -= dot(d_z, load_tile_transposed(gradients, tokens, C, columns, OUT), PRECISION)
         moved = load_state_transposed(weights, block, columns, OUT)
         if INIT:
             # Subtracted before it is rounded: the gradient of forgetting needs the difference alone.
@@ -56,21 +54,21 @@ def back_through_states(
         through_weights += dot(d_z, moved, PRECISION)
         momentum = load_state_transposed(weights + IN * OUT, block, columns, OUT)
         through_momentum += dot(d_z, momentum, PRECISION)
-    return through_weights, through_momentum, through_learned, products
+    return through_weights, through_momentum, through_learned
 
 
 @triton.jit
-def products_transposed(
-    d_out, gradients, queries, M, tokens, C,
-    OUT: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr,
+def minus_products(
+    left, rows, num_rows, right, columns, num_columns,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """E^T = -D d_out^T, [C, M]."""
-    transposed = tl.zeros((CP, CP), tl.float32)
-    for start in range(0, OUT, OB):
-        columns = start + tl.arange(0, OB)
-        gradient = load_tile(gradients, tokens, C, columns, OUT)
-        transposed -= dot(gradient, load_tile_transposed(d_out, queries, M, columns, OUT), PRECISION)
-    return transposed
+    """-left right^T of two matrices in memory, [num_rows, WIDTH] and [num_columns, WIDTH]."""
+    products = tl.zeros((CP, CP), tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        tile = load_tile(left, rows, num_rows, block, WIDTH)
+        products -= dot(tile, load_tile_transposed(right, columns, num_columns, block, WIDTH), PRECISION)
+    return products
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -94,35 +92,36 @@ def read_inputs_gradient(
     block = part * IB + tl.arange(0, IB)
     queries, tokens = tl.arange(0, CP), tl.arange(0, CP)
     first = at * C + C - M
-    through_weights, through_momentum, through_learned, products = back_through_states(
-        d_out + at * M * OUT, gradients + at * C * OUT, states + at * 2 * IN * OUT,
-        learned + at % num_memories * IN * OUT, queries, M, tokens, C, block, IN, OUT, IB, OB, CP, INIT, PRECISION,
-    )  # fmt: skip
+    d_out += at * M * OUT
+    gradients += at * C * OUT
+    # One after the other, and tiles loaded again, so that few are in registers at a time.
+    products = minus_products(gradients, tokens, C, d_out, queries, M, OUT, OB, CP, PRECISION)
+    products *= read_coefficients_transposed(write, steps, at, queries, M, tokens, C)
+    q = activate(load_tile(x + at * M * IN, queries, M, block, IN), act_scale, ACTIVATION)
+    store_tile(d_keys + at * C * IN, dot(products, q, PRECISION), tokens, C, block, IN)
+    products = minus_products(d_out, queries, M, gradients, tokens, C, OUT, OB, CP, PRECISION)
     if part == 0:
         store_square(d_products + at * M * C, products, queries, M, tokens, C, C, 1)
-    z = load_tile(x + at * M * IN, queries, M, block, IN)
-    q = activate(z, act_scale, ACTIVATION)
     products *= load_square(write + first * C, queries, M, tokens, C, C, 1)
     products *= load_gate(steps + at * C, tokens, C)[None, :]
-    a_queries = load_gate(a + first, queries, M)[:, None]
     d_q = dot(products, load_tile(keys + at * C * IN, tokens, C, block, IN), PRECISION)
-    d_q += a_queries * through_weights + load_gate(p + first, queries, M)[:, None] * through_momentum
+    through_weights, through_momentum, through_learned = back_through_states(
+        d_out, states + at * 2 * IN * OUT, learned + at % num_memories * IN * OUT, queries, M, block,
+        IN, OUT, IB, OB, CP, INIT, PRECISION,
+    )  # fmt: skip
+    d_q += load_gate(a + first, queries, M)[:, None] * through_weights
+    d_q += load_gate(p + first, queries, M)[:, None] * through_momentum
     if INIT:
         d_q += through_learned
+    z = load_tile(x + at * M * IN, queries, M, block, IN)
+    q = activate(z, act_scale, ACTIVATION)
+    sums = (part * (tl.num_programs(0) // (IN // IB)) + at) * M + queries
+    tl.store(d_a + sums, tl.sum(q * through_weights, 1), mask=queries < M)
+    tl.store(d_p + sums, tl.sum(q * through_momentum, 1), mask=queries < M)
     if ACTIVATION != "none":
         slope, _ = activation_slopes(z, act_scale, ACTIVATION)
         d_q *= slope
     store_tile(d_x + at * M * IN, d_q, queries, M, block, IN)
-    sums = (part * (tl.num_programs(0) // (IN // IB)) + at) * M + queries
-    tl.store(d_a + sums, tl.sum(q * through_weights, 1), mask=queries < M)
-    tl.store(d_p + sums, tl.sum(q * through_momentum, 1), mask=queries < M)
-    transposed = products_transposed(
-        d_out + at * M * OUT, gradients + at * C * OUT, queries, M, tokens, C, OUT, OB, CP, PRECISION
-    )
-    transposed *= read_coefficients_transposed(write, steps, at, queries, M, tokens, C)
-    # Loaded again: few tiles stay in registers.
-    q = activate(load_tile(x + at * M * IN, queries, M, block, IN), act_scale, ACTIVATION)
-    store_tile(d_keys + at * C * IN, dot(transposed, q, PRECISION), tokens, C, block, IN)
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -19,11 +19,13 @@ from kernels.memory.chunk import GroupTokens, group_gates
 from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from kernels.memory.triton.backend import TritonKernels
-from kernels.memory.triton.launch import precision_of
+from kernels.memory.triton.launch import INTERPRETED, precision_of
 
 # Largest distance of a result, relative to its norm, by what the kernels round their products' terms to.
 TOLERANCE = {"bf16": 5e-2, "tf32": 1e-2, "ieee": 1e-4}
 MEMORIES, CHUNKS = 2, 3
+
+REQUIRED = not INTERPRETED  # the interpreter has no compiler that could be wrong
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +57,16 @@ def describe(problem: Problem) -> str:
 def _first_difference(problem: Problem) -> str | None:
     tolerance = TOLERANCE[precision_of(problem.dtype)]
     # Whole chunks, and an open chunk of which only some tokens are new.
-    size = problem.options.chunk_size
+    size, depth = problem.options.chunk_size, len(problem.dims) - 1
     for num_chunks, num_tokens, num_queries in ((CHUNKS, size, size), (1, size - size // 3, size // 2 + 1)):
         group = random_group(problem, num_chunks, num_tokens, num_queries)
-        try:
-            found = list(results(TritonKernels(), problem.options, len(problem.dims) - 1, group))
-        except (TritonError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-        exact = [x.double() for x in group]
-        for (name, result), (_, expected) in zip(
-            found, results(DualForm(), problem.options, len(problem.dims) - 1, exact), strict=True
-        ):
+        found = results(TritonKernels(), problem.options, depth, group)
+        exact = results(DualForm(), problem.options, depth, [x.double() for x in group])
+        for name, expected in exact:
+            try:
+                _, result = next(found)
+            except (TritonError, RuntimeError) as error:
+                return f"{name}: {type(error).__name__}: {error}"
             distance = (result.double() - expected).norm() / expected.norm().clamp_min(1e-30)
             if not distance <= tolerance:  # also when it is NaN
                 return f"{name} is off by {float(distance):.1e} of its norm, more than {tolerance:.0e}"
@@ -103,7 +104,8 @@ def random_group(problem: Problem, num_chunks: int, num_tokens: int, num_queries
     learned, states, d_end = [], [], []
     for scale, d_in, d_out in zip(scales, dims, dims[1:], strict=False):
         learned.append(scale * normal(MEMORIES, d_in, d_out))
-        states.append(torch.cat([learned[-1], 0.1 * scale * normal(MEMORIES, d_in, d_out)], dim=1))
+        moved = learned[-1] + 0.3 * scale * normal(MEMORIES, d_in, d_out)
+        states.append(torch.cat([moved, 0.1 * scale * normal(MEMORIES, d_in, d_out)], dim=1))
         d_end.append(0.1 * normal(MEMORIES, 2 * d_in, d_out))
     return [*tokens, *learned, *states, normal(num_chunks, MEMORIES, num_queries, dims[0]), *d_end]
 
@@ -111,20 +113,29 @@ def random_group(problem: Problem, num_chunks: int, num_tokens: int, num_queries
 def results(
     backend: GroupBackend, options: MemoryOptions, depth: int, group: list[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """All that a backend computes of a group, by name."""
+    """All that a backend computes of a group, by name, with the kernels that a first wrong one comes from.
+
+    In the order in which one follows from another.
+    """
     tokens, rest = GroupTokens(*group[:6]), group[6:]
     learned = rest[:depth] if options.forget_to == "init" else [None] * depth
     states, d_y, d_end = rest[depth : 2 * depth], rest[2 * depth], rest[2 * depth + 1 :]
     gates = group_gates(tokens.alpha, tokens.eta)
     trace = backend.write(tokens, gates, learned, states, options, with_end=True)
+    write = "write_one_layer" if depth == 1 else "write_two_layers"
     for layer, end in enumerate(trace.end):
-        yield f"the state after the writes of layer {layer + 1}", end
-    yield "the read-out", backend.read(tokens.q, gates, learned, trace, options)
+        yield f"the state after the writes of layer {layer + 1} ({write})", end
+    yield "the read-out (read_layer)", backend.read(tokens.q, gates, learned, trace, options)
     found = backend.gradients(tokens, learned, states, options, d_y, d_end)
-    for name, gradient in zip(GroupTokens._fields, found.tokens, strict=True):
-        yield f"the gradient of {name}", gradient
+    by_writes = f"read_states_gradient or {write}_gradient"
+    sources = {
+        "q": "read_inputs_gradient", "v": by_writes, "k": f"read_inputs_gradient, {by_writes} or end_inputs_gradient",
+        "theta": by_writes, "alpha": "end_products", "eta": "end_products",
+    }  # fmt: skip
+    for name, kernel in sources.items():
+        yield f"the gradient of {name} ({kernel})", getattr(found.tokens, name)
+    for layer, gradient in enumerate(found.state):
+        yield f"the gradient of layer {layer + 1}'s state ({by_writes})", gradient
     for layer, gradient in enumerate(found.learned):
         if gradient is not None:
-            yield f"the gradient of layer {layer + 1}'s W_0", gradient
-    for layer, gradient in enumerate(found.state):
-        yield f"the gradient of layer {layer + 1}'s state", gradient
+            yield f"the gradient of layer {layer + 1}'s W_0 (end_products)", gradient

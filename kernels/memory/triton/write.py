@@ -2,7 +2,8 @@
 
 README.md of kernels/memory, sections 1 to 3; `write_group` of chunk.py is the same in PyTorch. One program runs
 through the chunks of one memory. Weights and momentum are streamed from each chunk's state to the next one's, block by
-block of the hidden width, so that no width is too large for the registers; all of it is in the L2 cache.
+block of the hidden width, so that no width is too large for the registers; all of it is in the L2 cache. So are the
+chunk's own tiles, which are loaded again where holding them would take the registers of others.
 A barrier stands wherever a program reads what it has written.
 """
 
@@ -116,16 +117,16 @@ def write_one_layer(
 
 @triton.jit
 def hidden_layer(
-    x, first, second, hidden, outputs, act_scale, tokens, C,
+    k, first, second, hidden, outputs, act_scale, tokens, C,
     D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The memory at tokens x [C, D]; also stores the hidden layer before (`outputs`) and after its activation."""
+    """The memory at tokens k [C, D]; also stores the hidden layer before (`outputs`) and after its activation."""
     dims = tl.arange(0, D)
     result = tl.zeros((CP, D), tl.float32)
     for start in range(0, H, HB):
         block = start + tl.arange(0, HB)
-        z = dot(x, load_state(first, dims, block, H), PRECISION)
+        z = dot(load_tile(k, tokens, C, dims, D), load_state(first, dims, block, H), PRECISION)
         store_tile(outputs, z, tokens, C, block, H)
         z = activate(z, act_scale, ACTIVATION)
         store_tile(hidden, z, tokens, C, block, H)
@@ -151,7 +152,7 @@ def write_two_layers(
     k, v, theta, scale, write, momentum_last, a, e, p, learned1, learned2, states1, states2,
     hidden, outputs, pulled, gradients1, gradients2, steps1, steps2, bound, act_scale,
     num_chunks, num_states, num_memories, C,
-    D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, DB: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
     L2: tl.constexpr, INIT: tl.constexpr, BOUND: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A memory with one hidden layer of width H. Grid (N).
@@ -168,20 +169,19 @@ def write_two_layers(
     tokens, dims = tl.arange(0, CP), tl.arange(0, D)
     for chunk in range(num_chunks):
         at = (chunk * num_memories + memory).to(tl.int64)
-        x = load_tile(k + at * C * D, tokens, C, dims, D)
         first, second = states1 + at * 2 * D * H, states2 + at * 2 * H * D
         after, before = hidden + at * C * H, outputs + (at if KEEP else memory) * C * H
         result = hidden_layer(
-            x, first, second, after, before, act_scale, tokens, C, D, H, HB, CP, ACTIVATION, PRECISION
+            k + at * C * D, first, second, after, before, act_scale, tokens, C, D, H, HB, CP, ACTIVATION, PRECISION
         )
-        gradient2 = inner_error(result, load_tile(v + at * C * D, tokens, C, dims, D), L2)
-        store_tile(gradients2 + at * C * D, gradient2, tokens, C, dims, D)
+        result = inner_error(result, load_tile(v + at * C * D, tokens, C, dims, D), L2)
+        store_tile(gradients2 + at * C * D, result, tokens, C, dims, D)
         tl.debug_barrier()
         step1 = load_gate(theta + at * C, tokens, C)
         step2 = step1
         if BOUND:
             c = load_gate(scale + at * C, tokens, C)
-            products = products_of_inputs(k + at * C * D, tokens, C, D, D, CP, PRECISION)
+            products = products_of_inputs(k + at * C * D, tokens, C, D, DB, CP, PRECISION)
             step1 /= overlap_divisor(products, c, bound, tokens)
             products = products_of_inputs(after, tokens, C, H, HB, CP, PRECISION)
             step2 /= overlap_divisor(products, c, bound, tokens)
@@ -191,6 +191,7 @@ def write_two_layers(
         following = ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * D * H
         for start in range(0, H, HB):
             block = start + tl.arange(0, HB)
+            gradient2 = load_tile(gradients2 + at * C * D, tokens, C, dims, D)
             pull = dot(gradient2, load_state_transposed(second, block, dims, D), PRECISION)
             slope, _ = activation_slopes(load_tile(before, tokens, C, block, H), act_scale, ACTIVATION)
             gradient1 = slope * pull

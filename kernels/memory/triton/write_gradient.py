@@ -100,23 +100,24 @@ def symmetric_bound_gradient(signed, slope, d_steps, tokens, C):
 
 @triton.jit
 def up_the_layers(
-    k, gradients, outputs, pulled, d_gradients, weights, d_end, d_pulled, d_outputs, for_weights, for_momentum,
-    act_scale, tokens, C,
+    k, gradients, outputs, pulled, d_gradients, d_gradients2, weights, d_end, d_pulled, d_outputs, for_weights,
+    for_momentum, act_scale, tokens, C,
     D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The end of the first layer, and D_1 = act'(X W_1) * Y, Y = D_2 W_2^T.
 
     `for_weights` and `for_momentum` [C, 1] are P and H at the chunk's end times the steps. Stores the gradients of Y
-    (`d_pulled`) and, as far as they come by D_1, of X W_1 (`d_outputs`), both [C, H].
+    (`d_pulled`) and, as far as they come by D_1, of X W_1 (`d_outputs`), both [C, H], and adds what reaches D_2 by Y to
+    `d_gradients2` [C, D].
 
     Returns:
-        the sums over D_1 * (X dW') and D_1 * (X dS') [C]; what reaches D_2 by Y [C, D].
+        the sums over D_1 * (X dW') and D_1 * (X dS') [C].
     """
     dims = tl.arange(0, D)
     overlap = tl.zeros((CP,), tl.float32)
     overlap_momentum = tl.zeros((CP,), tl.float32)
-    d_gradient2 = tl.zeros((CP, D), tl.float32)
+    d_gradient2 = load_tile(d_gradients2, tokens, C, dims, D)
     for start in range(0, H, HB):
         block = start + tl.arange(0, HB)
         by_weights, by_momentum = by_end_gradient(k, d_end, tokens, C, dims, block, D, H, PRECISION)
@@ -130,42 +131,58 @@ def up_the_layers(
         d_pull = d_gradient * first
         store_tile(d_pulled, d_pull, tokens, C, block, H)
         d_gradient2 += dot(d_pull, load_state(weights, block, dims, D), PRECISION)
-    return overlap, overlap_momentum, d_gradient2
+    store_tile(d_gradients2, d_gradient2, tokens, C, dims, D)
+    return overlap, overlap_momentum
 
 
 @triton.jit
 def end_of_second_layer(
-    hidden, d_end, tokens, C,
-    D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr,
+    hidden, gradients, d_gradients, d_v, d_end, for_weights, for_momentum, tokens, C,
+    D: tl.constexpr, H: tl.constexpr, DB: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, L2: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X_2 dW_2' and X_2 dS_2' [C, D]."""
-    dims = tl.arange(0, D)
-    by_weights = tl.zeros((CP, D), tl.float32)
-    by_momentum = tl.zeros((CP, D), tl.float32)
-    for start in range(0, H, HB):
-        block = start + tl.arange(0, HB)
-        more, more_momentum = by_end_gradient(hidden, d_end, tokens, C, block, dims, H, D, PRECISION)
-        by_weights += more
-        by_momentum += more_momentum
-    return by_weights, by_momentum
+    """What the end of the second layer adds to the gradient of D_2, of which `d_v` follows; both [C, D].
+
+    Returns:
+        the sums over D_2 * (X_2 dW') and D_2 * (X_2 dS') [C].
+    """
+    overlap = tl.zeros((CP,), tl.float32)
+    overlap_momentum = tl.zeros((CP,), tl.float32)
+    for first in range(0, D, DB):
+        columns = first + tl.arange(0, DB)
+        by_weights = tl.zeros((CP, DB), tl.float32)
+        by_momentum = tl.zeros((CP, DB), tl.float32)
+        for start in range(0, H, HB):
+            block = start + tl.arange(0, HB)
+            more, more_momentum = by_end_gradient(hidden, d_end, tokens, C, block, columns, H, D, PRECISION)
+            by_weights += more
+            by_momentum += more_momentum
+        gradient = load_tile(gradients, tokens, C, columns, D)
+        overlap += tl.sum(gradient * by_weights, 1)
+        overlap_momentum += tl.sum(gradient * by_momentum, 1)
+        d_gradient = load_tile(d_gradients, tokens, C, columns, D)
+        d_gradient -= for_weights * by_weights + for_momentum * by_momentum
+        store_tile(d_v, -2 * d_gradient if L2 else -d_gradient, tokens, C, columns, D)
+    return overlap, overlap_momentum
 
 
 @triton.jit
 def down_the_layers(
     k, hidden, outputs, d_hidden, weights2, d_end1, d_end2, d_state1, d_state2, d_pulled, d_outputs,
-    gradient2, d_result, d_products, for_weights, for_momentum, a, e, p, act_scale, tokens, C,
+    gradients2, d_v, d_products, for_weights, for_momentum, a, e, p, act_scale, tokens, C,
     D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, ACTIVATION: tl.constexpr,
     L2: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X_2 = act(X W_1), its end and its step bound, and both layers' states. Completes `d_outputs` [C, H].
 
     Args:
-        gradient2: D_2 [C, D]; d_result: gradient of X_2 W_2 [C, D], by which D_2 depends on it.
+        gradients2: D_2 [C, D]; d_v: with L2 also minus the gradient of X_2 W_2, by which D_2 depends on it.
         d_products: gradient of X_2 X_2^T [C, C].
     """
     dims = tl.arange(0, D)
     for start in range(0, H, HB):
         block = start + tl.arange(0, HB)
+        gradient2 = load_tile(gradients2, tokens, C, dims, D)
         d_x2 = load_tile(d_hidden, tokens, C, block, H)
         d_x2 -= dot(for_weights * gradient2, load_state_transposed(d_end2, block, dims, D), PRECISION)
         d_x2 -= dot(for_momentum * gradient2, load_state_transposed(d_end2 + H * D, block, dims, D), PRECISION)
@@ -173,6 +190,7 @@ def down_the_layers(
         if BOUND:
             d_x2 += dot(d_products, load_tile(hidden, tokens, C, block, H), PRECISION)
         if L2:
+            d_result = -load_tile(d_v, tokens, C, dims, D)
             d_x2 += dot(d_result, load_state_transposed(weights2, block, dims, D), PRECISION)
             increment += dot(load_tile_transposed(hidden, tokens, C, block, H), d_result, PRECISION)
         add_state_gradient(d_state2, d_end2, increment, a, e, p, block, dims, H, D)
@@ -189,7 +207,7 @@ def write_two_layers_gradient(
     states2, signed, slope, d_states1, d_states2, d_hidden, d_gradients1, d_gradients2, d_steps2,
     d_v, d_outputs, weights_overlap1, weights_overlap2, momentum_overlap1, momentum_overlap2, d_pulled, act_scale,
     num_chunks, num_memories, C,
-    D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, DB: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
     L2: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A memory with one hidden layer of width H. Grid (N).
@@ -199,12 +217,12 @@ def write_two_layers_gradient(
         states2: [n, N, 2 * H, D].
         signed, slope: of the second layer's step bound, [n, N, C, C] and [n, N, C].
         d_hidden, d_gradients1, d_gradients2, d_steps2: dX_2, dD_1, dD_2 and the second layer's d theta, as far as the
-            reads gave them, [n, N, C, ...].
+            reads gave them, [n, N, C, ...]; dD_2 is added to.
         d_outputs: out, gradient of X W_1 [n, N, C, H].
         d_pulled: space for one chunk of each memory, [N, C, H].
     """
     memory = tl.program_id(0)
-    tokens, dims = tl.arange(0, CP), tl.arange(0, D)
+    tokens = tl.arange(0, CP)
     d_pulled += memory.to(tl.int64) * C * H
     for index in range(num_chunks):
         chunk = num_chunks - 1 - index
@@ -213,26 +231,22 @@ def write_two_layers_gradient(
         state, small, wide = at * 2 * D * H, at * C * D, at * C * H
         last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)
         step = load_gate(steps1 + at * C, tokens, C)
-        overlap, overlap_momentum, d_gradient2 = up_the_layers(
-            k + small, gradients1 + wide, outputs + wide, pulled + wide, d_gradients1 + wide, states2 + state,
-            d_states1 + end, d_pulled, d_outputs + wide, (last * step)[:, None], (momentum * step)[:, None], act_scale,
-            tokens, C, D, H, HB, CP, ACTIVATION, PRECISION,
+        overlap, overlap_momentum = up_the_layers(
+            k + small, gradients1 + wide, outputs + wide, pulled + wide, d_gradients1 + wide, d_gradients2 + small,
+            states2 + state, d_states1 + end, d_pulled, d_outputs + wide, (last * step)[:, None],
+            (momentum * step)[:, None], act_scale, tokens, C, D, H, HB, CP, ACTIVATION, PRECISION,
         )  # fmt: skip
         tl.store(weights_overlap1 + at * C + tokens, overlap, mask=tokens < C)
         tl.store(momentum_overlap1 + at * C + tokens, overlap_momentum, mask=tokens < C)
-        by_weights, by_momentum = end_of_second_layer(
-            hidden + wide, d_states2 + end, tokens, C, D, H, HB, CP, PRECISION
-        )
-        gradient2 = load_tile(gradients2 + small, tokens, C, dims, D)
-        overlap, overlap_momentum = tl.sum(gradient2 * by_weights, 1), tl.sum(gradient2 * by_momentum, 1)
-        tl.store(weights_overlap2 + at * C + tokens, overlap, mask=tokens < C)
-        tl.store(momentum_overlap2 + at * C + tokens, overlap_momentum, mask=tokens < C)
+        tl.debug_barrier()
         step = load_gate(steps2 + at * C, tokens, C)
         for_weights, for_momentum = (last * step)[:, None], (momentum * step)[:, None]
-        d_gradient2 += load_tile(d_gradients2 + small, tokens, C, dims, D)
-        d_gradient2 -= for_weights * by_weights + for_momentum * by_momentum
-        d_result = 2 * d_gradient2 if L2 else d_gradient2
-        store_tile(d_v + small, -d_result, tokens, C, dims, D)
+        overlap, overlap_momentum = end_of_second_layer(
+            hidden + wide, gradients2 + small, d_gradients2 + small, d_v + small, d_states2 + end, for_weights,
+            for_momentum, tokens, C, D, H, DB, HB, CP, L2, PRECISION,
+        )  # fmt: skip
+        tl.store(weights_overlap2 + at * C + tokens, overlap, mask=tokens < C)
+        tl.store(momentum_overlap2 + at * C + tokens, overlap_momentum, mask=tokens < C)
         d_products = tl.zeros((CP, CP), tl.float32)
         if BOUND:
             d_step = load_gate(d_steps2 + at * C, tokens, C) - overlap * last - overlap_momentum * momentum
@@ -240,8 +254,8 @@ def write_two_layers_gradient(
         tl.debug_barrier()
         down_the_layers(
             k + small, hidden + wide, outputs + wide, d_hidden + wide, states2 + state, d_states1 + end,
-            d_states2 + end, d_states1 + state, d_states2 + state, d_pulled, d_outputs + wide, gradient2, d_result,
-            d_products, for_weights, for_momentum, a_end, e_end, p_end, act_scale, tokens, C,
-            D, H, HB, ACTIVATION, L2, BOUND, PRECISION,
+            d_states2 + end, d_states1 + state, d_states2 + state, d_pulled, d_outputs + wide,
+            gradients2 + small, d_v + small, d_products, for_weights, for_momentum, a_end, e_end, p_end, act_scale,
+            tokens, C, D, H, HB, ACTIVATION, L2, BOUND, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
