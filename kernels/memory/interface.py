@@ -57,9 +57,9 @@ def neural_memory(
             tokens j <= t, with x the layer's inputs at the chunk's start and `c = theta / (1 - eta)`; None for plain
             steps.
         activation_scale: multiplies every hidden activation.
-        backend: "dual" (the chunked dual form in PyTorch), "triton" (the same in Triton kernels), "reference" (the
-            oracle), or "auto": the dual form, until the kernels have been measured. `explain_backend` says which and
-            why.
+        backend: "dual" (the chunked dual form in PyTorch), "triton" (the same in Triton kernels, on a GPU where they
+            pass their self-test there, with a warning the dual form where not), "reference" (the oracle), or "auto":
+            the dual form, until the kernels have been run on a GPU. `explain_backend` says which and why.
         return_surprise: also return the norm of u_t for each token.
 
     Returns:

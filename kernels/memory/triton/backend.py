@@ -11,10 +11,11 @@ from kernels.memory.chunk import GroupGates, GroupTrace
 from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from kernels.memory.triton import group, group_gradient
-from kernels.memory.triton.launch import INTERPRETED, MIN_TILE
+from kernels.memory.triton.launch import INTERPRETED, MIN_TILE, padded, precision_of
 
 DIMS = (16, 32, 64, 128)
 MAX_CHUNK = 128  # more tokens than that do not fit the registers
+MAX_TILE = 128 * 64  # tokens by dimensions of a deep memory: with 128 x 128 threads spill more than 1 KB
 FIRST_CAPABILITY = (8, 0)
 
 
@@ -43,6 +44,8 @@ def refusal(problem: Problem) -> str | None:
     if problem.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {problem.device.type}, the kernels run on a GPU"
     reason = refusal_of_shape(problem)
+    if reason is None and problem.device.type == "cuda" and precision_of(problem.dtype) == "ieee":
+        return "fp32 products are exact unless torch.set_float32_matmul_precision('high'); the kernels' are tf32"
     if reason is None and problem.device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(problem.device)
         if capability < FIRST_CAPABILITY:
@@ -65,4 +68,6 @@ def refusal_of_shape(problem: Problem) -> str | None:
         return f"the hidden width is {problem.dims[1]}, the kernels take multiples of {MIN_TILE}"
     if options.chunk_size > MAX_CHUNK:
         return f"a chunk has {options.chunk_size} tokens, the kernels take up to {MAX_CHUNK}"
+    if depth == 2 and dim * padded(options.chunk_size) > MAX_TILE:
+        return f"chunks of {options.chunk_size} tokens of {dim} dimensions do not fit the kernels' registers"
     return None

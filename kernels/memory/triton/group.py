@@ -40,7 +40,7 @@ def write_group(
     )  # fmt: skip
     numbers = (num_chunks, num_states, num_memories, size)
     constants = {
-        "D": dim, "L2": options.objective == "l2", "INIT": learned[0] is not None,
+        "D": dim, "CB": tiles.some_tokens, "L2": options.objective == "l2", "INIT": learned[0] is not None,
         "BOUND": bounded, **tiles.constants,
     }  # fmt: skip
     if len(state) == 1:

@@ -107,7 +107,7 @@ def _read_layer_gradients(group: _Pass, index: int, x: Tensor, d_out: Tensor) ->
     read_inputs_gradient[(num_chunks * num_memories * num_in,)](
         d_out, x, writes.inputs, writes.gradients, writes.steps, gates.write, gates.a, gates.p,
         states if learned is None else learned, states, d_x, d_keys, d_products, d_a, d_p, group.act_scale,
-        num_memories, num_queries, size, INIT=learned is not None, **constants,
+        num_memories, num_queries, size, CB=group.tiles.some_tokens, INIT=learned is not None, **constants,
     )  # fmt: skip
     read_states_gradient[(num_chunks * num_memories * num_out,)](
         d_out, x, writes.inputs, writes.steps, gates.write, gates.a, gates.p, d_states, d_gradients, scores,
@@ -145,12 +145,13 @@ def _write_gradients(group: _Pass, layers: Sequence[LayerGradients], bounds: Seq
         outputs, width = writes[0].outputs, writes[0].outputs.shape[-1]
         signed, slope = (bounds[1].signed, bounds[1].slope) if bounds else (gates.write, gates.a)
         d_outputs, sign, d_pulled = torch.empty_like(outputs), 1, torch.empty_like(outputs[0])
+        d_products = gates.write.new_empty(gates.write.shape[1:])
         write_two_layers_gradient[(num_memories,)](
             k, writes[1].inputs, outputs, writes[0].pulled, *arguments, states[1], signed, slope,
             first.states, second.states, second.inputs, first.gradients, second.gradients, second.steps,
-            d_v, d_outputs, *overlaps[0], *overlaps[1], d_pulled, group.act_scale, *numbers,
-            H=width, DB=block_of(dim), HB=block_of(width), ACTIVATION=options.activation, BOUND=bounds is not None,
-            **constants,
+            d_v, d_outputs, *overlaps[0], *overlaps[1], d_pulled, d_products, group.act_scale, *numbers,
+            H=width, CB=group.tiles.some_tokens, DB=block_of(dim), HB=block_of(width), ACTIVATION=options.activation,
+            BOUND=bounds is not None, **constants,
         )  # fmt: skip
     constants = group.layer_constants(0)
     del constants["ACTIVATION"]

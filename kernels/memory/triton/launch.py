@@ -14,6 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MIN_TILE = 16  # terms of the tensor cores' products
 MAX_BLOCK = 32  # with 64 the registers of most kernels don't suffice
+MAX_TOKENS = 64
 ALIGNMENT = 16  # bytes; Triton compiles other code for pointers without it
 
 
@@ -56,6 +57,11 @@ class Tiles:
         tokens = padded(chunk_size)
         # A tile of 64 x 64 fp32 is 16 registers of a thread with 8 warps, of which a kernel needs several.
         return cls(tokens, precision_of(dtype), 8 if tokens >= 64 else 4)
+
+    @property
+    def some_tokens(self) -> int:
+        """CB: a part of the chunk's tokens, where a kernel has several tiles between tokens."""
+        return min(self.tokens, MAX_TOKENS)
 
     @property
     def constants(self) -> dict[str, object]:

@@ -60,10 +60,10 @@ def back_through_states(
 @triton.jit
 def minus_products(
     left, rows, num_rows, right, columns, num_columns,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """-left right^T of two matrices in memory, [num_rows, WIDTH] and [num_columns, WIDTH]."""
-    products = tl.zeros((CP, CP), tl.float32)
+    """Tile [ROWS, COLUMNS] of -left right^T, of matrices [num_rows, WIDTH] and [num_columns, WIDTH] in memory."""
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, WIDTH, BLOCK):
         block = start + tl.arange(0, BLOCK)
         tile = load_tile(left, rows, num_rows, block, WIDTH)
@@ -75,7 +75,7 @@ def minus_products(
 def read_inputs_gradient(
     d_out, x, keys, gradients, steps, write, a, p, learned, states, d_x, d_keys, d_products, d_a, d_p, act_scale,
     num_memories, M, C,
-    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, IB: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr, CB: tl.constexpr,
     ACTIVATION: tl.constexpr, INIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a layer's reads give back to the queries and to the keys' inputs. Grid (n * N * IN / IB).
@@ -94,17 +94,22 @@ def read_inputs_gradient(
     first = at * C + C - M
     d_out += at * M * OUT
     gradients += at * C * OUT
-    # One after the other, and tiles loaded again, so that few are in registers at a time.
-    products = minus_products(gradients, tokens, C, d_out, queries, M, OUT, OB, CP, PRECISION)
-    products *= read_coefficients_transposed(write, steps, at, queries, M, tokens, C)
-    q = activate(load_tile(x + at * M * IN, queries, M, block, IN), act_scale, ACTIVATION)
-    store_tile(d_keys + at * C * IN, dot(products, q, PRECISION), tokens, C, block, IN)
-    products = minus_products(d_out, queries, M, gradients, tokens, C, OUT, OB, CP, PRECISION)
-    if part == 0:
-        store_square(d_products + at * M * C, products, queries, M, tokens, C, C, 1)
-    products *= load_square(write + first * C, queries, M, tokens, C, C, 1)
-    products *= load_gate(steps + at * C, tokens, C)[None, :]
-    d_q = dot(products, load_tile(keys + at * C * IN, tokens, C, block, IN), PRECISION)
+    d_k = tl.zeros((CP, IB), tl.float32)
+    for start in range(0, CP, CB):
+        some = start + tl.arange(0, CB)
+        products = minus_products(gradients, tokens, C, d_out, some, M, CP, CB, OUT, OB, PRECISION)
+        products *= read_coefficients_transposed(write, steps, at, some, M, tokens, C)
+        d_k += dot(products, activate(load_tile(x + at * M * IN, some, M, block, IN), act_scale, ACTIVATION), PRECISION)
+    store_tile(d_keys + at * C * IN, d_k, tokens, C, block, IN)
+    d_q = tl.zeros((CP, IB), tl.float32)
+    for start in range(0, CP, CB):
+        some = start + tl.arange(0, CB)
+        products = minus_products(d_out, queries, M, gradients, some, C, CP, CB, OUT, OB, PRECISION)
+        if part == 0:
+            store_square(d_products + at * M * C, products, queries, M, some, C, C, 1)
+        products *= load_square(write + first * C, queries, M, some, C, C, 1)
+        products *= load_gate(steps + at * C, some, C)[None, :]
+        d_q += dot(products, load_tile(keys + at * C * IN, some, C, block, IN), PRECISION)
     through_weights, through_momentum, through_learned = back_through_states(
         d_out, states + at * 2 * IN * OUT, learned + at % num_memories * IN * OUT, queries, M, block,
         IN, OUT, IB, OB, CP, INIT, PRECISION,

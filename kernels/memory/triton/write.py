@@ -28,10 +28,21 @@ from kernels.memory.triton.tiles import (
 
 
 @triton.jit
-def overlap_divisor(products, scale, bound, tokens):
-    """`max(1, b * sum_{j <= t} c_j |x_j . x_t|)` for each token t, from all products of inputs [C, C]."""
-    causal = tokens[:, None] >= tokens[None, :]
-    overlap = tl.sum(tl.where(causal, tl.abs(products), 0.0) * scale[None, :], 1)
+def overlap_divisor(
+    inputs, scale, bound, tokens, C,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CP: tl.constexpr, CB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`max(1, b * sum_{j <= t} c_j |x_j . x_t|)` for each token t, of a layer's inputs x [C, WIDTH] in memory."""
+    overlap = tl.zeros((CP,), tl.float32)
+    for first in range(0, CP, CB):
+        some = first + tl.arange(0, CB)
+        products = tl.zeros((CP, CB), tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = load_tile(inputs, tokens, C, columns, WIDTH)
+            products += dot(x, load_tile_transposed(inputs, some, C, columns, WIDTH), PRECISION)
+        products = tl.where(tokens[:, None] >= some[None, :], tl.abs(products), 0.0)
+        overlap += tl.sum(products * load_gate(scale, some, C)[None, :], 1)
     return tl.maximum(bound * overlap, 1.0)
 
 
@@ -76,7 +87,7 @@ def advance(
 def write_one_layer(
     k, v, theta, scale, write, momentum_last, a, e, p, learned, states, gradients, steps, bound,
     num_chunks, num_states, num_memories, C,
-    D: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr,
+    D: tl.constexpr, OB: tl.constexpr, CP: tl.constexpr, CB: tl.constexpr,
     L2: tl.constexpr, INIT: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A linear memory. Grid (N * D / OB): a program has OB columns of the weights, which nothing joins to the others.
@@ -98,8 +109,7 @@ def write_one_layer(
         x = load_tile(k + at * C * D, tokens, C, dims, D)
         step = load_gate(theta + at * C, tokens, C)
         if BOUND:
-            products = dot(x, load_tile_transposed(k + at * C * D, tokens, C, dims, D), PRECISION)
-            step /= overlap_divisor(products, load_gate(scale + at * C, tokens, C), bound, tokens)
+            step /= overlap_divisor(k + at * C * D, scale + at * C, bound, tokens, C, D, OB, CP, CB, PRECISION)
             tl.store(steps + at * C + tokens, step, mask=tokens < C)
         state = states + at * 2 * D * D
         outputs = dot(x, load_state(state, dims, columns, D), PRECISION)
@@ -134,26 +144,14 @@ def hidden_layer(
     return result
 
 
-@triton.jit
-def products_of_inputs(
-    inputs, tokens, C, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr
-):
-    """inputs @ inputs^T of a matrix [C, WIDTH] in memory, [C, C]."""
-    products = tl.zeros((CP, CP), tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = load_tile(inputs, tokens, C, columns, WIDTH)
-        products += dot(x, load_tile_transposed(inputs, tokens, C, columns, WIDTH), PRECISION)
-    return products
-
-
 @triton.jit(do_not_specialize=NUMBERS)
 def write_two_layers(
     k, v, theta, scale, write, momentum_last, a, e, p, learned1, learned2, states1, states2,
     hidden, outputs, pulled, gradients1, gradients2, steps1, steps2, bound, act_scale,
     num_chunks, num_states, num_memories, C,
-    D: tl.constexpr, H: tl.constexpr, DB: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
-    L2: tl.constexpr, INIT: tl.constexpr, BOUND: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, DB: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, CB: tl.constexpr,
+    ACTIVATION: tl.constexpr, L2: tl.constexpr, INIT: tl.constexpr, BOUND: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A memory with one hidden layer of width H. Grid (N).
 
@@ -180,11 +178,9 @@ def write_two_layers(
         step1 = load_gate(theta + at * C, tokens, C)
         step2 = step1
         if BOUND:
-            c = load_gate(scale + at * C, tokens, C)
-            products = products_of_inputs(k + at * C * D, tokens, C, D, DB, CP, PRECISION)
-            step1 /= overlap_divisor(products, c, bound, tokens)
-            products = products_of_inputs(after, tokens, C, H, HB, CP, PRECISION)
-            step2 /= overlap_divisor(products, c, bound, tokens)
+            c = scale + at * C
+            step1 /= overlap_divisor(k + at * C * D, c, bound, tokens, C, D, DB, CP, CB, PRECISION)
+            step2 /= overlap_divisor(after, c, bound, tokens, C, H, HB, CP, CB, PRECISION)
             tl.store(steps1 + at * C + tokens, step1, mask=tokens < C)
             tl.store(steps2 + at * C + tokens, step2, mask=tokens < C)
         last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)

@@ -21,6 +21,7 @@ from kernels.memory.triton.tiles import (
     load_state_transposed,
     load_tile,
     load_tile_transposed,
+    store_square,
     store_state,
     store_tile,
 )
@@ -88,14 +89,30 @@ def write_one_layer_gradient(
 
 
 @triton.jit
-def symmetric_bound_gradient(signed, slope, d_steps, tokens, C):
-    """Gradient of the products of a layer's inputs X X^T through its step bound, [C, C].
+def store_bound_gradient(d_products, signed, slope, d_steps, tokens, C, CP: tl.constexpr, CB: tl.constexpr):
+    """Stores half the gradient of the products of a layer's inputs X X^T through its step bound; [C, C], as all here.
 
-    `signed` [C, C] in memory is c_j times the sign of x_j . x_t, for j <= t; `slope` [C] the derivative of the step.
+    The other half is its transpose. `signed` is c_j times the sign of x_j . x_t, for j <= t; `slope` [C] the derivative
+    of the step.
     """
     d_overlap = load_gate(slope, tokens, C) * d_steps
-    d_products = d_overlap[:, None] * load_square(signed, tokens, C, tokens, C, C, 1)
-    return d_products + d_overlap[None, :] * load_square(signed, tokens, C, tokens, C, 1, C)
+    for first in range(0, CP, CB):
+        some = first + tl.arange(0, CB)
+        half = d_overlap[:, None] * load_square(signed, tokens, C, some, C, C, 1)
+        store_square(d_products, half, tokens, C, some, C, C, 1)
+
+
+@triton.jit
+def add_through_bound(
+    d_x, d_products, inputs, tokens, C, columns, WIDTH: tl.constexpr, CP: tl.constexpr, CB: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile [C, columns] of dX, with what reaches it by both halves, of which `store_bound_gradient` stored one."""
+    for first in range(0, CP, CB):
+        some = first + tl.arange(0, CB)
+        whole = load_square(d_products, tokens, C, some, C, C, 1) + load_square(d_products, tokens, C, some, C, 1, C)
+        d_x += dot(whole, load_tile(inputs, some, C, columns, WIDTH), PRECISION)
+    return d_x
 
 
 @triton.jit
@@ -170,14 +187,14 @@ def end_of_second_layer(
 def down_the_layers(
     k, hidden, outputs, d_hidden, weights2, d_end1, d_end2, d_state1, d_state2, d_pulled, d_outputs,
     gradients2, d_v, d_products, for_weights, for_momentum, a, e, p, act_scale, tokens, C,
-    D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, ACTIVATION: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, CB: tl.constexpr, ACTIVATION: tl.constexpr,
     L2: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X_2 = act(X W_1), its end and its step bound, and both layers' states. Completes `d_outputs` [C, H].
 
     Args:
         gradients2: D_2 [C, D]; d_v: with L2 also minus the gradient of X_2 W_2, by which D_2 depends on it.
-        d_products: gradient of X_2 X_2^T [C, C].
+        d_products: of X_2 X_2^T, from `store_bound_gradient`.
     """
     dims = tl.arange(0, D)
     for start in range(0, H, HB):
@@ -188,7 +205,7 @@ def down_the_layers(
         d_x2 -= dot(for_momentum * gradient2, load_state_transposed(d_end2 + H * D, block, dims, D), PRECISION)
         increment = dot(load_tile_transposed(d_pulled, tokens, C, block, H), gradient2, PRECISION)
         if BOUND:
-            d_x2 += dot(d_products, load_tile(hidden, tokens, C, block, H), PRECISION)
+            d_x2 = add_through_bound(d_x2, d_products, hidden, tokens, C, block, H, CP, CB, PRECISION)
         if L2:
             d_result = -load_tile(d_v, tokens, C, dims, D)
             d_x2 += dot(d_result, load_state_transposed(weights2, block, dims, D), PRECISION)
@@ -205,10 +222,11 @@ def down_the_layers(
 def write_two_layers_gradient(
     k, hidden, outputs, pulled, gradients1, gradients2, steps1, steps2, write, momentum_last, a, e, p,
     states2, signed, slope, d_states1, d_states2, d_hidden, d_gradients1, d_gradients2, d_steps2,
-    d_v, d_outputs, weights_overlap1, weights_overlap2, momentum_overlap1, momentum_overlap2, d_pulled, act_scale,
+    d_v, d_outputs, weights_overlap1, weights_overlap2, momentum_overlap1, momentum_overlap2, d_pulled, d_products,
+    act_scale,
     num_chunks, num_memories, C,
-    D: tl.constexpr, H: tl.constexpr, DB: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, ACTIVATION: tl.constexpr,
-    L2: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, DB: tl.constexpr, HB: tl.constexpr, CP: tl.constexpr, CB: tl.constexpr,
+    ACTIVATION: tl.constexpr, L2: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A memory with one hidden layer of width H. Grid (N).
 
@@ -219,11 +237,12 @@ def write_two_layers_gradient(
         d_hidden, d_gradients1, d_gradients2, d_steps2: dX_2, dD_1, dD_2 and the second layer's d theta, as far as the
             reads gave them, [n, N, C, ...]; dD_2 is added to.
         d_outputs: out, gradient of X W_1 [n, N, C, H].
-        d_pulled: space for one chunk of each memory, [N, C, H].
+        d_pulled, d_products: space for one chunk of each memory, [N, C, H] and [N, C, C].
     """
     memory = tl.program_id(0)
     tokens = tl.arange(0, CP)
     d_pulled += memory.to(tl.int64) * C * H
+    d_products += memory.to(tl.int64) * C * C
     for index in range(num_chunks):
         chunk = num_chunks - 1 - index
         at = (chunk * num_memories + memory).to(tl.int64)
@@ -247,15 +266,14 @@ def write_two_layers_gradient(
         )  # fmt: skip
         tl.store(weights_overlap2 + at * C + tokens, overlap, mask=tokens < C)
         tl.store(momentum_overlap2 + at * C + tokens, overlap_momentum, mask=tokens < C)
-        d_products = tl.zeros((CP, CP), tl.float32)
         if BOUND:
             d_step = load_gate(d_steps2 + at * C, tokens, C) - overlap * last - overlap_momentum * momentum
-            d_products = symmetric_bound_gradient(signed + at * C * C, slope + at * C, d_step, tokens, C)
+            store_bound_gradient(d_products, signed + at * C * C, slope + at * C, d_step, tokens, C, CP, CB)
         tl.debug_barrier()
         down_the_layers(
             k + small, hidden + wide, outputs + wide, d_hidden + wide, states2 + state, d_states1 + end,
             d_states2 + end, d_states1 + state, d_states2 + state, d_pulled, d_outputs + wide,
             gradients2 + small, d_v + small, d_products, for_weights, for_momentum, a_end, e_end, p_end, act_scale,
-            tokens, C, D, H, HB, ACTIVATION, L2, BOUND, PRECISION,
+            tokens, C, D, H, HB, CP, CB, ACTIVATION, L2, BOUND, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()

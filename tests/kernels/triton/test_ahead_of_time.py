@@ -59,7 +59,8 @@ def problem_of(shape: Shape) -> Problem:
 
 def launches_of(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Everything that is launched for a memory, forward and backward, with the products of fp32 tokens in tf32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    precisions = {torch.bfloat16: "bf16", torch.float32: "tf32"}
+    monkeypatch.setattr("kernels.memory.triton.launch.precision_of", precisions.get)
     problem = problem_of(shape)
     group = selftest.random_group(problem, 2, shape.chunk, shape.chunk)
     with recorded_launches() as found:
