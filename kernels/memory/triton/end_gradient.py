@@ -72,14 +72,14 @@ def end_products(
             to be summed over the second dimension.
     """
     num_parts: tl.constexpr = (IN // IB) * (OUT // OB)
-    memory, part = tl.program_id(0) // num_parts, tl.program_id(0) % num_parts
+    memory, part = (tl.program_id(0) // num_parts).to(tl.int64), tl.program_id(0) % num_parts
     rows, columns = part // (OUT // OB) * IB + tl.arange(0, IB), part % (OUT // OB) * OB + tl.arange(0, OB)
     queries = tl.arange(0, CP)
-    learned += memory.to(tl.int64) * IN * OUT
+    learned += memory * IN * OUT
     total = tl.zeros((IB, OB), tl.float32)
     for chunk in range(num_chunks):
-        at = (chunk * num_memories + memory).to(tl.int64)
-        end = d_states + ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * IN * OUT
+        at = chunk * num_memories + memory
+        end = d_states + ((chunk + 1) * num_memories + memory) * 2 * IN * OUT
         d_weights, d_momentum = load_state(end, rows, columns, OUT), load_state(end + IN * OUT, rows, columns, OUT)
         weights = load_state(states + at * 2 * IN * OUT, rows, columns, OUT)
         momentum = load_state(states + at * 2 * IN * OUT + IN * OUT, rows, columns, OUT)
@@ -95,4 +95,4 @@ def end_products(
         tl.store(sums + stride, tl.sum(d_weights * momentum))
         tl.store(sums + 2 * stride, tl.sum(d_momentum * momentum))
     if INIT:
-        store_state(d_learned + memory.to(tl.int64) * IN * OUT, total, rows, columns, OUT)
+        store_state(d_learned + memory * IN * OUT, total, rows, columns, OUT)

@@ -145,7 +145,7 @@ def _write_gradients(group: _Pass, layers: Sequence[LayerGradients], bounds: Seq
         outputs, width = writes[0].outputs, writes[0].outputs.shape[-1]
         signed, slope = (bounds[1].signed, bounds[1].slope) if bounds else (gates.write, gates.a)
         d_outputs, sign, d_pulled = torch.empty_like(outputs), 1, torch.empty_like(outputs[0])
-        d_products = gates.write.new_empty(gates.write.shape[1:])
+        d_products = d_v.new_empty(num_memories, group.tiles.tokens, group.tiles.tokens)
         write_two_layers_gradient[(num_memories,)](
             k, writes[1].inputs, outputs, writes[0].pulled, *arguments, states[1], signed, slope,
             first.states, second.states, second.inputs, first.gradients, second.gradients, second.steps,

@@ -15,14 +15,17 @@ from torch.nn.functional import normalize
 from triton.errors import TritonError
 
 from kernels.memory.backend import DualForm, GroupBackend
-from kernels.memory.chunk import GroupTokens, group_gates
+from kernels.memory.chunk import GroupGates, GroupTokens, group_gates
 from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from kernels.memory.triton.backend import TritonKernels
 from kernels.memory.triton.launch import INTERPRETED, precision_of
 
-# Largest distance of a result, relative to its norm, by what the kernels round their products' terms to.
-TOLERANCE = {"bf16": 5e-2, "tf32": 1e-2, "ieee": 1e-4}
+# Largest distance of a result, relative to its norm, by what the kernels round their products' terms to. Measured in the
+# interpreter, with both terms of every product rounded to bf16 and all else in fp32: the worst result of memories with
+# heads of 64, linear and of hidden widths 64 and 128, chunks of 64 and 128, is off by 1.1e-2 (theta's gradient), the
+# others by up to 5e-3. tf32 rounds to 1/8 of that.
+TOLERANCE = {"bf16": 4e-2, "tf32": 1e-2, "ieee": 1e-4}
 MEMORIES, CHUNKS = 2, 3
 
 REQUIRED = not INTERPRETED  # the interpreter has no compiler that could be wrong
@@ -110,6 +113,15 @@ def random_group(problem: Problem, num_chunks: int, num_tokens: int, num_queries
     return [*tokens, *learned, *states, normal(num_chunks, MEMORIES, num_queries, dims[0]), *d_end]
 
 
+def _without_writes(state: Tensor, learned: Tensor | None, gates: GroupGates) -> Tensor:
+    """A layer's state after the group, had nothing been written: beside it the writes are small."""
+    weights, momentum = state.double().chunk(2, dim=1)
+    for a, e, p in zip(*(gate.double()[..., -1, None, None] for gate in (gates.a, gates.e, gates.p)), strict=True):
+        weights = a * weights + p * momentum + (0 if learned is None else (1 - a) * learned)
+        momentum = e * momentum
+    return torch.cat([weights, momentum], dim=1)
+
+
 def results(
     backend: GroupBackend, options: MemoryOptions, depth: int, group: list[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -123,8 +135,11 @@ def results(
     gates = group_gates(tokens.alpha, tokens.eta)
     trace = backend.write(tokens, gates, learned, states, options, with_end=True)
     write = "write_one_layer" if depth == 1 else "write_two_layers"
-    for layer, end in enumerate(trace.end):
-        yield f"the state after the writes of layer {layer + 1} ({write})", end
+    for layer, (end, state, w0) in enumerate(zip(trace.end, states, learned, strict=True)):
+        yield (
+            f"the state of layer {layer + 1} after its writes ({write})",
+            end.double() - _without_writes(state, w0, gates),
+        )
     yield "the read-out (read_layer)", backend.read(tokens.q, gates, learned, trace, options)
     found = backend.gradients(tokens, learned, states, options, d_y, d_end)
     by_writes = f"read_states_gradient or {write}_gradient"

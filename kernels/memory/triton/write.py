@@ -101,11 +101,11 @@ def write_one_layer(
         gradients: out, D [n, N, C, D].
         steps: out, [n, N, C], theta bounded; not written without BOUND.
     """
-    memory = tl.program_id(0) // (D // OB)
+    memory = (tl.program_id(0) // (D // OB)).to(tl.int64)
     columns = tl.program_id(0) % (D // OB) * OB + tl.arange(0, OB)
     tokens, dims = tl.arange(0, CP), tl.arange(0, D)
     for chunk in range(num_chunks):
-        at = (chunk * num_memories + memory).to(tl.int64)
+        at = chunk * num_memories + memory
         x = load_tile(k + at * C * D, tokens, C, dims, D)
         step = load_gate(theta + at * C, tokens, C)
         if BOUND:
@@ -117,7 +117,7 @@ def write_one_layer(
         store_tile(gradients + at * C * D, gradient, tokens, C, columns, D)
         if chunk + 1 < num_states:
             last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)
-            following = states + ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * D * D
+            following = states + ((chunk + 1) * num_memories + memory) * 2 * D * D
             advance(
                 state, following, learned + memory * D * D, k + at * C * D, gradient, last * step, momentum * step,
                 a_end, e_end, p_end, tokens, C, dims, columns, D, D, INIT, PRECISION,
@@ -163,10 +163,10 @@ def write_two_layers(
             without KEEP one chunk's for each memory, [N, C, H], and `pulled` is not written.
         steps1, steps2: out, [n, N, C]; not written without BOUND.
     """
-    memory = tl.program_id(0)
+    memory = tl.program_id(0).to(tl.int64)
     tokens, dims = tl.arange(0, CP), tl.arange(0, D)
     for chunk in range(num_chunks):
-        at = (chunk * num_memories + memory).to(tl.int64)
+        at = chunk * num_memories + memory
         first, second = states1 + at * 2 * D * H, states2 + at * 2 * H * D
         after, before = hidden + at * C * H, outputs + (at if KEEP else memory) * C * H
         result = hidden_layer(
@@ -184,7 +184,7 @@ def write_two_layers(
             tl.store(steps1 + at * C + tokens, step1, mask=tokens < C)
             tl.store(steps2 + at * C + tokens, step2, mask=tokens < C)
         last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)
-        following = ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * D * H
+        following = ((chunk + 1) * num_memories + memory) * 2 * D * H
         for start in range(0, H, HB):
             block = start + tl.arange(0, HB)
             gradient2 = load_tile(gradients2 + at * C * D, tokens, C, dims, D)

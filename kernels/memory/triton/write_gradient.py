@@ -21,7 +21,6 @@ from kernels.memory.triton.tiles import (
     load_state_transposed,
     load_tile,
     load_tile_transposed,
-    store_square,
     store_state,
     store_tile,
 )
@@ -65,12 +64,12 @@ def write_one_layer_gradient(
         weights_overlap, momentum_overlap: out, [D / OB, n, N, C], the sums over D * (X dW') and D * (X dS'), to be
             summed over the first dimension.
     """
-    memory, part = tl.program_id(0) // (D // OB), tl.program_id(0) % (D // OB)
+    memory, part = (tl.program_id(0) // (D // OB)).to(tl.int64), tl.program_id(0) % (D // OB)
     tokens, dims, columns = tl.arange(0, CP), tl.arange(0, D), part * OB + tl.arange(0, OB)
     for index in range(num_chunks):
         chunk = num_chunks - 1 - index
-        at = (chunk * num_memories + memory).to(tl.int64)
-        d_end = d_states + ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * D * D
+        at = chunk * num_memories + memory
+        d_end = d_states + ((chunk + 1) * num_memories + memory) * 2 * D * D
         step = load_gate(steps + at * C, tokens, C)
         last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)
         by_weights, by_momentum = by_end_gradient(k + at * C * D, d_end, tokens, C, dims, columns, D, D, PRECISION)
@@ -90,16 +89,16 @@ def write_one_layer_gradient(
 
 @triton.jit
 def store_bound_gradient(d_products, signed, slope, d_steps, tokens, C, CP: tl.constexpr, CB: tl.constexpr):
-    """Stores half the gradient of the products of a layer's inputs X X^T through its step bound; [C, C], as all here.
+    """Stores half the gradient of the products of a layer's inputs X X^T through its step bound, [CP, CP].
 
-    The other half is its transpose. `signed` is c_j times the sign of x_j . x_t, for j <= t; `slope` [C] the derivative
-    of the step.
+    The other half is its transpose. `signed` [C, C] is c_j times the sign of x_j . x_t, for j <= t; `slope` [C] the
+    derivative of the step.
     """
     d_overlap = load_gate(slope, tokens, C) * d_steps
     for first in range(0, CP, CB):
         some = first + tl.arange(0, CB)
         half = d_overlap[:, None] * load_square(signed, tokens, C, some, C, C, 1)
-        store_square(d_products, half, tokens, C, some, C, C, 1)
+        store_state(d_products, half, tokens, some, CP)
 
 
 @triton.jit
@@ -110,7 +109,7 @@ def add_through_bound(
     """A tile [C, columns] of dX, with what reaches it by both halves, of which `store_bound_gradient` stored one."""
     for first in range(0, CP, CB):
         some = first + tl.arange(0, CB)
-        whole = load_square(d_products, tokens, C, some, C, C, 1) + load_square(d_products, tokens, C, some, C, 1, C)
+        whole = load_state(d_products, tokens, some, CP) + load_state_transposed(d_products, some, tokens, CP)
         d_x += dot(whole, load_tile(inputs, some, C, columns, WIDTH), PRECISION)
     return d_x
 
@@ -237,16 +236,16 @@ def write_two_layers_gradient(
         d_hidden, d_gradients1, d_gradients2, d_steps2: dX_2, dD_1, dD_2 and the second layer's d theta, as far as the
             reads gave them, [n, N, C, ...]; dD_2 is added to.
         d_outputs: out, gradient of X W_1 [n, N, C, H].
-        d_pulled, d_products: space for one chunk of each memory, [N, C, H] and [N, C, C].
+        d_pulled, d_products: space for one chunk of each memory, [N, C, H] and [N, CP, CP].
     """
-    memory = tl.program_id(0)
+    memory = tl.program_id(0).to(tl.int64)
     tokens = tl.arange(0, CP)
-    d_pulled += memory.to(tl.int64) * C * H
-    d_products += memory.to(tl.int64) * C * C
+    d_pulled += memory * C * H
+    d_products += memory * CP * CP
     for index in range(num_chunks):
         chunk = num_chunks - 1 - index
-        at = (chunk * num_memories + memory).to(tl.int64)
-        end = ((chunk + 1) * num_memories + memory).to(tl.int64) * 2 * D * H
+        at = chunk * num_memories + memory
+        end = ((chunk + 1) * num_memories + memory) * 2 * D * H
         state, small, wide = at * 2 * D * H, at * C * D, at * C * H
         last, momentum, a_end, e_end, p_end = end_gates(write, momentum_last, a, e, p, at, tokens, C)
         step = load_gate(steps1 + at * C, tokens, C)
