@@ -13,7 +13,9 @@ from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from tests.kernels.memory_cases import make_inputs, make_weights
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+from kernels.memory.triton.backend import refusal
 
 CUDA = torch.device("cuda", 0)
 
@@ -54,6 +56,25 @@ def test_gpus_without_bf16_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability \(7, 5\)"):
         choose(problem(dims=(64, 320, 64)), "triton")
+
+
+def test_what_fits_hopper_only_is_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = problem(dims=(128, 448, 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(ValueError, match="chunks of 64 tokens of 128 dimensions do not fit"):
+        choose(wide, "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert refusal(wide) is None
+    with pytest.raises(ValueError, match="chunks of 128 tokens of 128 dimensions do not fit"):
+        choose(problem(dims=(128, 448, 128), chunk_size=128), "triton")
+
+
+def test_fp32_is_taken_where_its_products_may_be_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("kernels.memory.triton.backend.precision_of", lambda _: "tf32")
+    assert refusal(problem(dtype=torch.float32)) is None
+    monkeypatch.setattr("kernels.memory.triton.backend.precision_of", lambda _: "ieee")
+    assert "set_float32_matmul_precision" in refusal(problem(dtype=torch.float32))
 
 
 def test_without_triton_the_dual_form_computes_everything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from kernels.memory.triton.launch import INTERPRETED, MIN_TILE, padded, precisio
 
 DIMS = (16, 32, 64, 128)
 MAX_CHUNK = 128  # more tokens than that do not fit the registers
-MAX_TILE = 128 * 64  # tokens by dimensions of a deep memory: with 128 x 128 threads spill more than 1 KB
-FIRST_CAPABILITY = (8, 0)
+# Tokens by dimensions of a deep memory: with more, a thread spills over 1 KB. Blackwell and Hopper, and other GPUs.
+MAX_TILE, MAX_TILE_ELSEWHERE = 128 * 64, 64 * 64
+FIRST_CAPABILITY, HOPPER = (8, 0), (9, 0)
 
 
 class TritonKernels:
@@ -43,18 +44,20 @@ def refusal(problem: Problem) -> str | None:
     """Why the kernels do not take a problem on its device; None if they do."""
     if problem.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {problem.device.type}, the kernels run on a GPU"
-    reason = refusal_of_shape(problem)
-    if reason is None and problem.device.type == "cuda" and precision_of(problem.dtype) == "ieee":
+    reason = refusal_of_shape(problem, MAX_TILE)
+    if reason is not None or problem.device.type != "cuda":
+        return reason
+    if precision_of(problem.dtype) == "ieee":
         return "fp32 products are exact unless torch.set_float32_matmul_precision('high'); the kernels' are tf32"
-    if reason is None and problem.device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(problem.device)
-        if capability < FIRST_CAPABILITY:
-            return f"the GPU has compute capability {capability}, the kernels need {FIRST_CAPABILITY} or later"
-    return reason
+    # A GPU of AMD's has a capability of its own count.
+    capability = torch.cuda.get_device_capability(problem.device) if torch.version.hip is None else FIRST_CAPABILITY
+    if capability < FIRST_CAPABILITY:
+        return f"the GPU has compute capability {capability}, the kernels need {FIRST_CAPABILITY} or later"
+    return refusal_of_shape(problem, MAX_TILE_ELSEWHERE) if capability < HOPPER else None
 
 
-def refusal_of_shape(problem: Problem) -> str | None:
-    """Why the kernels do not take a problem on any device; None if they do."""
+def refusal_of_shape(problem: Problem, max_tile: int) -> str | None:
+    """Why the kernels do not take a problem on a GPU with registers for `max_tile`; None if they do."""
     dim, depth, options = problem.dims[0], len(problem.dims) - 1, problem.options
     if problem.dtype not in (torch.bfloat16, torch.float32):
         return f"the tokens are {problem.dtype}, the kernels take bfloat16 and float32 alike for q, k and v"
@@ -68,6 +71,6 @@ def refusal_of_shape(problem: Problem) -> str | None:
         return f"the hidden width is {problem.dims[1]}, the kernels take multiples of {MIN_TILE}"
     if options.chunk_size > MAX_CHUNK:
         return f"a chunk has {options.chunk_size} tokens, the kernels take up to {MAX_CHUNK}"
-    if depth == 2 and dim * padded(options.chunk_size) > MAX_TILE:
+    if depth == 2 and dim * padded(options.chunk_size) > max_tile:
         return f"chunks of {options.chunk_size} tokens of {dim} dimensions do not fit the kernels' registers"
     return None
