@@ -4,8 +4,8 @@
 The mathematics is in README.md beside this file.
 """
 
-from kernels.memory.interface import memory_read, neural_memory
+from kernels.memory.interface import explain_backend, memory_read, neural_memory
 from kernels.memory.reference import neural_memory_reference
 from kernels.memory.state import MemoryState
 
-__all__ = ["MemoryState", "memory_read", "neural_memory", "neural_memory_reference"]
+__all__ = ["MemoryState", "explain_backend", "memory_read", "neural_memory", "neural_memory_reference"]

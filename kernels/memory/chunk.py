@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.memory.activations import activate, activate_vjp
 from kernels.memory.decay import decay_matrix
 from kernels.memory.options import MIN_ONE_MINUS_ETA, MemoryOptions
+from kernels.memory.state import state_dtype
 
 
 class GroupTokens(NamedTuple):
@@ -47,7 +48,7 @@ class LayerWrites(NamedTuple):
     """
 
     inputs: Tensor  # X, the layer's inputs
-    outputs: Tensor  # X @ W
+    outputs: Tensor | None  # X @ W; None where a backend has no use for it
     pulled: Tensor | None  # the inner gradient at the activation's output, D being at its input; None at the last layer
     gradients: Tensor  # D, the inner gradient at the layer's outputs
     steps: Tensor  # theta, [..., C]
@@ -223,5 +224,6 @@ def read_group(
 
 def inner_gradient_norm(writes: Sequence[LayerWrites]) -> Tensor:
     """Norm of u_t over all layers, [n, N, C]: each layer's gradient is the outer product of its input and its D."""
-    squares = [layer.inputs.square().sum(-1) * layer.gradients.square().sum(-1) for layer in writes]
+    pairs = [(state_dtype(layer.inputs), state_dtype(layer.gradients)) for layer in writes]
+    squares = [inputs.square().sum(-1) * gradients.square().sum(-1) for inputs, gradients in pairs]
     return torch.stack(squares).sum(0).sqrt()

@@ -74,7 +74,7 @@ def group_gradients(
     bounds = None
     if options.step_bound is not None:
         scale = step_scale(tokens.theta, tokens.eta)
-        bounds = [_Bound.of(writes, tokens.theta, scale, options.step_bound) for writes in trace.writes]
+        bounds = [BoundGradient.of(writes.inputs, tokens.theta, scale, options.step_bound) for writes in trace.writes]
     d_v = torch.empty_like(tokens.v)
     for index in reversed(range(tokens.k.shape[0])):
         if d_end is not None:
@@ -84,10 +84,10 @@ def group_gradients(
                 _end_gradients(index, layer, writes, gates, w0, states[index], d_state, d_gates)
         if bounds is not None:
             for layer, writes, bound in zip(layers, trace.writes, bounds, strict=True):
-                bound.add_to_inputs(index, layer, writes)
+                layer.inputs[index].baddbmm_(bound.of_products(layer.steps, index), writes.inputs[index])
         _inner_gradients(index, layers, trace, options, d_v[index])
         d_end = [layer.states[index] for layer in layers]
-    d_theta, d_eta_of_steps = _step_gradients(tokens, layers, bounds)
+    d_theta, d_eta_of_steps = step_gradients(tokens, layers, bounds)
     d_alpha, d_eta = torch.autograd.grad(graph, leaves, d_gates)
     d_tokens = GroupTokens(d_q, layers[0].inputs, d_v, d_alpha, d_eta + d_eta_of_steps, d_theta)
     # Copies: a view would keep all chunks' gradients alive through the next group.
@@ -228,7 +228,7 @@ def _inner_gradients(
             layer.states[index].chunk(2, dim=1)[0].add_(left.mT @ right)
 
 
-class _Bound(NamedTuple):
+class BoundGradient(NamedTuple):
     """The step bound of one layer, differentiated: theta_t / max(1, b * sum_{j <= t} c_j |x_j . x_t|)."""
 
     signed: Tensor  # [n, N, C, C]: c_j times the sign of x_j . x_t, for j <= t
@@ -237,22 +237,23 @@ class _Bound(NamedTuple):
     slope: Tensor  # [n, N, C]: derivative of the bounded step in the sum
 
     @classmethod
-    def of(cls, writes: LayerWrites, theta: Tensor, scale: Tensor, bound: float) -> _Bound:
-        products = (writes.inputs @ writes.inputs.mT).tril_()
+    def of(cls, inputs: Tensor, theta: Tensor, scale: Tensor, bound: float) -> BoundGradient:
+        """For a layer's inputs [n, N, C, d], theta and c = theta / (1 - eta) [n, N, C]."""
+        products = (inputs @ inputs.mT).tril_()
         overlaps = products.abs()
         divisor = bound * (overlaps @ scale.unsqueeze(-1)).squeeze(-1)
         inverse = 1 / divisor.clamp_min(1.0)
         slope = torch.where(divisor >= 1, -bound * theta * inverse * inverse, 0)
         return cls(products.sign_().mul_(scale.unsqueeze(-2)), overlaps, inverse, slope)
 
-    def add_to_inputs(self, index: int, layer: LayerGradients, writes: LayerWrites) -> None:
-        """Adds the gradient of chunk `index`'s inputs, whose steps have all theirs."""
-        d_products = (layer.steps[index] * self.slope[index]).unsqueeze(-1) * self.signed[index]
-        layer.inputs[index].baddbmm_(d_products + d_products.mT, writes.inputs[index])
+    def of_products(self, d_steps: Tensor, index: int | slice = slice(None)) -> Tensor:
+        """Gradient of a layer's inputs @ inputs^T, [..., C, C], from that of its steps; of one chunk, or of all."""
+        d_products = (d_steps[index] * self.slope[index]).unsqueeze(-1) * self.signed[index]
+        return d_products + d_products.mT
 
 
-def _step_gradients(
-    tokens: GroupTokens, layers: Sequence[LayerGradients], bounds: Sequence[_Bound] | None
+def step_gradients(
+    tokens: GroupTokens, layers: Sequence[LayerGradients], bounds: Sequence[BoundGradient] | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of theta, and of eta through the step bound, [n, N, C]."""
     if bounds is None:

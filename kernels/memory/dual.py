@@ -1,4 +1,4 @@
-"""The chunked backend in PyTorch: groups of chunks in order; the backward recomputes each group from its first state.
+"""The chunked backends: groups of chunks in order; the backward recomputes each group from its first state.
 
 What stays alive between forward and backward is the inputs and one pair of weights and momentum for every group, about
 `GROUP_TOKENS` tokens: neither tokens nor chunks own copies of the weights.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.memory.chunk import GroupTokens, group_gates, inner_gradient_norm, read_group, write_group
-from kernels.memory.chunk_gradient import group_gradients
+from kernels.memory.backend import DualForm, GroupBackend
+from kernels.memory.chunk import GroupTokens, group_gates, inner_gradient_norm
 from kernels.memory.options import MemoryOptions
 from kernels.memory.state import MemoryState, state_dtype
 
@@ -53,8 +53,8 @@ def plan_groups(num_open: int, num_tokens: int, chunk_size: int) -> Iterator[Gro
 
 
 def _chunked(x: Tensor, num_chunks: int) -> Tensor:
-    """[B, n * C, H, ...] -> [n, B * H, C, ...], in the dtype of the arithmetic."""
-    x = state_dtype(x).unflatten(1, (num_chunks, -1))
+    """[B, n * C, H, ...] -> [n, B * H, C, ...]."""
+    x = x.unflatten(1, (num_chunks, -1))
     return x.movedim((1, 0, 3), (0, 1, 2)).flatten(1, 2)
 
 
@@ -66,6 +66,7 @@ def _unchunked(x: Tensor, batch_size: int) -> Tensor:
 class _Plan(NamedTuple):
     """What is fixed for one call: the groups (whole chunks, and then at most one open chunk), options, depth."""
 
+    backend: GroupBackend
     groups: tuple[Group, ...]
     num_open: int
     options: MemoryOptions
@@ -78,10 +79,13 @@ class _Plan(NamedTuple):
         return slice(group.first_query - self.num_open, group.stop - self.num_open), slice(group.start, group.stop)
 
     def tokens(self, group: Group, tensors: Sequence[Tensor]) -> GroupTokens:
-        """q, k, v, alpha, eta, theta of a group."""
+        """q, k, v, alpha, eta, theta of a group, in the dtype of the arithmetic."""
         queries, keys = self.spans(group)
-        pieces = (x[:, span] for x, span in zip(tensors, (queries, *[keys] * 5), strict=True))
-        return GroupTokens(*(_chunked(x, group.num_chunks) for x in pieces))
+        pieces = [
+            _chunked(x[:, span], group.num_chunks) for x, span in zip(tensors, (queries, *[keys] * 5), strict=True)
+        ]
+        num_kept = 3 if self.backend.takes_bf16 else 0
+        return GroupTokens(*pieces[:num_kept], *(state_dtype(x) for x in pieces[num_kept:]))
 
     def is_open(self, group: Group) -> bool:
         """Whether the group is a chunk that is not full: it is read and written, but the state stays at its start."""
@@ -110,9 +114,9 @@ def _group_forward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
     """A group's y [n, N, M, D], surprise [n, N, C] if asked for, and state after it; its trace is gone on return."""
     gates = group_gates(tokens.alpha, tokens.eta)
-    trace = write_group(tokens, gates, learned, state, plan.options, with_end=not is_open)
-    reads = read_group(tokens.q, gates, learned, trace, plan.options)
-    return reads[-1].outputs, inner_gradient_norm(trace.writes) if plan.with_surprise else None, trace.end
+    trace = plan.backend.write(tokens, gates, learned, state, plan.options, with_end=not is_open)
+    y = plan.backend.read(tokens.q, gates, learned, trace, plan.options)
+    return y, inner_gradient_norm(trace.writes) if plan.with_surprise else None, trace.end
 
 
 class _DualForm(torch.autograd.Function):
@@ -161,9 +165,10 @@ class _DualForm(torch.autograd.Function):
             else:
                 state = _stacked(tensors[6 + depth : 6 + 2 * depth], tensors[6 + 2 * depth :])
             queries, keys = plan.spans(group)
-            found = group_gradients(
+            found = plan.backend.gradients(
                 plan.tokens(group, tokens), targets, state, plan.options,
-                _chunked(grad_y[:, queries], group.num_chunks), None if plan.is_open(group) else grad_state,
+                state_dtype(_chunked(grad_y[:, queries], group.num_chunks)),
+                None if plan.is_open(group) else grad_state,
             )  # fmt: skip
             for total, piece, span in zip(grads, found.tokens, (queries, *[keys] * 5), strict=True):
                 total[:, span] += _unchunked(piece, batch_size)
@@ -188,8 +193,9 @@ def neural_memory_dual(
     state: MemoryState,
     options: MemoryOptions,
     with_surprise: bool = False,
+    backend: GroupBackend | None = None,
 ) -> tuple[Tensor, MemoryState, Tensor | None]:
-    """`neural_memory` by the chunked dual form, with `state` given; see `kernels.memory.interface`."""
+    """`neural_memory` in chunks, with `state` given, by PyTorch if not told otherwise; see `interface.py`."""
     num_open, num_tokens, depth = state.num_open, q.shape[1], len(weights)
     if num_open:
         k, v, alpha, eta, theta = (
@@ -199,7 +205,8 @@ def neural_memory_dual(
             )
         )
     groups = tuple(plan_groups(num_open, num_tokens, options.chunk_size))
-    plan = _Plan(groups, num_open, options, depth, with_surprise, keep_states=torch.is_grad_enabled())
+    backend = backend or DualForm()
+    plan = _Plan(backend, groups, num_open, options, depth, with_surprise, keep_states=torch.is_grad_enabled())
     learned = [state_dtype(w) for w in weights]
     y, surprise, *end = _DualForm.apply(plan, q, k, v, alpha, eta, theta, *learned, *state.weights, *state.momentum)
     tail = k.shape[1] - k.shape[1] % options.chunk_size

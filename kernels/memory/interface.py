@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from kernels.memory.activations import activate
+from kernels.memory.choice import choose
 from kernels.memory.dual import neural_memory_dual
 from kernels.memory.options import MAX_DEPTH, MemoryOptions
+from kernels.memory.problem import Problem
 from kernels.memory.reference import neural_memory_reference
 from kernels.memory.state import MemoryState, state_dtype
 
-BACKENDS = ("auto", "dual", "reference")
+BACKENDS = ("auto", "dual", "triton", "reference")
 
 
 def neural_memory(
@@ -55,7 +57,9 @@ def neural_memory(
             tokens j <= t, with x the layer's inputs at the chunk's start and `c = theta / (1 - eta)`; None for plain
             steps.
         activation_scale: multiplies every hidden activation.
-        backend: "auto", "dual" (the chunked dual form) or "reference" (the oracle).
+        backend: "dual" (the chunked dual form in PyTorch), "triton" (the same in Triton kernels, on a GPU where they
+            pass their self-test there, with a warning the dual form where not), "reference" (the oracle), or "auto":
+            the dual form, until the kernels have been run on a GPU. `explain_backend` says which and why.
         return_surprise: also return the norm of u_t for each token.
 
     Returns:
@@ -63,7 +67,8 @@ def neural_memory(
         inputs); and, if asked for, surprise [B, T, H], outside differentiation.
 
     Raises:
-        ValueError: for shapes that don't fit together, or options that don't exist; the message names the argument.
+        ValueError: for shapes that don't fit together, options that don't exist, or a memory that the backend asked
+            for does not take; the message names the argument.
     """
     options = MemoryOptions(chunk_size, activation, forget_to, objective, step_bound, activation_scale)
     _check_shapes(q, k, v, (alpha, eta, theta), weights, state, options)
@@ -79,8 +84,30 @@ def neural_memory(
             chunk_size=chunk_size, activation=activation, forget_to=forget_to, objective=objective,
             step_bound=step_bound, activation_scale=activation_scale,
         )  # fmt: skip
-    y, state, surprise = neural_memory_dual(q, k, v, alpha, eta, theta, weights, state, options, return_surprise)
+    chosen = choose(Problem.of(q, k, v, weights, options), backend).backend
+    y, state, surprise = neural_memory_dual(
+        q, k, v, alpha, eta, theta, weights, state, options, return_surprise, chosen
+    )
     return (y, state, surprise) if return_surprise else (y, state)
+
+
+def explain_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    chunk_size: int,
+    activation: str = "silu",
+    forget_to: str = "init",
+    objective: str = "l2",
+    step_bound: float | None = None,
+    activation_scale: float = 1.0,
+) -> str:
+    """Which backend "auto" is for a call of `neural_memory` with these arguments, and why: "dual: the tensors ..."."""
+    options = MemoryOptions(chunk_size, activation, forget_to, objective, step_bound, activation_scale)
+    choice = choose(Problem.of(q, k, v, weights, options), "auto")
+    return f"{choice.backend.name}: {choice.reason}"
 
 
 def memory_read(

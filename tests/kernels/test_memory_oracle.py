@@ -30,7 +30,9 @@ def outputs_and_gradients(function, inputs: list[Tensor], weights: list[Tensor],
     y, end = function(*inputs, weights, state, **options)
     results = [y, *end.weights, *end.momentum, end.k, end.v, end.alpha, end.eta, end.theta]
     generator = torch.Generator().manual_seed(7)
-    loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in results if x.numel())
+    # Drawn in float64 whatever the results are, so that results of another dtype have the same projection.
+    parts = [(x, torch.randn(x.shape, generator=generator, dtype=torch.float64)) for x in results if x.numel()]
+    loss = sum((x * projection.to(x.dtype)).sum() for x, projection in parts)
     sources = [*inputs, *weights, *state_leaves]
     gradients = torch.autograd.grad(loss, sources, allow_unused=True)
     return [x.detach() for x in results], [

@@ -1,0 +1,1 @@
+"""Triton kernels of the neural memory, depth 1 and 2: forward and backward of a group of chunks."""

@@ -1,0 +1,95 @@
+"""Which backend computes the memory, and what it says of its choice, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from kernels.memory import explain_backend, neural_memory
+from kernels.memory.choice import choose
+from kernels.memory.options import MemoryOptions
+from kernels.memory.problem import Problem
+from tests.kernels.memory_cases import make_inputs, make_weights
+
+pytest.importorskip("triton")
+
+from kernels.memory.triton.backend import refusal
+
+CUDA = torch.device("cuda", 0)
+
+
+def problem(
+    dims: tuple[int, ...] = (64, 128, 64), dtype: torch.dtype | None = torch.bfloat16, device=CUDA, **options
+) -> Problem:
+    return Problem(device, dtype, dims, MemoryOptions(**{"chunk_size": 64, **options}), "tf32")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"dtype": None}, "alike for q, k and v"),
+        ({"dims": (64, 128, 128, 64)}, "3 layers"),
+        ({"dims": (48, 128, 48)}, "48 dimensions"),
+        ({"dims": (64, 100, 64)}, "hidden width is 100"),
+        ({"activation": "softmax"}, "softmax"),
+        ({"chunk_size": 256}, "256 tokens"),
+        ({"device": torch.device("cpu")}, "the tensors are on cpu"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_computed_by_the_dual_form_and_said(change: dict, reason: str) -> None:
+    choice = choose(problem(**change), "auto")
+    assert choice.backend.name == "dual" and reason in choice.reason
+    with pytest.raises(ValueError, match=reason):
+        choose(problem(**change), "triton")
+
+
+def test_auto_leaves_kernels_that_no_gpu_has_run_to_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    choice = choose(problem(dims=(64, 192, 64)), "auto")
+    assert choice.backend.name == "dual" and "not been run on a GPU" in choice.reason
+
+
+def test_gpus_without_bf16_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability \(7, 5\)"):
+        choose(problem(dims=(64, 320, 64)), "triton")
+
+
+def test_what_fits_hopper_only_is_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = problem(dims=(128, 448, 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(ValueError, match="chunks of 64 tokens of 128 dimensions do not fit"):
+        choose(wide, "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert refusal(wide) is None
+    with pytest.raises(ValueError, match="chunks of 128 tokens of 128 dimensions do not fit"):
+        choose(problem(dims=(128, 448, 128), chunk_size=128), "triton")
+
+
+def test_fp32_is_taken_where_its_products_may_be_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr("kernels.memory.triton.backend.precision_of", lambda _: "tf32")
+    assert refusal(problem(dtype=torch.float32)) is None
+    monkeypatch.setattr("kernels.memory.triton.backend.precision_of", lambda _: "ieee")
+    assert "set_float32_matmul_precision" in refusal(problem(dtype=torch.float32))
+
+
+def test_without_triton_the_dual_form_computes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kernels.memory.triton.backend", None)
+    unseen = problem(dims=(32, 32))
+    assert choose(unseen, "auto").backend.name == "dual"
+    with pytest.raises(ValueError, match="Triton can't be imported"):
+        choose(unseen, "triton")
+
+
+def test_the_choice_is_explained_for_a_call_as_it_would_be_made() -> None:
+    (q, k, v, *_), weights = make_inputs(3, dtype=torch.float32), make_weights(2, dtype=torch.float32)
+    assert explain_backend(q, k, v, weights, chunk_size=4).startswith("dual: the tensors are on cpu")
+
+
+def test_an_order_that_can_not_be_followed_is_an_error() -> None:
+    with pytest.raises(ValueError, match="backend 'triton' does not take this memory: the tensors are on cpu"):
+        neural_memory(*make_inputs(3), make_weights(2), chunk_size=4, backend="triton")
