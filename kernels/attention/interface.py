@@ -9,6 +9,8 @@ from kernels.attention.reference import attention_reference
 from kernels.attention.sdpa import attention_sdpa
 
 _BACKENDS = {"auto": attention_sdpa, "sdpa": attention_sdpa, "math": attention_reference}
+BACKENDS = tuple(_BACKENDS)
+"""What `attention` can be told to run on."""
 
 
 def attention(
