@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-size", type=positive_int, default=64, help="tokens in a chunk of the memory")
     parser.add_argument("--window", type=positive_int, default=64, help="attention window, or the MAC's segment")
     parser.add_argument("--threads", type=positive_int, default=2, help="CPU threads")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is")
 
 
 def model_config(variant: str, *, dim: int, heads: int, layers: int, chunk_size: int, window: int) -> ModelConfig:
@@ -165,7 +166,7 @@ def prepare(arguments: argparse.Namespace) -> Benchmark:
         if length > arguments.segment_length and length % arguments.segment_length:
             raise UserError(f"--lengths {length}: not a multiple of --segment-length {arguments.segment_length}")
     names = ("segment_length", "boundary_states", "dim", "heads", "layers", "chunk_size", "window", "threads")
-    settings = {"device": chosen_device("auto").type, **{name: getattr(arguments, name) for name in names}}
+    settings = {"device": chosen_device(arguments.device).type, **{name: getattr(arguments, name) for name in names}}
     cases = [
         {"variant": variant, "length": length, "gradient": gradient}
         for variant in arguments.variants

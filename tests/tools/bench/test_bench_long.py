@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.bench.__main__ import main
+from tools.bench.record import RECORDS
 
 SMALL = ["--segment-length", "32", "--dim", "16", "--heads", "1", "--layers", "1", "--chunk-size", "8", "--window", "8"]
 
@@ -38,7 +39,7 @@ def test_a_length_that_segments_do_not_divide_is_named(capsys) -> None:
 
 
 def test_the_committed_record_shows_two_million_tokens_in_flat_memory_and_time() -> None:
-    record = json.loads((RECORDS / "long.json").read_text())
+    record = json.loads((RECORDS / "long-cpu.json").read_text())
     assert not record["uncommitted_changes"]
     assert record["settings"]["boundary_states"] == "disk"
     exact = {(row["variant"], row["length"]): row for row in record["results"] if row["gradient"] == "exact"}
