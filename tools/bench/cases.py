@@ -1,6 +1,6 @@
 """Cases measured in worker processes: each result as soon as it is there, a case that fails reported as failed.
 
-On a CPU every case has a process of its own, since a process's peak of resident memory never falls. On a GPU one
+On a CPU every case has a process of its own, so that none finds the memory as another left it. On a GPU one
 process measures all, which spares the start of CUDA and the kernels' compilation; a case that breaks it costs a new
 process, not the other cases.
 """

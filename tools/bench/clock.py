@@ -6,14 +6,13 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.devices import peak_resident_bytes
 from pretrain.errors import UserError
+from tools.bench.live_tensors import LiveTensors
 from tools.command import positive_int
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,37 +76,18 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> tuple[float
     return time.perf_counter() - start, result
 
 
-class MemoryGrowth:
-    """The most memory in use since this object was made, over what was in use then, in bytes.
-
-    On a GPU what tensors hold. On a CPU what the process has resident; its peak is kept from its beginning on, so
-    that only a process of its own measures something.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            wait_for(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
-        else:
-            self._before = resident_bytes()
-
-    def bytes(self) -> int:
-        """The growth so far."""
-        if self._device.type == "cuda":
-            wait_for(self._device)
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return peak_resident_bytes() - self._before
-
-
-def resident_bytes(status: Path = Path("/proc/self/status")) -> int:
-    """Host memory that this process has resident now; where the system does not say, the most that it has had."""
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return peak_resident_bytes(status)
+def peak_growth(function: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that tensors held during a call over what they held before it."""
+    if device.type != "cuda":
+        with LiveTensors() as live:
+            function()
+        return live.peak_bytes
+    wait_for(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    wait_for(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def forward_and_backward(
@@ -122,20 +102,23 @@ def forward_and_backward(
             once they have taken `ENOUGH_SECONDS`.
 
     Returns:
-        forward_s, backward_s (seconds), peak_bytes (growth of memory, gradients included), runs.
+        forward_s, backward_s (seconds), peak_bytes (growth of tensors' memory in a run of its own, gradients included),
+        runs.
     """
-    growth = MemoryGrowth(device)
     forwards, backwards = [], []
+
+    def backward(y: Tensor) -> None:
+        # Its own numbers as their gradient: they take no memory, and differ (a constant makes some kernels less work).
+        torch.autograd.grad(y, inputs, y.detach(), allow_unused=True)
+
     while len(forwards) < repeats and sum(forwards) + sum(backwards) < ENOUGH_SECONDS:
         seconds, y = seconds_of(forward, device)
         forwards.append(seconds)
-        # Its own numbers as their gradient: they take no memory, and differ (a constant makes some kernels less work).
-        backward = partial(torch.autograd.grad, y, inputs, y.detach(), allow_unused=True)
-        backwards.append(seconds_of(backward, device)[0])
-        del y, backward
+        backwards.append(seconds_of(partial(backward, y), device)[0])
+        del y
     return {
         "forward_s": min(forwards),
         "backward_s": min(backwards),
-        "peak_bytes": growth.bytes(),
+        "peak_bytes": peak_growth(lambda: backward(forward()), device),
         "runs": len(forwards),
     }

@@ -51,7 +51,8 @@ PRESENTATION = Presentation(
     f"those of {RIVAL} cannot be separated. Its memory is a plain network (mem_model_norm_add_residual=False) with "
     "momentum and one learned network a head; it writes once a chunk, by gates averaged over the chunk, and takes all "
     "gradients at the initial weights (its default). Mnemosyne's reads see every token's write whatever the chunk. The "
-    "processes took turns; of every implementation the fastest forward and backward and the largest memory count.",
+    "processes took turns; of every implementation the fastest forward and backward and the largest memory count. "
+    "Memory is what tensors held at once beyond the inputs and parameters, gradients included, in a run of its own.",
 )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tools.bench import decode, memory, train
-from tools.bench.clock import MemoryGrowth, seconds_of
+from tools.bench.clock import peak_growth, seconds_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 OPTIONS = {"device": "cuda", "dtype": "bf16", "threads": 1, "repeats": 2}
@@ -22,9 +22,8 @@ def test_seconds_include_what_the_device_still_does() -> None:
 
 
 def test_growth_is_what_tensors_take_at_most() -> None:
-    growth = MemoryGrowth(GPU)
-    torch.zeros(1 << 28, dtype=torch.uint8, device=GPU)
-    assert 1 << 28 <= growth.bytes() < 1.1 * (1 << 28)
+    growth = peak_growth(lambda: torch.zeros(1 << 28, dtype=torch.uint8, device=GPU), GPU)
+    assert 1 << 28 <= growth < 1.1 * (1 << 28)
 
 
 @pytest.mark.parametrize("backend", memory.default_backends("cuda"))
