@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.memory import MemoryState, memory_read, neural_memory
 from model.config import MemoryConfig, ModelConfig
@@ -141,8 +142,17 @@ class Stream(nn.Module):
         self.activation = UnitSilu(num_heads, normalize)
 
     def forward(self, x: Tensor, tail: Tensor | None, resets: Resets | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, dim] and the convolution's tail to [B, T, H, D] and the next tail."""
+        """x [B, T, dim] and the convolution's tail to [B, T, H, D] and the next tail.
+
+        For the backward only the projected tokens are kept: what follows is cheap to compute again, and would take
+        three times their room, in fp32 more.
+        """
         x = self.project(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(self._shape, x, tail, resets, use_reentrant=False, preserve_rng_state=False)
+        return self._shape(x, tail, resets)
+
+    def _shape(self, x: Tensor, tail: Tensor | None, resets: Resets | None) -> tuple[Tensor, Tensor | None]:
         if self.convolution is not None:
             x, tail = self.convolution(x, tail, None if resets is None else resets.begins)
         return self.activation(x), tail

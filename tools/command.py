@@ -50,6 +50,22 @@ def positive_int(text: str) -> int:
     return value
 
 
+def not_negative_int(text: str) -> int:
+    """An argparse type: a whole number of at least 0; underscores are allowed."""
+    return 0 if text == "0" else positive_int(text)
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+    return value
+
+
 def seed(text: str) -> int:
     """An argparse type: a whole number that torch's generators take, 0 to 2^63 - 1."""
     try:

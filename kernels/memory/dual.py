@@ -142,12 +142,13 @@ class _DualForm(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *(s for boundary in boundaries if boundary for s in boundary))
         norms = torch.cat(surprise, dim=1) if surprise else y.new_empty(0)
         ctx.mark_non_differentiable(norms)
+        ctx.set_materialize_grads(False)
         return y, norms, *_unstacked(state, batch_size)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor, _: Tensor, *grad_end: Tensor
+        ctx: torch.autograd.function.FunctionCtx, grad_y: Tensor | None, _: None, *grad_end: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         plan, depth = ctx.plan, ctx.plan.depth
         saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
@@ -157,7 +158,15 @@ class _DualForm(torch.autograd.Function):
         targets = plan.targets(learned, batch_size)
         grads = [torch.zeros_like(x) for x in tokens]
         grad_learned = [torch.zeros_like(w) for w in learned]
-        grad_state = _stacked(grad_end[:depth], grad_end[depth:])
+        if grad_y is None:
+            grad_y = torch.zeros_like(tokens[0])
+        grad_state = None  # where nothing follows from the state after the last token
+        if any(grad is not None for grad in grad_end):
+            ends = [
+                torch.zeros_like(x) if grad is None else grad
+                for grad, x in zip(grad_end, tensors[6 + depth :], strict=True)
+            ]
+            grad_state = _stacked(ends[:depth], ends[depth:])
         for group, has_boundary in zip(reversed(plan.groups), reversed(ctx.has_boundary), strict=True):
             if has_boundary:
                 state = stored[-depth:]
@@ -175,10 +184,11 @@ class _DualForm(torch.autograd.Function):
             for total, piece in zip(grad_learned, found.learned, strict=True):
                 if piece is not None:
                     total += piece.unflatten(0, (batch_size, -1)).sum(0)
-            if plan.is_open(group):
+            if plan.is_open(group) and grad_state is not None:
                 grad_state = [g + later for g, later in zip(found.state, grad_state, strict=True)]
             else:
                 grad_state = found.state
+            del found, piece  # before the next group's
         return None, *grads, *grad_learned, *_unstacked(grad_state, batch_size)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.memory import MemoryState, neural_memory, neural_memory_reference
+from kernels.memory import MemoryState, chunk_gradient, neural_memory, neural_memory_reference
+from kernels.memory.chunk import GroupTokens
 from kernels.memory.decay import decay_matrix
 from tests.kernels.memory_cases import GATES, HEADS, leaves, make_inputs, make_weights, relative_error
 
@@ -81,6 +83,23 @@ def test_equals_oracle_across_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) 
     options = {"chunk_size": 4, "step_bound": 2.0}
     assert_equal_to_oracle(make_inputs(27), make_weights(2), incoming_state(2, 7, **options), **options)
     assert_equal_to_oracle(make_inputs(24), make_weights(3), None, **options)
+
+
+@pytest.mark.parametrize("forget_to", ["init", "zero"])
+def test_equals_oracle_with_a_few_memories_at_a_time(monkeypatch: pytest.MonkeyPatch, forget_to: str) -> None:
+    num_memories, at_once, sizes = 2 * HEADS, 2 * HEADS - 1, []
+    whole = chunk_gradient._gradients
+
+    def gradients(tokens: GroupTokens, *rest: Any) -> chunk_gradient.GroupGradients:
+        sizes.append(tokens.k.shape[1])
+        return whole(tokens, *rest)
+
+    monkeypatch.setattr(chunk_gradient, "_gradients", gradients)
+    monkeypatch.setattr(chunk_gradient, "_work_bytes", lambda *_: 1)
+    monkeypatch.setattr(chunk_gradient, "WORK_BYTES", {False: at_once, True: num_memories})
+    options = {"chunk_size": 4, "step_bound": 2.0, "forget_to": forget_to}
+    assert_equal_to_oracle(make_inputs(27), make_weights(2), incoming_state(2, 7, **options), **options)
+    assert set(sizes) == {at_once, num_memories - at_once}
 
 
 @pytest.mark.parametrize("depth", [1, 2])

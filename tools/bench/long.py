@@ -3,33 +3,65 @@
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from model import ModelConfig, TitansLM
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
-from parallel.process import exit_now, initialize, shutdown
+from parallel.process import initialize
 from parallel.segments import Segments
-from pretrain.data import Batch
 from pretrain.devices import peak_memory_bytes
+from pretrain.errors import UserError
+from tools.bench.benchmark import Benchmark
+from tools.bench.cases import Row, run_cases
+from tools.bench.clock import chosen_device
+from tools.bench.tables import Column, Presentation, digits, megabytes, times, whole
+from tools.bench.train import RandomBatch
 from tools.command import positive_int
 
-# Resident memory is a process's high-water mark, so each step runs in a process of its own.
-_WORKER = """
-import json, sys
-from tools.bench.long import work
-work(json.loads(sys.argv[1]))
-"""
+CASE_SECONDS = 6 * 3600.0
+"""After which a step counts as hanging: one of millions of tokens takes long."""
+
+
+def beside_shortest(rows: Sequence[Row]) -> list[Row]:
+    """The rows with time and memory a token over those of the shortest row of the same model and gradients."""
+    result = []
+    for row in rows:
+        if "outcome" not in row:
+            alike = [r for r in rows if (r["variant"], r["gradient"]) == (row["variant"], row["gradient"])]
+            first = min((r for r in alike if "outcome" not in r), key=lambda r: r["length"])
+            per_token, least = row["seconds"] / row["length"], first["seconds"] / first["length"]
+            ratios = {"time_ratio": per_token / least, "memory_ratio": row["peak_bytes"] / first["peak_bytes"]}
+            row = {**row, "us_per_token": per_token * 1e6, **ratios}
+        result.append(row)
+    return result
+
+
+PRESENTATION = Presentation(
+    title="A training step by segments",
+    case=(
+        Column("model", "variant"),
+        Column("gradients", "gradient"),
+        Column("tokens", "length", whole),
+    ),
+    found=(
+        Column("seconds", "seconds", digits),
+        Column("us a token", "us_per_token", digits),
+        Column("time over shortest", "time_ratio", times),
+        Column("peak MB", "peak_bytes", megabytes),
+        Column("memory over shortest", "memory_ratio", times),
+    ),
+    note="Forward, backward and AdamW on one row, in a process of its own. Time is compared a token, with the shortest "
+    "row of the same model and gradients; peak memory is the whole process's.",
+    prepare=beside_shortest,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-size", type=positive_int, default=64, help="tokens in a chunk of the memory")
     parser.add_argument("--window", type=positive_int, default=64, help="attention window, or the MAC's segment")
     parser.add_argument("--threads", type=positive_int, default=2, help="CPU threads")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is")
 
 
 def model_config(variant: str, *, dim: int, heads: int, layers: int, chunk_size: int, window: int) -> ModelConfig:
@@ -80,12 +113,20 @@ def model_config(variant: str, *, dim: int, heads: int, layers: int, chunk_size:
 
 
 def measure(
-    *, variant: str, length: int, gradient: str, segment_length: int, boundary_states: str, threads: int, **sizes: int
+    *,
+    variant: str,
+    length: int,
+    gradient: str,
+    segment_length: int,
+    boundary_states: str,
+    device: str,
+    threads: int,
+    **sizes: int,
 ) -> dict[str, Any]:
     """One step of AdamW on a row of drawn bytes: seconds, peak bytes of the process, loss, gradient norm, size."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    world = initialize("auto")
+    world = initialize(device)
     model = TitansLM(model_config(variant, **sizes))
     segment = min(segment_length, length)
     with TemporaryDirectory() as folder:
@@ -107,7 +148,7 @@ def measure(
         )
         tokens = torch.randint(256, (1, length + 1))
         start = time.perf_counter()
-        result = engine.train_step([Batch(tokens[:, :-1], tokens[:, 1:])], 1e-3)
+        result = engine.train_step([RandomBatch(tokens[:, :-1], tokens[:, 1:])], 1e-3)
         loss, norm = float(result.loss), float(result.grad_norm)
         seconds = time.perf_counter() - start
     return {
@@ -119,47 +160,28 @@ def measure(
     }
 
 
-def work(settings: dict[str, Any]) -> None:
-    """The worker process: measures, prints the result as JSON, and ends."""
-    print(json.dumps(measure(**settings)))
-    shutdown()
-    exit_now(0)
-
-
-def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measures every model at every length, prints the table, returns settings and results."""
+def prepare(arguments: argparse.Namespace) -> Benchmark:
+    """The benchmark that the options describe. Raises UserError for a length that segments do not divide."""
     for length in arguments.lengths:
         if length > arguments.segment_length and length % arguments.segment_length:
-            raise SystemExit(f"--lengths {length}: not a multiple of --segment-length {arguments.segment_length}")
+            raise UserError(f"--lengths {length}: not a multiple of --segment-length {arguments.segment_length}")
     names = ("segment_length", "boundary_states", "dim", "heads", "layers", "chunk_size", "window", "threads")
-    settings = {name: getattr(arguments, name) for name in names}
-    results = []
-    for variant in arguments.variants:
-        for gradient in arguments.gradients:
-            for length in sorted(arguments.lengths):
-                if variant == "transformer" and length > arguments.full_attention_up_to:
-                    print(f"{variant}, {length:,} tokens: over --full-attention-up-to, left out", file=sys.stderr)
-                    continue
-                point = {"variant": variant, "length": length, "gradient": gradient}
-                print(f"{variant}, {length:,} tokens, {gradient} gradients ...", file=sys.stderr, flush=True)
-                worker = [sys.executable, "-c", _WORKER, json.dumps({**settings, **point})]
-                output = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True).stdout
-                results.append({**point, **json.loads(output.splitlines()[-1])})
-    # Wide enough for its columns also where the output is no terminal.
-    Console(width=max(100, Console().width)).print(_table(results))
-    return settings, results
+    settings = {"device": chosen_device(arguments.device).type, **{name: getattr(arguments, name) for name in names}}
+    cases = [
+        {"variant": variant, "length": length, "gradient": gradient}
+        for variant in arguments.variants
+        for gradient in arguments.gradients
+        for length in sorted(arguments.lengths)
+    ]
+    left_out = [c for c in cases if c["variant"] == "transformer" and c["length"] > arguments.full_attention_up_to]
+    for variant, length in sorted({(case["variant"], case["length"]) for case in left_out}):
+        print(f"{variant}, {length:,} tokens: over --full-attention-up-to, left out", file=sys.stderr)
+    cases = [case for case in cases if case not in left_out]
 
+    def rows(deadline: float | None) -> Iterator[Row]:
+        # Each step in a process of its own, also on a GPU: a process joins its group once.
+        return run_cases(
+            "tools.bench.long:measure", cases, settings, deadline=deadline, together=False, case_seconds=CASE_SECONDS
+        )
 
-def _table(results: list[dict[str, Any]]) -> Table:
-    """A line for each step; ratios are to the shortest row of the same model and gradients."""
-    table = Table("model", "gradients", "tokens", "seconds", "us a token", "ratio", "peak MB", "ratio")
-    for row in results:
-        alike = [r for r in results if (r["variant"], r["gradient"]) == (row["variant"], row["gradient"])]
-        first = min(alike, key=lambda r: r["length"])
-        per_token = row["seconds"] / row["length"]
-        table.add_row(
-            row["variant"], row["gradient"], f"{row['length']:,}", f"{row['seconds']:.1f}", f"{per_token * 1e6:.1f}",
-            f"{per_token / (first['seconds'] / first['length']):.2f}", f"{row['peak_bytes'] / 1e6:,.0f}",
-            f"{row['peak_bytes'] / first['peak_bytes']:.2f}",
-        )  # fmt: skip
-    return table
+    return Benchmark("long", settings, rows)

@@ -1,88 +1,163 @@
-"""`tools.bench memory`: time and peak memory of the neural memory, forward and backward, against length."""
+"""`tools.bench memory`: time, TFLOP/s and peak memory of the neural memory, forward and backward."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import time
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from kernels.memory import neural_memory
-from pretrain.devices import peak_resident_bytes
+from kernels.memory.interface import BACKENDS
+from model.memory import activation_scale
+from tools.bench import rival
+from tools.bench.benchmark import Benchmark
+from tools.bench.cases import Row, grid, run_cases
+from tools.bench.clock import DTYPES, add_device_arguments, device_settings, forward_and_backward
+from tools.bench.memory_inputs import inputs_of
+from tools.bench.roofline import memory_bytes, memory_config, memory_flops, rates
+from tools.bench.tables import Column, Presentation, digits, megabytes, milliseconds, percent, times, whole
 from tools.command import positive_int
 
-# Resident memory is a process's high-water mark, so each length runs in a process of its own.
-_WORKER = """
-import json, sys
-from tools.bench.memory import measure
-settings = json.loads(sys.argv[2])
-measure(length=64, **settings)  # loads and warms up what the first call needs
-print(json.dumps(measure(length=int(sys.argv[1]), **settings)))
-"""
+LENGTHS = [1024, 4096, 16384, 65536]
+WARM_UP_TOKENS = 64
+
+PRESENTATION = Presentation(
+    title="The neural memory: forward and backward",
+    case=(
+        Column("tokens", "length", whole),
+        Column("backend", "backend"),
+        Column("batch", "batch"),
+        Column("heads", "heads"),
+        Column("head width", "head_dim"),
+        Column("depth", "depth"),
+        Column("expansion", "expansion"),
+        Column("chunk", "chunk_size"),
+    ),
+    found=(
+        Column("forward ms", "forward_s", milliseconds),
+        Column("backward ms", "backward_s", milliseconds),
+        Column("us a token", "us_per_token", digits),
+        Column("TFLOP/s", "tflops", digits),
+        Column("of peak", "of_peak", percent),
+        Column("of roofline", "of_roofline", percent),
+        Column("peak MB over inputs", "peak_bytes", megabytes),
+        Column("KB a token", "kb_per_token", digits),
+        Column("speed over dual", "speed_over_dual", times),
+        Column("memory over dual", "memory_over_dual", times),
+    ),
+    note="TFLOP/s counts what training counts: backward twice the forward, nothing that is computed again. Roofline: "
+    "the least time that the device's peaks allow for these operations, and for reading and writing the inputs, the "
+    "output and their gradients once. n/a: no peak is known for the device, or the dual form was not measured.",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tools.bench memory`."""
     parser.add_argument(
-        "--lengths", type=positive_int, nargs="+", default=[1024, 4096, 16384, 65536], help="tokens in a row"
+        "--lengths",
+        type=positive_int,
+        nargs="+",
+        metavar="TOKENS",
+        help="tokens in a row (default: 1024 4096 16384 65536; with --against 4096)",
     )
+    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1], metavar="ROWS", help="rows")
     parser.add_argument("--heads", type=positive_int, default=4, help="number of heads")
     parser.add_argument("--head-dim", type=positive_int, default=64, help="width of a head")
     parser.add_argument("--depth", type=int, choices=range(1, 5), default=2, help="layers of the memory, 1 to 4")
-    parser.add_argument("--expansion", type=positive_int, default=4, help="hidden width of the memory over the head's")
-    parser.add_argument("--chunk-size", type=positive_int, default=64, help="tokens in a chunk")
-    parser.add_argument("--threads", type=positive_int, default=2, help="CPU threads")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="runs of which the fastest counts")
+    parser.add_argument(
+        "--expansion", type=positive_int, nargs="+", default=[4], help="hidden width of the memory over the head's"
+    )
+    parser.add_argument("--chunk-size", type=positive_int, nargs="+", default=[64], help="tokens in a chunk")
+    parser.add_argument(
+        "--backends",
+        choices=BACKENDS,
+        nargs="+",
+        help="of kernels.memory (default: all that suit the device, without the per-token reference)",
+    )
+    rival.add_arguments(parser)
+    add_device_arguments(parser)
+
+
+def default_backends(device: str) -> list[str]:
+    """All backends but the choice itself and the per-token oracle; on a CPU those of Triton need its interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return [
+        backend
+        for backend in BACKENDS
+        if backend not in ("auto", "reference") and (device == "cuda" or interpreted or "triton" not in backend)
+    ]
+
+
+def prepare(arguments: argparse.Namespace) -> Benchmark:
+    """The benchmark that the options describe. Raises UserError for options that don't fit together."""
+    settings = device_settings(arguments)
+    if arguments.against is not None:
+        return rival.prepare(arguments, settings)
+    shape = {"heads": arguments.heads, "head_dim": arguments.head_dim, "depth": arguments.depth}
+    cases = grid({
+        "length": arguments.lengths or LENGTHS,
+        "batch": arguments.batch,
+        "expansion": arguments.expansion,
+        "chunk_size": arguments.chunk_size,
+    })  # fmt: skip
+    backends = arguments.backends or default_backends(settings["device"])
+    cases = [{"backend": backend, **case, **shape} for case in cases for backend in backends]
+
+    def rows(deadline: float | None) -> Iterator[Row]:
+        return run_cases("tools.bench.memory:measure", cases, settings, deadline=deadline)
+
+    return Benchmark("memory", {**settings, **shape, "backends": backends}, rows, beside_dual)
 
 
 def measure(
-    length: int, heads: int, head_dim: int, depth: int, expansion: int, chunk_size: int, threads: int, repeats: int
-) -> dict[str, float]:
-    """Fastest forward and backward in seconds, and the growth of resident memory in bytes over the inputs' own."""
+    *,
+    backend: str,
+    batch: int,
+    length: int,
+    heads: int,
+    head_dim: int,
+    depth: int,
+    expansion: int,
+    chunk_size: int,
+    device: str,
+    dtype: str,
+    threads: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Fastest forward and backward in seconds, growth of memory in bytes over the inputs' own, and rates from them."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    dims = [head_dim, *[head_dim * expansion] * (depth - 1), head_dim]
-    weights = [torch.randn(heads, i, o) for i, o in zip(dims, dims[1:], strict=False)]
-    weights[-1].zero_()
-    shape = (1, length, heads)
-    q, k, v = (torch.nn.functional.normalize(torch.randn(*shape, head_dim), dim=-1) for _ in range(3))
-    gates = [torch.full(shape, value) for value in (0.005, 0.9, 0.012)]
-    inputs = [x.requires_grad_() for x in (q, k, v, *gates, *weights)]
-    scale = (0.3557 * head_dim * expansion) ** -0.5
-    before = peak_resident_bytes()
-    forward, backward = [], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        y, _ = neural_memory(*inputs[:6], inputs[6:], chunk_size=chunk_size, step_bound=6.0, activation_scale=scale)
-        middle = time.perf_counter()
-        torch.autograd.grad(y.sum(), inputs)
-        forward.append(middle - start)
-        backward.append(time.perf_counter() - middle)
-    return {"forward_s": min(forward), "backward_s": min(backward), "peak_bytes": peak_resident_bytes() - before}
+    config, where = memory_config(depth, expansion, chunk_size), torch.device(device)
+    options = {"chunk_size": chunk_size, "step_bound": config.bound, "backend": backend}
+    options["activation_scale"] = activation_scale(config, expansion * head_dim) if depth > 1 else 1.0
+
+    def measured(length: int, repeats: int) -> dict[str, Any]:
+        inputs, weights = inputs_of(batch, length, heads, head_dim, depth, expansion, DTYPES[dtype], device)
+        call = lambda: neural_memory(*inputs, weights, **options)[0]  # noqa: E731
+        return forward_and_backward(call, [*inputs, *weights], where, repeats)
+
+    # The first call loads libraries and, on a GPU, compiles for the very shapes.
+    measured(length if device == "cuda" else min(length, WARM_UP_TOKENS), 1)
+    found = measured(length, repeats)
+    flops = memory_flops(heads, head_dim, config, batch, length)
+    moved = memory_bytes(heads, head_dim, batch, length, DTYPES[dtype].itemsize)
+    return {**found, **rates(found, batch * length, flops, moved, where, dtype)}
 
 
-def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measures every length, prints the table, returns settings and results."""
-    names = ("heads", "head_dim", "depth", "expansion", "chunk_size", "threads", "repeats")
-    settings = {name: getattr(arguments, name) for name in names}
-    results = []
-    for length in arguments.lengths:
-        worker = [sys.executable, "-c", _WORKER, str(length), json.dumps(settings)]
-        output = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True).stdout
-        results.append({"length": length, **json.loads(output)})
-    table = Table("tokens", "forward s", "backward s", "us a token", "peak MB over inputs", "KB a token")
-    for row in results:
-        total = row["forward_s"] + row["backward_s"]
-        table.add_row(
-            str(row["length"]), f"{row['forward_s']:.3f}", f"{row['backward_s']:.3f}",
-            f"{total / row['length'] * 1e6:.1f}", f"{row['peak_bytes'] / 1e6:.1f}",
-            f"{row['peak_bytes'] / row['length'] / 1e3:.2f}",
-        )  # fmt: skip
-    Console().print(table)
-    return settings, results
+def beside_dual(rows: Sequence[Row]) -> list[Row]:
+    """The rows with each backend's speed and memory over those of the dual form in the same case."""
+    dual = {_case(row): row for row in rows if row["backend"] == "dual" and "outcome" not in row}
+    result = []
+    for row in rows:
+        base = dual.get(_case(row))
+        if base is not None and "outcome" not in row:
+            speed = (base["forward_s"] + base["backward_s"]) / (row["forward_s"] + row["backward_s"])
+            row = {**row, "speed_over_dual": speed, "memory_over_dual": row["peak_bytes"] / max(base["peak_bytes"], 1)}
+        result.append(row)
+    return result
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("length", "batch", "expansion", "chunk_size", "heads", "head_dim", "depth"))

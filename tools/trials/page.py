@@ -19,7 +19,7 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Mnemosyne trials</title>
+<title>{title}</title>
 <style>
 :root {{ color-scheme: light; }}
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto;
@@ -54,7 +54,12 @@ def html_page(record: Record) -> str:
     parts = ["<h1>Mnemosyne trials</h1>", f"<p>{html.escape(_counts(record))}</p>", _contents(studies)]
     parts += [_study(name, results) for name, results in studies.items()]
     parts.append(_origin(record))
-    return _PAGE.format(body="\n".join(parts))
+    return html_document("Mnemosyne trials", "\n".join(parts))
+
+
+def html_document(title: str, body: str) -> str:
+    """A whole page that needs nothing beside it; `body` is HTML, `title` text."""
+    return _PAGE.format(title=html.escape(title), body=body)
 
 
 def _counts(record: Record) -> str:
@@ -146,17 +151,22 @@ def _origin(record: Record) -> str:
     for environment, number in environments:
         if len(environments) > 1:
             facts.append((f"environment of {number} run{'s' * (number > 1)}", ""))
-        facts += [(key.replace("_", " "), _flat(value)) for key, value in environment.items()]
+        facts += [(key.replace("_", " "), flat_text(value)) for key, value in environment.items()]
+    return f"<section>\n<h2>How these results were made</h2>\n{facts_table(facts)}\n</section>"
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> str:
+    """Names and their values as HTML."""
     rows = "\n".join(
         f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in facts
     )
-    return f'<section>\n<h2>How these results were made</h2>\n<table class="facts">\n{rows}\n</table>\n</section>'
+    return f'<table class="facts">\n{rows}\n</table>'
 
 
-def _flat(value: Any) -> str:
-    """A value of the environment as text."""
+def flat_text(value: Any) -> str:
+    """A value of a record as text."""
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_flat(part)}" for key, part in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {flat_text(part)}" for key, part in value.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
