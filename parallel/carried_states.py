@@ -48,6 +48,10 @@ class CarriedStates:
         # Copies: a view would keep all of its storage alive, such as the parameters that ZeRO 3 gathered.
         self._states[micro_batch] = {name: tensor.detach().clone() for name, tensor in state.items()}
 
+    def clear(self) -> None:
+        """Back to beginnings."""
+        self._states = [{} for _ in self._states]
+
     def rows(self, micro_batch: int) -> range:
         """The global numbers of a micro-batch's rows."""
         first = (micro_batch * self._world.size + self._world.rank) * self._micro_batch_size
@@ -79,7 +83,7 @@ class CarriedStates:
             )
         places = {row: (path, at) for path in paths for at, row in enumerate(_rows_of(path))}
         if not places:
-            self._states = [{} for _ in self._states]
+            self.clear()
             return
         count = len(self._states) * self._world.size * self._micro_batch_size
         if sorted(places) != list(range(count)):

@@ -275,6 +275,8 @@ class Engine:
         spread_masters(self._engine.optimizer, self.config.zero_stage)
         if self.carried is not None and with_carried:
             self.carried.read(folder)
+        elif self.carried is not None:
+            self.carried.clear()
 
     def load_weights(self, reader: WeightReader) -> None:
         """Take over weights alone, to begin from them; every rank calls it.

@@ -41,5 +41,5 @@ def train_by_hand(
         (total / count).backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        losses.append(float(total) / count)
+        losses.append(float(total.detach()) / count)
     return losses
