@@ -7,6 +7,7 @@ behind it; the rows that are well are never touched.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -25,8 +26,9 @@ class StateGuard:
 
     Args:
         on_bad_state: "rollback" holds the states before a step until it is over: the memory of a second state. A row
-            begins anew all the same where there is no good one: before the first step, for states that are not finite
-            when the step begins (loaded so, or damaged since), and while an attention's cache is still growing.
+            begins anew all the same where there is none to go back to: before the first step, for states that are not
+            finite when the step begins (loaded so, or damaged since), while an attention's cache is still growing, and
+            where a document began within the step, since the state before it is another document's.
     """
 
     def __init__(self, carried: CarriedStates, on_bad_state: OnBadState) -> None:
@@ -38,17 +40,21 @@ class StateGuard:
         """Mends the states that a step is about to begin from, and returns the numbers of the rows that were not
         finite. Waits for the device, which has nothing to do then.
         """
-        found = self._mend([])
+        found = self._mend([], [])
         if self._on_bad_state == "rollback":
             self._before = [self._carried.get(index) for index in range(len(self._carried))]
         return found
 
-    def after_step(self) -> list[int]:
-        """The same with the states that the step led to."""
-        before, self._before = self._before, []
-        return self._mend(before)
+    def after_step(self, resets: Sequence[Tensor | None]) -> list[int]:
+        """The same with the states that the step led to.
 
-    def _mend(self, before: list[State]) -> list[int]:
+        Args:
+            resets: of each micro-batch, [B, T] bool, where documents began; None where none did.
+        """
+        before, self._before = self._before, []
+        return self._mend(before, resets)
+
+    def _mend(self, before: list[State], resets: Sequence[Tensor | None]) -> list[int]:
         states = {index: state for index in range(len(self._carried)) if (state := self._carried.get(index))}
         if not states:
             return []
@@ -57,8 +63,13 @@ class StateGuard:
         found = []
         for index, rows in zip(states, flags, strict=True):
             if any(rows):
-                earlier = before[index] if before else {}
-                self._carried.put(index, _mended(states[index], earlier, bad[index]))
+                state, earlier = states[index], before[index] if before else {}
+                back = torch.zeros_like(bad[index])
+                if earlier and _shapes(state) == _shapes(earlier):
+                    begun = None if resets[index] is None else resets[index].any(1).to(back.device)
+                    back = bad[index] if begun is None else bad[index] & ~begun
+                    state = _rolled_back(state, earlier, back)
+                self._carried.put(index, _begun_anew(state, bad[index] & ~back))
                 found += [number for number, is_bad in zip(self._carried.rows(index), rows, strict=True) if is_bad]
         return found
 
@@ -69,18 +80,21 @@ def finite_rows(state: State) -> Tensor:
     return torch.stack(finite).all(0)
 
 
-def _mended(state: State, before: State, bad: Tensor) -> State:
-    """The state with its bad rows as they were `before`, or at a beginning where that state has other shapes."""
-    if not before or _shapes(state) != _shapes(before):
-        reset = ModelState.from_tensors(state).reset_rows(bad).flat()
-        # The memory itself goes back to W_0 in the layers, at the next step; until then it must pass for well.
-        return {
-            name: tensor.masked_fill(_along(bad, tensor), 0) if tensor.is_floating_point() else tensor
-            for name, tensor in reset.items()
-        }
+def _begun_anew(state: State, rows: Tensor) -> State:
+    """The state with some rows at a beginning."""
+    reset = ModelState.from_tensors(state).reset_rows(rows).flat()
+    # The memory itself goes back to W_0 in the layers, at the next step; until then it must pass for well.
+    return {
+        name: tensor.masked_fill(_along(rows, tensor), 0) if tensor.is_floating_point() else tensor
+        for name, tensor in reset.items()
+    }
+
+
+def _rolled_back(state: State, before: State, rows: Tensor) -> State:
+    """The state with some rows as they were `before`."""
     before = _with_restart(before)
     return {
-        name: torch.where(_along(bad, new), before[name], new) if new.dim() else new
+        name: torch.where(_along(rows, new), before[name], new) if new.dim() else new
         for name, new in _with_restart(state).items()
     }
 

@@ -180,7 +180,7 @@ class Engine:
             losses.append(loss)
         loss_sum = sum(losses, start=torch.zeros((), dtype=torch.float32, device=self.world.device))
         dist.all_reduce(loss_sum)
-        mended += [] if self._guard is None else self._guard.after_step()
+        mended += [] if self._guard is None else self._guard.after_step([resets for *_, resets in moved])
         norm = self._norm
         if norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)

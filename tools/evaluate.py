@@ -2,8 +2,8 @@
 
 The documents are laid end to end and cut into rows of `--context` tokens; in each the memory starts from what training
 gave it. A row is read in pieces with the state handed on, so that rows of millions of tokens take the memory of short
-ones. A position is a token's place in its row: rows cross documents, so it says how much has been read since the row's
-beginning, not where in its document a token stands.
+ones (but for full attention, which keeps all keys and values). A position is a token's place in its row: rows cross
+documents, so it says how much has been read since the row's beginning, not where in its document a token stands.
 
 `--compare-reset WINDOW` shows what the memory gives: the same targets are scored a second time with the memory set
 back to its start every WINDOW tokens, all else (attention, convolutions, positions) going on as in the first reading.

@@ -104,7 +104,7 @@ def test_a_state_without_a_good_one_before_it_begins_anew() -> None:
         carried, guard = guard_of(before)
         assert guard.before_step() == []
         carried.put(0, state_of([1.0, math.nan], cached=2))
-        assert guard.after_step() == [3]
+        assert guard.after_step([None]) == [3]
         state = carried.get(0)
         assert state["restart"].tolist() == [False, True] and state["position"].tolist() == [4, 0]
         assert state["layers.0.attention.k"][:, 0, 0, 0].tolist() == [1.0, 0.0]
@@ -114,7 +114,18 @@ def test_a_row_that_goes_back_twice_is_well() -> None:
     carried, guard = guard_of(state_of([1.0, math.nan]))
     assert guard.before_step() == [3]
     carried.put(0, state_of([2.0, math.nan]))
-    assert guard.after_step() == [3]
+    assert guard.after_step([None]) == [3]
     state = carried.get(0)
     assert state["layers.0.attention.k"].flatten().tolist() == [2.0, 0.0]
     assert state["restart"].tolist() == [False, True], "of the state that it went back to"
+
+
+def test_a_row_that_began_a_document_within_the_step_does_not_go_back_to_another() -> None:
+    carried, guard = guard_of(state_of([5.0, 6.0]))
+    assert guard.before_step() == []
+    carried.put(0, state_of([math.nan, math.nan]))
+    resets = torch.tensor([[False, True, False], [False, False, False]])
+    assert guard.after_step([resets]) == [2, 3]
+    state = carried.get(0)
+    assert state["layers.0.attention.k"].flatten().tolist() == [0.0, 6.0]
+    assert state["restart"].tolist() == [True, False] and state["position"].tolist() == [0, 4]
