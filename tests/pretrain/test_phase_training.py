@@ -45,7 +45,7 @@ PHASES: list[dict[str, Any]] = [
     {
         "name": "p256",
         "training": {"sequence_length": 256, "segment_length": 128, "gradient": "truncated", "truncate_every": 1},
-        "data": {"order": "documents"},
+        "data": {"order": "streams"},
         "parallel": {"zero_stage": 2},
     },
     {
@@ -58,10 +58,18 @@ PHASES: list[dict[str, Any]] = [
         "training": {"sequence_length": 1024, "segment_length": 256, "boundary_states": "disk", "batch_tokens": 2048},
         "schedule": {"kind": "constant", "warmup_tokens": 0, "min_lr_ratio": 0.1},
         "optimizer": {"lr": 1e-3},
+        "data": {"order": "documents", "reset_memory": True, "long_documents": {"at_least": 100, "share": 0.5}},
     },
 ]
 NAMES = [phase["name"] for phase in PHASES]
-DEATHS = [["step", "p128", 3], ["beginning", "p256", 1], ["publish", "p512", 2], ["step", "p1024", 4], None]
+DEATHS = [
+    ["step", "p128", 3],
+    ["beginning", "p256", 1],
+    ["step", "p256", 3],
+    ["publish", "p512", 2],
+    ["step", "p1024", 4],
+    None,
+]
 """An attempt that resumes in the middle of a phase counts its steps from there."""
 
 
@@ -152,7 +160,7 @@ def test_a_run_killed_in_three_phases_ends_bit_for_bit_as_an_untouched_one(runs:
     held_out = [{event["step"]: event["loss"] for event in events(folder, "eval")} for folder in (killed, untouched)]
     assert held_out[0] == held_out[1]
     assert sorted(held_out[0]) == [4, 8, 12, 16, 20], "at the end of each phase"
-    assert [event["step"] for event in events(killed, "resume")] == [6, 8, 14, 18]
+    assert [event["step"] for event in events(killed, "resume")] == [6, 8, 10, 14, 18]
     assert len(events(killed, "start")) == len(events(killed, "done")) == 1
 
 
@@ -194,11 +202,18 @@ def test_a_phase_begins_an_order_of_its_own(runs: Path) -> None:
     assert [done.name for done in state.done] + [state.phase] == NAMES
     cursors = [*(done.cursor for done in state.done), state.cursor]
     assert [cursor.seed for cursor in cursors if cursor] == [0, 1, 2, 3, 4]
-    assert [cursor.order for cursor in cursors if cursor] == ["rows", "rows", "documents", "rows", "rows"]
+    assert [cursor.order for cursor in cursors if cursor] == ["rows", "rows", "streams", "rows", "documents"]
     rows = [STEPS * 512 // 64, STEPS * 512 // 128, STEPS * 512 // 256, STEPS * 1024 // 512, STEPS * 2048 // 1024]
     assert [cursor.position for cursor in cursors if cursor] == rows
     assert state.tokens == STEPS * (3 * 512 + 1024 + 2048)
     assert state.phase_tokens == STEPS * 2048
+
+
+def test_rows_carry_their_state_through_a_kill_but_not_into_another_phase(runs: Path) -> None:
+    for ranks in (1, 2):
+        folder = runs / f"untouched-{ranks}" / "checkpoints"
+        carried = {step: [*(folder / checkpoint_name(step)).glob("carried-*")] for step in (8, 12, 16)}
+        assert [len(files) for files in carried.values()] == [0, ranks, 0]
 
 
 def test_a_checkpoint_has_the_model_of_its_phase_and_the_recipe_of_all(runs: Path) -> None:
