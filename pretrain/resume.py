@@ -26,6 +26,7 @@ RECIPE_FILE = "recipe.yaml"
 MODEL_FILE = "model.json"
 TRAINER_FILE = "trainer.json"
 TOKENIZER_FILE = "tokenizer.model"
+_ORDERING = ("order", "min_document_tokens", "long_documents")  # of a cursor, and of the data section of shards
 
 
 class DonePhase(BaseModel):
@@ -241,11 +242,13 @@ def _phase_of(folder: Path, state: TrainerState, phases: Phases) -> Phase:
         )
     problems = []
     for done, phase in zip(state.done, phases, strict=False):
-        training, cursor = phase.recipe.training, done.cursor
-        then_and_now = {"training.tokens": (done.asked_tokens, training.tokens)}
+        training, data, cursor = phase.recipe.training, phase.recipe.data, done.cursor
+        then_and_now: dict[str, tuple[Any, Any]] = {"training.tokens": (done.asked_tokens, training.tokens)}
         if cursor is not None:
             then_and_now["training.sequence_length"] = (cursor.sequence_length, training.sequence_length)
             then_and_now["data.seed"] = (cursor.seed, phase.recipe.data_seed())
+            chosen = [name for name in _ORDERING if hasattr(data, name)]
+            then_and_now |= {f"data.{name}": (getattr(cursor, name), getattr(data, name)) for name in chosen}
         problems += [
             f"phases.{phase.name}.{field} was {then}, and is {now} in the recipe"
             for field, (then, now) in then_and_now.items()

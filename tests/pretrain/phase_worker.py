@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from parallel.engine import _import_deepspeed
+from parallel.deepspeed_import import import_deepspeed
 from parallel.process import exit_now, initialize, shutdown
 from pretrain import loop
 from pretrain.checkpoints import Checkpoints
@@ -70,7 +70,7 @@ def attempt(recipe: str, death: tuple[str, str, int] | None, port: int) -> int:
 def main(recipes: list[tuple[str, list[Any]]], ports: list[int]) -> None:
     """Train all; AssertionError for an attempt that ended otherwise."""
     torch.set_num_threads(1)
-    _import_deepspeed(torch.device("cpu"))
+    import_deepspeed(torch.device("cpu"))
     for name in ("torch._dynamo", "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload"):
         importlib.import_module(name)  # what every attempt would import
     for recipe, attempts in recipes:

@@ -77,6 +77,13 @@ def test_only_the_newest_are_kept(checkpoints: Checkpoints) -> None:
     assert names(checkpoints) == ["latest", "step-00000003", "step-00000004", "step-00000005"]
 
 
+def test_one_that_stays_is_kept_among_the_newest_and_behind_them(checkpoints: Checkpoints) -> None:
+    for step in range(1, 8):
+        folder = checkpoints.save(step, write, stays=step in (2, 6))
+        assert problems(folder) == []
+    assert names(checkpoints) == ["latest", "step-00000002", "step-00000005", "step-00000006", "step-00000007"]
+
+
 def test_a_new_checkpoint_is_kept_among_others_of_later_steps(checkpoints: Checkpoints) -> None:
     for step in (8, 9, 10):
         checkpoints.save(step, write)

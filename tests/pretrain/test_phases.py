@@ -231,6 +231,10 @@ def test_phases_that_were_begun_keep_their_names_and_places_and_what_was_trained
             state(short.model_copy(update={"cursor": cursor(seed=3, sequence_length=8)}), phase="long"),
             "phases.short.training.sequence_length was 8, and is 32 in the recipe; phases.short.data.seed was 3",
         ),
+        (
+            state(short.model_copy(update={"cursor": cursor(order="documents")}), phase="long"),
+            "phases.short.data.order was documents, and is rows in the recipe",
+        ),
     ):
         with pytest.raises(UserError) as caught:
             _phase_of(folder, changed, phases)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import logging
 import os
 import sys
 from typing import Any
 
 import torch
 
-from tools.bench.cases import NOT_SUPPORTED, OUT_OF_MEMORY
+from tools.bench.cases import FAILED, NOT_SUPPORTED, OUT_OF_MEMORY
 
 
 def main() -> None:
@@ -33,7 +34,39 @@ def main() -> None:
     os._exit(0)
 
 
+class _Warnings(logging.Handler):
+    """What `kernels` warned of: that a backend failed its self-test, and another computes in its place."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+# What a backend's self-test does not depend on; it is asked for once in a process.
+_FREE = ("length", "batch", "repeats", "threads")
+_OFF: dict[tuple[tuple[str, Any], ...], str] = {}
+
+
 def _measured(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    warnings = _Warnings()
+    logging.getLogger("kernels").addHandler(warnings)
+    try:
+        result = _result(function, arguments)
+    finally:
+        logging.getLogger("kernels").removeHandler(warnings)
+    if "backend" not in arguments:
+        return result
+    # Another backend's numbers must not stand under the name of the one that was asked for.
+    problem = tuple((name, value) for name, value in sorted(arguments.items()) if name not in _FREE)
+    if warnings.messages:
+        _OFF[problem] = "; ".join(warnings.messages)
+    return {"outcome": FAILED, "why": _OFF[problem]} if problem in _OFF else result
+
+
+def _result(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         return function(**arguments)
     except (torch.OutOfMemoryError, MemoryError) as error:

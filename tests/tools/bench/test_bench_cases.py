@@ -47,6 +47,13 @@ def test_what_a_backend_cannot_do_is_an_outcome() -> None:
     assert other["product"] == 10
 
 
+def test_numbers_of_the_backend_that_stood_in_are_not_reported_as_the_one_that_failed_its_self_test() -> None:
+    cases = [{"backend": backend, "length": length} for length in (1, 2) for backend in ("broken", "well")]
+    rows = list(run_cases(f"{MODULE}:warned_once", cases, {"factor": 10, "device": "cpu"}, together=True))
+    assert [row.get("product") for row in rows] == [None, 10, None, 20]
+    assert {(row["outcome"], row["why"]) for row in rows[::2]} == {("failed", "the kernels of broken are off")}
+
+
 def test_a_process_that_dies_says_how() -> None:
     killed, after = rows_of("killed_at_1", [1, 2])
     assert killed["outcome"] == "failed" and killed["why"].startswith("killed by SIGKILL")
