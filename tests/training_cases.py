@@ -28,11 +28,13 @@ MODEL = {
 }
 
 
-def make_data(folder: Path, number: int = 300) -> Path:
-    """Training and validation shards below `folder`; returns the folder that holds both."""
+def make_data(folder: Path, number: int = 300, words: int = 60) -> Path:
+    """Training and validation shards of texts of `words` words on average below `folder`; returns the folder that holds
+    both.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(folder, VOCABULARY)
-    reader = DocumentReader([write_jsonl(folder / "input.jsonl", documents(number))])
+    reader = DocumentReader([write_jsonl(folder / "input.jsonl", documents(number, words=words))])
     build(reader, tokenizer, folder / "shards", shard_tokens=8000, validation_fraction=0.1)
     return folder / "shards"
 

@@ -7,8 +7,9 @@ stream's inputs p*T and on. What is left over at the end, fewer than T inputs, d
 - Order "documents": rows follow each other as they lie.
 - Order "streams": with R rows a step, row r of step n + 1 goes on where row r of step n ended. Each of these R lanes
   has as many consecutive rows of an epoch's stream as the others, and when they are read, of the next epoch's: R
-  neighbouring shares, whose first rows begin with a reset. Rows that do not make up one more for every lane, fewer than
-  R, are left out of the epoch beside what is left over of the stream.
+  neighbouring shares, whose first rows begin with a reset: a document across the edge of two is read in two parts. Rows
+  that do not make up one more for every lane, fewer than R, are left out of the epoch beside what is left over of the
+  stream.
 
 With a share of long documents, two such orders are interleaved: one of the long documents alone, one of all.
 """

@@ -60,6 +60,7 @@ def test_so_they_are_behind_another_number_of_ranks_and_micro_batches(seen: dict
     assert seen[2][str(trial)]["begins"]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("trial", TRIALS[:1], ids=str)
 def test_what_is_carried_matters(trial: Trial) -> None:
     """The same steps from beginnings have other losses, by far more than the tolerance."""
