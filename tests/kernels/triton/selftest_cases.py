@@ -81,13 +81,13 @@ def wrong_dot(left, right, PRECISION: tl.constexpr):
 FAULTS = {
     # module of triton/, function, what replaces it, widths, the first result that shows it, the kernel blamed
     "write": ("write", "inner_error", wrong_error, LINEAR, "the state of layer 1 after its writes", "write_one_layer"),
-    "write, deep": ("write", "dot", wrong_dot, DEEP, "the state of layer 1 after its writes", "write_two_layers"),
     "read": ("read", "load_square", wrong_square, LINEAR, "the read-out", "read_layer"),
-    "read's inputs": ("read_gradient", "load_square", wrong_square, LINEAR, "gradient of q", "read_inputs_gradient"),
     "write's gradient": ("write_gradient", "dot", wrong_dot, LINEAR, "gradient of v", "write_one_layer_gradient"),
     "keys": ("end_gradient", "load_gate", wrong_gate, LINEAR, "gradient of k", "end_inputs_gradient"),
 }
 SLOW_FAULTS = {
+    "read's inputs": ("read_gradient", "load_square", wrong_square, LINEAR, "gradient of q", "read_inputs_gradient"),
+    "write, deep": ("write", "dot", wrong_dot, DEEP, "the state of layer 1 after its writes", "write_two_layers"),
     "write's gradient, deep": ("write_gradient", "dot", wrong_dot, DEEP, "of v", "write_two_layers_gradient"),
 }
 

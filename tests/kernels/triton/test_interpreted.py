@@ -29,5 +29,5 @@ def test_under_the_interpreter(file: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CASES)
-def test_under_the_interpreter_at_larger_shapes(file: str) -> None:
+def test_under_the_interpreter_in_more_cases(file: str) -> None:
     assert_passes_interpreted(file, "-m", "slow")
