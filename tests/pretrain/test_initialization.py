@@ -81,7 +81,7 @@ def phases_from(data: Path, folder: Path, source: Path, **sections: Any) -> Phas
 
 
 def tokenizer_of(phases: Phases) -> TokenizerInfo | None:
-    return phases.run.data.open(0).train.tokenizer
+    return phases.run.data.open(0, grid=phases.run.model.grid).train.tokenizer
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "exported"])
