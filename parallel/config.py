@@ -38,7 +38,7 @@ class ParallelConfig(BaseModel):
 
     compile: bool = False
     """Fuse the small operations between the matrix products (norms, activations, convolutions, rotary phases, gates)
-    by torch.compile: fewer passes over memory, for some minutes of compiling at the start. What is learned differs by
+    by torch.compile: fewer passes over memory, but compiling at the start. What is learned differs by
     rounding alone.
     """
 
