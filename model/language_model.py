@@ -14,7 +14,7 @@ from model.attention import AttentionLayer
 from model.config import ModelConfig
 from model.gates import GateProjection
 from model.layers import RMSNorm, SwiGLU, linear, residual_scale
-from model.memory import Stats
+from model.memory import MemoryCore, Stats
 from model.mixers import MIXERS, Mixed
 from model.resets import Resets, find_resets
 from model.rope import Rotary, rotary_phases
@@ -192,6 +192,16 @@ class TitansLM(nn.Module):
             raise ValueError(f"attention backend is {backend!r}: choose one of {', '.join(BACKENDS)}")
         for module in self.modules():
             if isinstance(module, AttentionLayer):
+                module.backend = backend
+
+    def set_memory_backend(self, backend: str) -> None:
+        """What computes the memories: "auto", "dual" or "triton" (kernels.memory); results stay the same up to
+        rounding. One that does not take the model's memories makes forward raise a ValueError that says why.
+        """
+        if backend not in ("auto", "dual", "triton"):
+            raise ValueError(f"memory backend is {backend!r}: choose one of auto, dual, triton")
+        for module in self.modules():
+            if isinstance(module, MemoryCore):
                 module.backend = backend
 
     def num_parameters(self) -> int:

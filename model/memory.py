@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.memory import MemoryState, memory_read, neural_memory
+from kernels.memory import MemoryState, explain_backend, memory_read, neural_memory
 from model.config import MemoryConfig, ModelConfig
 from model.gates import GateProjection, Gates
 from model.layers import READ_NORM_EPS, CausalConvolution, HeadNorm, UnitSilu, linear
@@ -64,6 +64,7 @@ class MemoryCore(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, config: MemoryConfig) -> None:
         super().__init__()
         self.config = config
+        self.backend = "auto"
         hidden = config.expansion * head_dim
         widths = [head_dim, *[hidden] * (config.depth - 1), head_dim]
         self.scale = activation_scale(config, hidden)
@@ -125,11 +126,28 @@ class MemoryCore(nn.Module):
                 *pieces, weights, state,
                 chunk_size=config.chunk, activation=config.activation, forget_to=config.forget_to,
                 objective=config.objective, step_bound=config.bound, activation_scale=self.scale,
-                return_surprise=with_surprise,
+                return_surprise=with_surprise, backend=self.backend,
             )  # fmt: skip
             outputs.append((y, *surprise))
         y, *surprise = (parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in zip(*outputs, strict=True))
         return y, state, state.weights, surprise[0] if surprise else None
+
+
+def explain_memory_backend(config: ModelConfig, backend: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    """What computes the memories of a model in training, and why: `kernels.memory.explain_backend`.
+
+    Raises:
+        ValueError: the backend does not take these memories; the message says why.
+    """
+    memory, number = config.memory, torch.zeros((), device=device, dtype=dtype)
+    with torch.device("meta"):
+        core = MemoryCore(1, config.head_dim, memory)
+    x = number.expand(1, 1, 1, config.head_dim)
+    return explain_backend(
+        x, x, x, list(core.parameters()),
+        chunk_size=memory.chunk, activation=memory.activation, forget_to=memory.forget_to, objective=memory.objective,
+        step_bound=memory.bound, activation_scale=core.scale, backend=backend,
+    )  # fmt: skip
 
 
 class Stream(nn.Module):

@@ -36,6 +36,12 @@ class ParallelConfig(BaseModel):
     changes speed and memory; what is learned differs by rounding alone.
     """
 
+    memory_backend: Literal["auto", "dual", "triton"] = "auto"
+    """What computes the memories: the dual form in PyTorch, or the Triton kernels, which on a GPU are tested first and
+    replaced by the dual form, with a warning, where they disagree with it. auto is the dual form, until the kernels
+    have been run on a GPU. What is learned differs by rounding alone.
+    """
+
     compile: bool = False
     """Fuse the small operations between the matrix products (norms, activations, convolutions, rotary phases, gates)
     by torch.compile: fewer passes over memory, but compiling at the start. What is learned differs by

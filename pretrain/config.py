@@ -287,6 +287,15 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _memory_is_there_to_compute(self) -> Recipe:
+        backend = self.parallel.memory_backend
+        if backend != "auto" and self.model.memory is None:
+            raise ValueError(
+                f"parallel.memory_backend is {backend}, but model.variant {self.model.variant} has no memory: remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _data_fits(self) -> Recipe:
         self.data.check_fits(
             sequence_length=self.training.sequence_length,

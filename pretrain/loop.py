@@ -16,6 +16,7 @@ from model import TitansLM
 from model.attention import explain_attention_backend
 from model.compiled import compile_parts
 from model.flops import flops_per_token
+from model.memory import explain_memory_backend
 from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_states
 from parallel.engine import Engine, StepResult
 from parallel.process import World
@@ -131,8 +132,9 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     model.set_activation_checkpointing(recipe.parallel.activation_checkpointing)
     if recipe.parallel.compile:
         compile_parts(model)
-    check_attention_backend(recipe, world)
+    check_backends(recipe, world)
     model.set_attention_backend(recipe.parallel.attention_backend)
+    model.set_memory_backend(recipe.parallel.memory_backend)
     return Engine(
         model,
         build_optimizer(model, recipe.optimizer, world.device),
@@ -147,22 +149,22 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     )
 
 
-def check_attention_backend(recipe: Recipe, world: World) -> None:
-    """Raise UserError when the attention backend that the recipe asks for can't compute the model's attention here."""
+def check_backends(recipe: Recipe, world: World) -> None:
+    """Raise UserError when a backend that the recipe asks for can't compute the model's attention or memory here."""
     parallel, training = recipe.parallel, recipe.training
-    if parallel.attention_backend == "auto":
-        return
+    where = {"device": world.device, "dtype": torch.bfloat16 if parallel.precision == "bf16" else torch.float32}
+    field = "attention_backend"
     try:
-        explain_attention_backend(
-            recipe.model,
-            parallel.attention_backend,
-            rows=training.micro_batch_size,
-            length=training.segment_length or training.sequence_length,
-            device=world.device,
-            dtype=torch.bfloat16 if parallel.precision == "bf16" else torch.float32,
-        )
+        if parallel.attention_backend != "auto":
+            length = training.segment_length or training.sequence_length
+            explain_attention_backend(
+                recipe.model, parallel.attention_backend, rows=training.micro_batch_size, length=length, **where
+            )
+        field = "memory_backend"
+        if parallel.memory_backend != "auto":
+            explain_memory_backend(recipe.model, parallel.memory_backend, **where)
     except ValueError as error:
-        raise UserError(f"parallel.attention_backend: {error}") from error
+        raise UserError(f"parallel.{field}: {error}") from error
 
 
 def open_training_data(recipe: Recipe, batches: Batches, world: World, source: Source, state: TrainerState) -> Loader:

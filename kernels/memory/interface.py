@@ -103,10 +103,15 @@ def explain_backend(
     objective: str = "l2",
     step_bound: float | None = None,
     activation_scale: float = 1.0,
+    backend: str = "auto",
 ) -> str:
-    """Which backend "auto" is for a call of `neural_memory` with these arguments, and why: "dual: the tensors ..."."""
+    """What computes a call of `neural_memory` with these arguments, and why: "dual: the tensors ...".
+
+    Raises:
+        ValueError: the backend asked for, "dual" or "triton", does not take this memory; the message says why.
+    """
     options = MemoryOptions(chunk_size, activation, forget_to, objective, step_bound, activation_scale)
-    choice = choose(Problem.of(q, k, v, weights, options), "auto")
+    choice = choose(Problem.of(q, k, v, weights, options), backend)
     return f"{choice.backend.name}: {choice.reason}"
 
 

@@ -1,5 +1,5 @@
-"""How the model computes: `parallel.attention_backend` and `parallel.compile` reach it, and a backend that can't
-compute its attention is refused by name.
+"""How the model computes: `parallel.attention_backend`, `memory_backend` and `compile` reach it, and a backend that
+can't compute its attention or memory is refused by name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 
 from model.attention import AttentionLayer
 from model.compiled import PARTS
+from model.memory import MemoryCore
 from parallel.process import World
 from pretrain import loop
 from pretrain.config import load_recipe
@@ -40,6 +41,26 @@ def test_one_that_does_not_take_the_model_is_refused(monkeypatch: pytest.MonkeyP
     assert message.startswith("parallel.attention_backend: attention backend 'flash' does not take this attention: ")
     assert "second stream" in message
     assert "choose 'auto'" in message
+
+
+@pytest.mark.parametrize("backend", ["auto", "dual"])
+def test_the_memory_s_reaches_every_layer(backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = built(monkeypatch, tmp_path, ("parallel.memory_backend", backend))
+    assert [m.backend for m in model.modules() if isinstance(m, MemoryCore)] == [backend, backend]
+
+
+def test_kernels_that_do_not_take_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        built(monkeypatch, tmp_path, ("parallel.memory_backend", "triton"))
+    message = str(caught.value)
+    assert message.startswith("parallel.memory_backend: backend 'triton' does not take this memory: ")
+    assert "the tensors are on cpu" in message
+
+
+def test_a_model_without_memory_has_no_backend_for_it(tmp_path: Path) -> None:
+    words = [("parallel.memory_backend", "dual"), ("model.preset", "transformer-tiny")]
+    with pytest.raises(UserError, match="parallel.memory_backend is dual, but model.variant transformer has no memory"):
+        load_recipe("launch/recipes/titans-170m.yaml", words)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
