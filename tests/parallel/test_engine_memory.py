@@ -22,9 +22,9 @@ def world() -> Iterator[World]:
 
 
 def live_bytes() -> int:
-    """What all tensors that Python knows of hold, each storage once."""
+    """What all tensors that Python knows of hold, each storage once; those that a compiler traced with hold nothing."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
     return sum(storages.values())
 
