@@ -57,10 +57,11 @@ PRESENTATION = Presentation(
 
 
 class RandomBatch(NamedTuple):
-    """Tokens and targets, int64 [B, T]."""
+    """Tokens and targets, int64 [B, T]; no document begins in them."""
 
     tokens: Tensor
     targets: Tensor
+    resets: None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
