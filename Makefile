@@ -3,8 +3,10 @@
 #   make demo DATA=path/to/text     the demo on your own text
 #   make trials TEXT=path/to/books  the trials with those that read books; TRIALS="--only 'variants/*'" for some of them
 #   make test PYTEST="-m slow"      the tests that take minutes; any pytest options
+#   make test WORKERS=0             the tests one after another in one process, instead of two at a time
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 2
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
@@ -22,7 +24,7 @@ trials: $(VENV)/.installed ## what each part of the memory is worth: 98 small tr
 	$(RUN) -m tools.trials report
 
 test: $(VENV)/.installed-dev ## the tests
-	$(RUN) -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 lint: $(VENV)/.installed-dev ## ruff
 	$(RUN) -m ruff check .
