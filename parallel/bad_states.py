@@ -8,7 +8,7 @@ behind it; the rows that are well are never touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from parallel.carried_states import CarriedStates
 
 OnBadState = Literal["reset", "rollback"]
 """What a row does whose state is not finite: begin anew, or go on from the state before the step that spoiled it."""
+
+
+class Mended(NamedTuple):
+    """The numbers of the rows whose state was not finite."""
+
+    begun_anew: list[int]
+    rolled_back: list[int]
 
 
 class StateGuard:
@@ -38,15 +45,15 @@ class StateGuard:
 
     def before_step(self) -> list[int]:
         """Mends the states that a step is about to begin from, and returns the numbers of the rows that were not
-        finite. Waits for the device, which has nothing to do then.
+        finite, all of which begin anew. Waits for the device, which has nothing to do then.
         """
-        found = self._mend([], [])
+        found = self._mend([], []).begun_anew
         if self._on_bad_state == "rollback":
             self._before = [self._carried.get(index) for index in range(len(self._carried))]
         return found
 
-    def after_step(self, resets: Sequence[Tensor | None]) -> list[int]:
-        """The same with the states that the step led to.
+    def after_step(self, resets: Sequence[Tensor | None]) -> Mended:
+        """Mends the states that the step led to.
 
         Args:
             resets: of each micro-batch, [B, T] bool, where documents began; None where none did.
@@ -54,13 +61,13 @@ class StateGuard:
         before, self._before = self._before, []
         return self._mend(before, resets)
 
-    def _mend(self, before: list[State], resets: Sequence[Tensor | None]) -> list[int]:
+    def _mend(self, before: list[State], resets: Sequence[Tensor | None]) -> Mended:
         states = {index: state for index in range(len(self._carried)) if (state := self._carried.get(index))}
+        found = Mended([], [])
         if not states:
-            return []
+            return found
         bad = {index: ~finite_rows(state) for index, state in states.items()}
         flags = torch.stack(list(bad.values())).tolist()
-        found = []
         for index, rows in zip(states, flags, strict=True):
             if any(rows):
                 state, earlier = states[index], before[index] if before else {}
@@ -70,7 +77,9 @@ class StateGuard:
                     back = bad[index] if begun is None else bad[index] & ~begun
                     state = _rolled_back(state, earlier, back)
                 self._carried.put(index, _begun_anew(state, bad[index] & ~back))
-                found += [number for number, is_bad in zip(self._carried.rows(index), rows, strict=True) if is_bad]
+                for number, is_bad, goes_back in zip(self._carried.rows(index), rows, back.tolist(), strict=True):
+                    if is_bad:
+                        (found.rolled_back if goes_back else found.begun_anew).append(number)
         return found
 
 

@@ -29,8 +29,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("trial", TRIALS)
 def test_the_others_train_as_if_the_row_had_been_reset(seen: dict[str, Any], trial: str) -> None:
     spoiled, by_hand = seen[trial]["spoiled"], seen[trial]["by hand"]
-    assert [step.pop("mended_rows") for step in spoiled["steps"]] == [(), (BAD_ROW,), ()]
-    assert [step.pop("mended_rows") for step in by_hand["steps"]] == [(), (), ()]
+    for name in ("mended_rows", "reset_rows"):
+        assert [step.pop(name) for step in spoiled["steps"]] == [(), (BAD_ROW,), ()]
+        assert [step.pop(name) for step in by_hand["steps"]] == [(), (), ()]
     assert spoiled["steps"] == by_hand["steps"]
     assert not any(step["skipped"] for step in spoiled["steps"])
     files = [{path.name: path.read_bytes() for path in Path(run["folder"]).iterdir()} for run in (spoiled, by_hand)]
@@ -53,6 +54,8 @@ def test_a_row_that_a_step_spoils_goes_back_and_the_step_is_skipped(seen: dict[s
     result = seen[trial][way]
     first, bad, after = result["steps"]
     assert (bad["skipped"], bad["mended_rows"], bad["bad_rows"]) == (True, (BAD_ROW,), (2, 3))
+    rows = (bad["reset_rows"], bad["rolled_back_rows"])
+    assert rows == (((BAD_ROW,), ()) if way == "reset" else ((), (BAD_ROW,)))
     assert math.isnan(bad["loss"]) and not math.isfinite(bad["norm"]) and result["unchanged"]
     for step in (first, after):
         assert (step["skipped"], step["mended_rows"], step["bad_rows"]) == (False, (), ())
@@ -104,7 +107,7 @@ def test_a_state_without_a_good_one_before_it_begins_anew() -> None:
         carried, guard = guard_of(before)
         assert guard.before_step() == []
         carried.put(0, state_of([1.0, math.nan], cached=2))
-        assert guard.after_step([None]) == [3]
+        assert guard.after_step([None]) == ([3], [])
         state = carried.get(0)
         assert state["restart"].tolist() == [False, True] and state["position"].tolist() == [4, 0]
         assert state["layers.0.attention.k"][:, 0, 0, 0].tolist() == [1.0, 0.0]
@@ -114,7 +117,7 @@ def test_a_row_that_goes_back_twice_is_well() -> None:
     carried, guard = guard_of(state_of([1.0, math.nan]))
     assert guard.before_step() == [3]
     carried.put(0, state_of([2.0, math.nan]))
-    assert guard.after_step([None]) == [3]
+    assert guard.after_step([None]) == ([], [3])
     state = carried.get(0)
     assert state["layers.0.attention.k"].flatten().tolist() == [2.0, 0.0]
     assert state["restart"].tolist() == [False, True], "of the state that it went back to"
@@ -125,7 +128,7 @@ def test_a_row_that_began_a_document_within_the_step_does_not_go_back_to_another
     assert guard.before_step() == []
     carried.put(0, state_of([math.nan, math.nan]))
     resets = torch.tensor([[False, True, False], [False, False, False]])
-    assert guard.after_step([resets]) == [2, 3]
+    assert guard.after_step([resets]) == ([2], [3])
     state = carried.get(0)
     assert state["layers.0.attention.k"].flatten().tolist() == [0.0, 6.0]
     assert state["restart"].tolist() == [True, False] and state["position"].tolist() == [0, 4]
