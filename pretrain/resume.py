@@ -241,7 +241,8 @@ def _phase_of(folder: Path, state: TrainerState, phases: Phases) -> Phase:
             "without phases); set them back, or start a new run in another --folder"
         )
     problems = []
-    for done, phase in zip(state.done, phases, strict=False):
+    # At a phase's last checkpoint that one too is done: the next checkpoint would be refused for it.
+    for done, phase in zip(state.moved_on(phases).done, phases, strict=False):
         training, data, cursor = phase.recipe.training, phase.recipe.data, done.cursor
         then_and_now: dict[str, tuple[Any, Any]] = {"training.tokens": (done.asked_tokens, training.tokens)}
         if cursor is not None:

@@ -241,6 +241,20 @@ def test_phases_that_were_begun_keep_their_names_and_places_and_what_was_trained
         assert expected in str(caught.value)
 
 
+def test_a_phase_that_has_just_ended_cannot_change_any_more_either(path: Path) -> None:
+    """At its last checkpoint: later ones, which have it behind them, would refuse what this one let pass."""
+    ended = TrainerState(step=12, tokens=1536, phase="short", cursor=cursor(), tokenizer_sha256=None, ranks=1)
+    inside = ended.model_copy(update={"step": 11, "tokens": 1408})
+    changed = load_phases(path, [("phases.short.data.seed", "3"), ("phases.short.data.order", "documents")])
+    with pytest.raises(UserError) as caught:
+        _phase_of(Path("checkpoint"), ended, changed)
+    assert "phases.short.data.seed was 0, and is 3 in the recipe" in str(caught.value)
+    assert "phases.short.data.order was rows, and is documents in the recipe" in str(caught.value)
+    assert _phase_of(Path("checkpoint"), inside, changed) == changed[0], "its cursor is checked when the loader opens"
+    longer = load_phases(path, [("phases.short.training.tokens", "3Ki")])
+    assert _phase_of(Path("checkpoint"), ended, longer) == longer[0], "it goes on"
+
+
 def test_a_phase_ends_with_its_tokens_and_the_next_begins(path: Path) -> None:
     phases = load_phases(path)
     inside = TrainerState(step=11, tokens=1408, phase="short", cursor=cursor(), tokenizer_sha256=None, ranks=1)
