@@ -26,7 +26,7 @@ RECIPE_FILE = "recipe.yaml"
 MODEL_FILE = "model.json"
 TRAINER_FILE = "trainer.json"
 TOKENIZER_FILE = "tokenizer.model"
-_ORDERING = ("order", "min_document_tokens", "long_documents")  # of a cursor, and of the data section of shards
+_SELECTING = ("min_document_tokens", "long_documents")  # of a cursor, and of the data section of shards
 
 
 class DonePhase(BaseModel):
@@ -248,7 +248,9 @@ def _phase_of(folder: Path, state: TrainerState, phases: Phases) -> Phase:
         if cursor is not None:
             then_and_now["training.sequence_length"] = (cursor.sequence_length, training.sequence_length)
             then_and_now["data.seed"] = (cursor.seed, phase.recipe.data_seed())
-            chosen = [name for name in _ORDERING if hasattr(data, name)]
+            then_and_now["data.order"] = (cursor.order, getattr(data, "order", "drawn"))
+            then_and_now["data.reset_memory"] = (cursor.grid is not None, data.pads_documents)
+            chosen = [name for name in _SELECTING if hasattr(data, name)]
             then_and_now |= {f"data.{name}": (getattr(cursor, name), getattr(data, name)) for name in chosen}
         problems += [
             f"phases.{phase.name}.{field} was {then}, and is {now} in the recipe"

@@ -235,10 +235,30 @@ def test_phases_that_were_begun_keep_their_names_and_places_and_what_was_trained
             state(short.model_copy(update={"cursor": cursor(order="documents")}), phase="long"),
             "phases.short.data.order was documents, and is rows in the recipe",
         ),
+        (
+            state(short.model_copy(update={"cursor": cursor(order="drawn")}), phase="long"),
+            "phases.short.data.order was drawn, and is rows in the recipe",
+        ),
+        (
+            state(short.model_copy(update={"cursor": cursor(grid=16)}), phase="long"),
+            "phases.short.data.reset_memory was True, and is False in the recipe",
+        ),
     ):
         with pytest.raises(UserError) as caught:
             _phase_of(folder, changed, phases)
         assert expected in str(caught.value)
+
+
+def test_a_phase_that_is_done_cannot_become_one_of_other_rows(path: Path) -> None:
+    """Rows that are drawn have no field of their order: text that was trained on is text all the same."""
+    done = [
+        DonePhase(name=name, asked_tokens=tokens, tokens=tokens, cursor=cursor(seed=seed, sequence_length=length))
+        for seed, (name, tokens, length) in enumerate([("short", 1536, 32), ("long", 2048, 128), ("drawn", 1536, 128)])
+    ]
+    later = {"name": "later", "training": {"sequence_length": 128, "batch_tokens": 256}}
+    phases = load_phases(write(path.parent, [*PHASES, later]))
+    with pytest.raises(UserError, match="phases.drawn.data.order was rows, and is drawn in the recipe;"):
+        _phase_of(Path("checkpoint"), state(*done, phase="later"), phases)
 
 
 def test_a_phase_that_has_just_ended_cannot_change_any_more_either(path: Path) -> None:
