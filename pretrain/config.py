@@ -196,7 +196,8 @@ class Recipe(BaseModel):
 
     seed: Seed = 0
     """Seed of the initial weights, and of the data's order or draws unless data.seed says otherwise. In the phases
-    behind the first the data's seed is raised by one each, so that no phase repeats an order."""
+    behind the first the data's seed is raised by one each, past those that phases set themselves, so that no phase
+    repeats another's order unasked."""
 
     initialize_from: Path | None = None
     """Where the initial weights come from instead of being drawn: an exported model or a checkpoint, of any layout, of

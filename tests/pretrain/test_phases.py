@@ -95,6 +95,9 @@ def test_no_phase_repeats_anothers_order_unless_it_is_asked_to(path: Path) -> No
     assert seeds(("data.seed", "7")) == [7, 8, 2], "the drawn data has no seed of its own: the run's"
     assert seeds(("phases.long.data.seed", "0")) == [0, 0, 2]
     assert seeds(("seed", str(2**63 - 1))) == [2**63 - 1, 0, 1]
+    assert seeds(("phases.1.data.seed", "1")) == [1, 2, 3], "those behind it go past it"
+    assert seeds(("phases.drawn.data.seed", "1")) == [0, 2, 1]
+    assert seeds(("phases.1.data.seed", "0"), ("seed", str(2**63 - 1))) == [0, 1, 2]
 
 
 def test_an_override_reaches_one_phase_or_those_without_a_value_of_their_own(path: Path) -> None:
