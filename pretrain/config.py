@@ -270,6 +270,11 @@ class Recipe(BaseModel):
                 f"evaluation.context is {evaluation.context}, but drawn rows are as long as data.task makes them: "
                 "remove it"
             )
+        if evaluation.context is not None and evaluation.tokens is not None and evaluation.tokens < evaluation.context:
+            raise ValueError(
+                f"evaluation.tokens {evaluation.tokens} is less than one row of evaluation.context "
+                f"{evaluation.context}: raise it to {evaluation.context}"
+            )
         if evaluation.reset_window is not None:
             if not evaluation.by_position:
                 raise ValueError("evaluation.reset_window is set, but by_position is not: set it to true")
