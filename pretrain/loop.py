@@ -360,7 +360,7 @@ class Run:
         # counts begin anew, so that the resumed run may skip as many.
         checkpoints = dataclasses.replace(self.checkpoints, keep=self.checkpoints.keep + 1)
         saving = dataclasses.replace(self, checkpoints=checkpoints)
-        folder = saving.save(state.model_copy(update={"skipped_in_a_row": 0}), stays=False)
+        folder = saving.save(state.model_copy(update={"skipped_in_a_row": 0}), stays=state.is_done(self.phase))
         raise end_of_run(state, result, str(folder))
 
     def save(self, state: TrainerState, *, stays: bool) -> Path:

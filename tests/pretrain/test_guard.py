@@ -139,6 +139,26 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint_that_resumes(
     assert events(folder)[-1]["event"] == "done"
 
 
+def test_one_at_a_phases_end_stays_as_a_phases_last_checkpoint_does(
+    data: Path, tmp_path: Path, world: World, spoil: Spoil
+) -> None:
+    """The run goes on in the next phase, and writes none there that the phase could be gone on from again."""
+    folder = tmp_path / "run"
+    recipe = recipe_of(data, folder, 2, keep=1, max_bad_steps=1)
+    phases = load_phases(recipe, [("phases", "[{name: one}, {name: two}]")])
+    spoil(2)
+    with pytest.raises(DivergedError, match="step 2: "):
+        train(phases, world)
+    spoil()
+    train(phases, world)
+    assert [event["step"] for event in events(folder, "resume")] == [2]
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000004"]
+    spoil(1)
+    with pytest.raises(DivergedError, match="step 5: "):
+        train(load_phases(recipe, [("phases", "[{name: one}, {name: two, training: {tokens: 512}}]")]), world)
+    assert checkpoint(folder, 5).exists() and not (checkpoint(folder, 5) / "stays").exists(), "inside the phase"
+
+
 def test_a_resumed_run_goes_on_counting(data: Path, tmp_path: Path, world: World, spoil: Spoil) -> None:
     folder = tmp_path / "run"
     spoil(2, 3)
