@@ -53,6 +53,7 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
     with agreed():
         phases.require_fit(world.size)
         tokenizer, descriptions = check_data(phases, world.size)
+        check_backends(phases, world)
     with alone_in(phases.run.folder, world):
         _train_alone(phases, world, tokenizer, descriptions, resume)
 
@@ -132,7 +133,6 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     model.set_activation_checkpointing(recipe.parallel.activation_checkpointing)
     if recipe.parallel.compile:
         compile_parts(model)
-    check_backends(recipe, world)
     model.set_attention_backend(recipe.parallel.attention_backend)
     model.set_memory_backend(recipe.parallel.memory_backend)
     return Engine(
@@ -149,8 +149,14 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     )
 
 
-def check_backends(recipe: Recipe, world: World) -> None:
-    """Raise UserError when a backend that the recipe asks for can't compute the model's attention or memory here."""
+def check_backends(phases: Phases, world: World) -> None:
+    """Raise UserError when a backend that a phase asks for can't compute the model's attention or memory here."""
+    for phase in phases:
+        with phase.named_in_errors():
+            _check_backends(phase.recipe, world)
+
+
+def _check_backends(recipe: Recipe, world: World) -> None:
     parallel, training = recipe.parallel, recipe.training
     where = {"device": world.device, "dtype": torch.bfloat16 if parallel.precision == "bf16" else torch.float32}
     field = "attention_backend"
