@@ -122,7 +122,8 @@ class CheckpointConfig(BaseModel):
 
 
 class EvaluationConfig(BaseModel):
-    """Loss on held-out data during the run: the shards of data.validation, or drawn rows that training never sees."""
+    """Loss on held-out data during the run: the shards of data.validation, or drawn rows that training never sees. Rows
+    of text are read across documents, whatever data.reset_memory says of training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -135,7 +136,7 @@ class EvaluationConfig(BaseModel):
 
     context: Tokens | None = None
     """Tokens of a held-out row of text; none: training.sequence_length. Rows are read in pieces of segment_length, or
-    sequence_length, so that memory does not grow with it."""
+    sequence_length, so that memory does not grow with it, but for full attention, whose keys and values do."""
 
     by_position: bool = False
     """Also record the loss by position in the row, in buckets of 0..63, 64..127, 128..255 and so on: as curves
@@ -226,7 +227,7 @@ class Recipe(BaseModel):
     """Checkpoints."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Held-out evaluation."""
+    """Held-out evaluation; rows of text are read across documents."""
 
     logging: LoggingConfig = LoggingConfig()
     """Logs."""
