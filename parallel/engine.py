@@ -180,7 +180,7 @@ class Engine:
         self._finite = torch.ones((), device=self.world.device)
         reset = [] if self._guard is None else self._guard.before_step()
         stats: list[dict[str, Tensor]] | None = None
-        if optimizer_step(self._optimizer) == 0 and self._ungraded is None:
+        if self._ungraded is None and optimizer_step(self._optimizer) == 0:
             self._hooks = self._watch_gradients()
         for index, rows in enumerate(moved):
             of_last = with_stats and index == len(moved) - 1

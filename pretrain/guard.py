@@ -29,9 +29,12 @@ def guard_curves(state: TrainerState) -> dict[str, float]:
     return {"guard/skipped_steps": float(state.skipped_steps), "guard/bad_states": float(state.bad_states)}
 
 
-def report(log: RunLog, state: TrainerState, result: StepResult, training: TrainingConfig) -> None:
-    """Write and print what the guards did in the step that led to `state`, if anything."""
-    where = {"step": state.step, "tokens": state.tokens}
+def report(log: RunLog, state: TrainerState, result: StepResult, training: TrainingConfig, **phase: str) -> None:
+    """Write and print what the guards did in the step that led to `state`, if anything.
+
+    `phase`: its name, where there are several.
+    """
+    where = {"step": state.step, "tokens": state.tokens, **phase}
     ways = {
         "reset": (result.reset_rows, "begin anew"),
         "rollback": (result.rolled_back_rows, "go on from their last good one"),

@@ -98,6 +98,7 @@ def test_a_bad_step_is_skipped_counted_and_told(
     train(load_phases(recipe), world)
     (skip,) = events(folder, "skip")
     assert (skip["step"], skip["tokens"], skip["in_a_row"], skip["total"]) == (2, 256, 1, 1)
+    assert "phase" not in skip, "there is one"
     assert skip["gradient_norm"] == "inf" and 0 < skip["loss"] < 100 and skip["rows"] == []
     assert list(losses(folder)) == [1, 3, 4]
     assert curve(folder, "guard/skipped_steps") == [(1, 0), (2, 1), (3, 1), (4, 1)]
@@ -151,6 +152,7 @@ def test_one_at_a_phases_end_stays_as_a_phases_last_checkpoint_does(
         train(phases, world)
     spoil()
     train(phases, world)
+    assert [(skip["step"], skip["phase"]) for skip in events(folder, "skip")] == [(2, "one")]
     assert [event["step"] for event in events(folder, "resume")] == [2]
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000004"]
     spoil(1)
