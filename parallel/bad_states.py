@@ -34,8 +34,9 @@ class StateGuard:
     Args:
         on_bad_state: "rollback" holds the states before a step until it is over: the memory of a second state. A row
             begins anew all the same where there is none to go back to: before the first step, for states that are not
-            finite when the step begins (loaded so, or damaged since), while an attention's cache is still growing, and
-            where a document began within the step, since the state before it is another document's.
+            finite when the step begins (loaded so, or damaged since), while an attention's cache is still growing,
+            where a document began within the step, since the state before it is another document's, and where the row
+            went back in the step before already: then what it went back to may be what spoils the steps.
     """
 
     def __init__(self, carried: CarriedStates, on_bad_state: OnBadState) -> None:
@@ -59,7 +60,9 @@ class StateGuard:
             resets: of each micro-batch, [B, T] bool, where documents began; None where none did.
         """
         before, self._before = self._before, []
-        return self._mend(before, resets)
+        mended = self._mend(before, resets)
+        self._carried.went_back = set(mended.rolled_back)
+        return mended
 
     def _mend(self, before: list[State], resets: Sequence[Tensor | None]) -> Mended:
         states = {index: state for index in range(len(self._carried)) if (state := self._carried.get(index))}
@@ -70,14 +73,16 @@ class StateGuard:
         flags = torch.stack(list(bad.values())).tolist()
         for index, rows in zip(states, flags, strict=True):
             if any(rows):
+                numbers = self._carried.rows(index)
                 state, earlier = states[index], before[index] if before else {}
                 back = torch.zeros_like(bad[index])
                 if earlier and _shapes(state) == _shapes(earlier):
-                    begun = None if resets[index] is None else resets[index].any(1).to(back.device)
-                    back = bad[index] if begun is None else bad[index] & ~begun
+                    back = bad[index] & ~torch.tensor([n in self._carried.went_back for n in numbers]).to(back.device)
+                    if resets[index] is not None:
+                        back &= ~resets[index].any(1).to(back.device)
                     state = _rolled_back(state, earlier, back)
                 self._carried.put(index, _begun_anew(state, bad[index] & ~back))
-                for number, is_bad, goes_back in zip(self._carried.rows(index), rows, back.tolist(), strict=True):
+                for number, is_bad, goes_back in zip(numbers, rows, back.tolist(), strict=True):
                     if is_bad:
                         (found.rolled_back if goes_back else found.begun_anew).append(number)
         return found

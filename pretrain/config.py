@@ -60,7 +60,8 @@ class TrainingConfig(BaseModel):
     on_bad_state: OnBadState = "reset"
     """With data.order streams, what a row does whose carried state is not finite: reset, begin anew; rollback, go on
     from the state before the step that spoiled it, which takes the memory of a second state, or begin anew where there
-    is none of the same document to go back to. Other rows are not disturbed."""
+    is none of the same document to go back to, or where it went back in the step before already. Other rows are not
+    disturbed."""
 
     max_bad_steps: int = Field(default=3, ge=1)
     """Steps in a row whose loss or gradient is not finite that end the run, with a checkpoint; fewer are skipped,

@@ -123,6 +123,46 @@ def test_a_row_that_goes_back_twice_is_well() -> None:
     assert state["restart"].tolist() == [False, True], "of the state that it went back to"
 
 
+def spoil_step(carried: CarriedStates, guard: StateGuard, *values: float) -> tuple[list[int], list[int]]:
+    """A step that leads to a state of these values."""
+    assert guard.before_step() == []
+    carried.put(0, state_of(list(values)))
+    return guard.after_step([None])
+
+
+def test_a_row_that_is_spoiled_in_two_steps_running_begins_anew() -> None:
+    carried, guard = guard_of(state_of([5.0, 6.0]))
+    assert spoil_step(carried, guard, math.nan, 7.0) == ([], [2])
+    assert spoil_step(carried, guard, math.nan, math.nan) == ([2], [3])
+    assert carried.get(0)["layers.0.attention.k"].flatten().tolist() == [0.0, 7.0]
+    assert spoil_step(carried, guard, 8.0, 9.0) == ([], [])
+    assert spoil_step(carried, guard, math.nan, math.nan) == ([], [2, 3]), "a good step lies in between"
+    assert carried.get(0)["layers.0.attention.k"].flatten().tolist() == [8.0, 9.0]
+
+
+def test_so_it_does_where_the_run_was_resumed_in_between(tmp_path: Path) -> None:
+    """On fewer ranks too: rows 2 and 3 are those of the second rank of two, or the last two of one."""
+    for rank in range(2):
+        world = World(rank=rank, size=2, local_rank=rank, device=torch.device("cpu"))
+        carried = CarriedStates(world, micro_batch_size=2, accumulation=1)
+        carried.put(0, state_of([5.0, 6.0]))
+        if rank == 1:
+            assert spoil_step(carried, StateGuard(carried, "rollback"), 7.0, math.nan) == ([], [3])
+        carried.write(tmp_path)
+    for size, first in ((2, 2), (4, 0)):
+        rank, ranks = (1, 2) if size == 2 else (0, 1)
+        world = World(rank=rank, size=ranks, local_rank=rank, device=torch.device("cpu"))
+        carried = CarriedStates(world, micro_batch_size=size, accumulation=1)
+        carried.read(tmp_path)
+        assert carried.went_back == {3} and list(carried.rows(0)) == list(range(first, 4))
+        guard = StateGuard(carried, "rollback")
+        assert guard.before_step() == []
+        carried.put(0, {n: t * math.nan if t.is_floating_point() else t for n, t in carried.get(0).items()})
+        assert guard.after_step([None]) == ([3], list(range(first, 3)))
+        carried.clear()
+        assert carried.went_back == set()
+
+
 def test_a_row_that_began_a_document_within_the_step_does_not_go_back_to_another() -> None:
     carried, guard = guard_of(state_of([5.0, 6.0]))
     assert guard.before_step() == []
