@@ -80,7 +80,8 @@ def main(arguments: list[str]) -> None:
             return take(engine, batches, *given, **options)
 
         Engine.train_step = spoiling
-        train(load_phases(path, [("data.order", "streams")]), world)
+        overrides = [("data.order", "streams"), ("data.reset_memory", str(plan == "within").lower())]
+        train(load_phases(path, overrides), world)
     shutdown()
     exit_now(0)
 

@@ -32,8 +32,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan: write_recipe(data, folder / plan, steps=STEPS, parallel={"zero_stage": 2})
         for plan in ("state", "by-hand", "none")
     }
-    back = {"training": {"on_bad_state": "rollback"}, "data": {"reset_memory": True}}
-    recipes["within"] = write_recipe(data, folder / "within", steps=3 * STEPS, **back)
+    recipes["within"] = write_recipe(data, folder / "within", steps=2 * STEPS, training={"on_bad_state": "rollback"})
     plans = [f"{plan}={path}" for plan, path in recipes.items()]
     finished = run_ranks(["tests/pretrain/spoiling_worker.py", *plans], ranks=2, timeout=300)
     (folder / "output").write_text(finished.outputs[0])
@@ -69,7 +68,7 @@ def test_a_row_that_cannot_go_back_is_said_to_begin_anew(runs: Path) -> None:
     assert told == [(spoiled["step"], "reset", [anew]), (spoiled["step"], "rollback", [back])]
     assert [event["total"] for event in events(runs / "within", "bad_state")] == [2, 2]
     assert [(event["step"], event["rows"]) for event in events(runs / "within", "skip")] == [(spoiled["step"], ROWS)]
-    assert len(losses(runs / "within")) == 3 * STEPS - 1 and events(runs / "within")[-1]["event"] == "done"
+    assert len(losses(runs / "within")) == 2 * STEPS - 1 and events(runs / "within")[-1]["event"] == "done"
     printed = (runs / "output").read_text()
     assert f"step {spoiled['step']}: the state of rows {anew} is not finite; they begin anew" in printed
     assert f"step {spoiled['step']}: the state of rows {back} is not finite; they go on from their last good" in printed
