@@ -119,14 +119,16 @@ def explain_attention_backend(
 def _grow(
     cache: AttentionCache | None, k: Tensor, v: Tensor, context_k: Tensor | None, context_v: Tensor | None
 ) -> AttentionCache:
-    """The cache with new keys and values behind the old."""
+    """The cache with new keys and values behind the old, in the precision of the new."""
+
+    def behind(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat((old.to(new.dtype), new), 1)
+
     if cache is None:
         return AttentionCache(k, v, torch.zeros(k.shape[0], dtype=torch.int64, device=k.device), context_k, context_v)
     if context_k is not None:
-        context_k, context_v = torch.cat((cache.context_k, context_k), 1), torch.cat((cache.context_v, context_v), 1)
-    return AttentionCache(
-        torch.cat((cache.k, k), 1), torch.cat((cache.v, v), 1), cache.first_valid, context_k, context_v
-    )
+        context_k, context_v = behind(cache.context_k, context_k), behind(cache.context_v, context_v)
+    return AttentionCache(behind(cache.k, k), behind(cache.v, v), cache.first_valid, context_k, context_v)
 
 
 def _hidden_before(cache: AttentionCache, begins: Tensor) -> AttentionCache:

@@ -120,7 +120,7 @@ class CausalConvolution(nn.Module):
         """
         if tail is None:
             tail = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
-        padded = torch.cat((tail, x), 1)
+        padded = torch.cat((tail.to(x.dtype), x), 1)  # of a state that another precision left
         length = x.shape[1]
 
         def seen(offset: int) -> Tensor:

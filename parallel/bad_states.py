@@ -8,7 +8,7 @@ behind it; the rows that are well are never touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,22 @@ OnBadState = Literal["reset", "rollback"]
 """What a row does whose state is not finite: begin anew, or go on from the state before the step that spoiled it."""
 
 
+class Mended(NamedTuple):
+    """The numbers of the rows whose state was not finite."""
+
+    begun_anew: list[int]
+    rolled_back: list[int]
+
+
 class StateGuard:
     """Looks after carried states.
 
     Args:
         on_bad_state: "rollback" holds the states before a step until it is over: the memory of a second state. A row
             begins anew all the same where there is none to go back to: before the first step, for states that are not
-            finite when the step begins (loaded so, or damaged since), while an attention's cache is still growing, and
-            where a document began within the step, since the state before it is another document's.
+            finite when the step begins (loaded so, or damaged since), while an attention's cache is still growing,
+            where a document began within the step, since the state before it is another document's, and where the row
+            went back in the step before already: then what it went back to may be what spoils the steps.
     """
 
     def __init__(self, carried: CarriedStates, on_bad_state: OnBadState) -> None:
@@ -38,39 +46,45 @@ class StateGuard:
 
     def before_step(self) -> list[int]:
         """Mends the states that a step is about to begin from, and returns the numbers of the rows that were not
-        finite. Waits for the device, which has nothing to do then.
+        finite, all of which begin anew. Waits for the device, which has nothing to do then.
         """
-        found = self._mend([], [])
+        found = self._mend([], []).begun_anew
         if self._on_bad_state == "rollback":
             self._before = [self._carried.get(index) for index in range(len(self._carried))]
         return found
 
-    def after_step(self, resets: Sequence[Tensor | None]) -> list[int]:
-        """The same with the states that the step led to.
+    def after_step(self, resets: Sequence[Tensor | None]) -> Mended:
+        """Mends the states that the step led to.
 
         Args:
             resets: of each micro-batch, [B, T] bool, where documents began; None where none did.
         """
         before, self._before = self._before, []
-        return self._mend(before, resets)
+        mended = self._mend(before, resets)
+        self._carried.went_back = set(mended.rolled_back)
+        return mended
 
-    def _mend(self, before: list[State], resets: Sequence[Tensor | None]) -> list[int]:
+    def _mend(self, before: list[State], resets: Sequence[Tensor | None]) -> Mended:
         states = {index: state for index in range(len(self._carried)) if (state := self._carried.get(index))}
+        found = Mended([], [])
         if not states:
-            return []
+            return found
         bad = {index: ~finite_rows(state) for index, state in states.items()}
         flags = torch.stack(list(bad.values())).tolist()
-        found = []
         for index, rows in zip(states, flags, strict=True):
             if any(rows):
+                numbers = self._carried.rows(index)
                 state, earlier = states[index], before[index] if before else {}
                 back = torch.zeros_like(bad[index])
                 if earlier and _shapes(state) == _shapes(earlier):
-                    begun = None if resets[index] is None else resets[index].any(1).to(back.device)
-                    back = bad[index] if begun is None else bad[index] & ~begun
+                    back = bad[index] & ~torch.tensor([n in self._carried.went_back for n in numbers]).to(back.device)
+                    if resets[index] is not None:
+                        back &= ~resets[index].any(1).to(back.device)
                     state = _rolled_back(state, earlier, back)
                 self._carried.put(index, _begun_anew(state, bad[index] & ~back))
-                found += [number for number, is_bad in zip(self._carried.rows(index), rows, strict=True) if is_bad]
+                for number, is_bad, goes_back in zip(numbers, rows, back.tolist(), strict=True):
+                    if is_bad:
+                        (found.rolled_back if goes_back else found.begun_anew).append(number)
         return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model import ModelState
 from model.memory import mean_statistics
-from parallel.bad_states import OnBadState, StateGuard
+from parallel.bad_states import Mended, OnBadState, StateGuard
 from parallel.boundary_states import State, open_boundary_states
 from parallel.carried_states import CarriedStates
 from parallel.config import ParallelConfig
@@ -70,8 +70,16 @@ class StepResult:
     """Of a skipped step, the rows of all ranks that are in micro-batches whose loss is not finite: row j of micro-batch
     m of rank r is number (m * ranks + r) * micro_batch_size + j of the step."""
 
-    mended_rows: tuple[int, ...] = ()
-    """Rows of all ranks whose carried state was not finite, before the step or behind it, and went back."""
+    reset_rows: tuple[int, ...] = ()
+    """Rows of all ranks whose carried state was not finite, before the step or behind it, and begins anew."""
+
+    rolled_back_rows: tuple[int, ...] = ()
+    """Those whose state the step spoiled, and which go on from the one before it."""
+
+    @property
+    def mended_rows(self) -> tuple[int, ...]:
+        """Rows of all ranks whose carried state was not finite."""
+        return tuple(sorted({*self.reset_rows, *self.rolled_back_rows}))
 
 
 class Engine:
@@ -170,9 +178,9 @@ class Engine:
         scale = self.world.size / tokens.clamp(min=1).to(torch.float32)
         losses: list[Tensor] = []
         self._finite = torch.ones((), device=self.world.device)
-        mended = [] if self._guard is None else self._guard.before_step()
+        reset = [] if self._guard is None else self._guard.before_step()
         stats: list[dict[str, Tensor]] | None = None
-        if optimizer_step(self._optimizer) == 0 and self._ungraded is None:
+        if self._ungraded is None and optimizer_step(self._optimizer) == 0:
             self._hooks = self._watch_gradients()
         for index, rows in enumerate(moved):
             of_last = with_stats and index == len(moved) - 1
@@ -180,7 +188,9 @@ class Engine:
             losses.append(loss)
         loss_sum = sum(losses, start=torch.zeros((), dtype=torch.float32, device=self.world.device))
         dist.all_reduce(loss_sum)
-        mended += [] if self._guard is None else self._guard.after_step([resets for *_, resets in moved])
+        mended = Mended([], []) if self._guard is None else self._guard.after_step([resets for *_, resets in moved])
+        carried = (reset + mended.begun_anew, mended.rolled_back)
+        reset_rows, rolled_back_rows = ((), ()) if self._guard is None else self._of_all_ranks(*carried)
         norm = self._norm
         if norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
@@ -190,8 +200,9 @@ class Engine:
             tokens=tokens,
             stats=self._mean_over_ranks(stats),
             skipped=self._skipped,
-            bad_rows=self._of_all_ranks(self._rows_of_bad(losses)) if self._skipped else (),
-            mended_rows=() if self._guard is None else self._of_all_ranks(mended),
+            bad_rows=self._of_all_ranks(self._rows_of_bad(losses))[0] if self._skipped else (),
+            reset_rows=reset_rows,
+            rolled_back_rows=rolled_back_rows,
         )
 
     def evaluate(
@@ -404,12 +415,13 @@ class Engine:
         size = self._micro_batch_size
         return [row for group in groups for row in range(group * size, (group + 1) * size)]
 
-    def _of_all_ranks(self, rows: list[int]) -> tuple[int, ...]:
-        count = torch.tensor(len(rows), device=self.world.device)
+    def _of_all_ranks(self, *lists: list[int]) -> list[tuple[int, ...]]:
+        """Each of the lists, joined over the ranks."""
+        count = torch.tensor(sum(map(len, lists)), device=self.world.device)
         dist.all_reduce(count)
         if not count:
-            return ()
-        return tuple(sorted({row for part in gather_objects(rows) for row in part}))
+            return [() for _ in lists]
+        return [tuple(sorted(set().union(*parts))) for parts in zip(*gather_objects(lists), strict=True)]
 
     def _mean_over_ranks(self, stats: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]] | None:
         if stats is None:

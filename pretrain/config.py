@@ -59,7 +59,8 @@ class TrainingConfig(BaseModel):
 
     on_bad_state: OnBadState = "reset"
     """With data.order streams, what a row does whose carried state is not finite: reset, begin anew; rollback, go on
-    from the state before the step that spoiled it, which takes the memory of a second state. Other rows are not
+    from the state before the step that spoiled it, which takes the memory of a second state, or begin anew where there
+    is none of the same document to go back to, or where it went back in the step before already. Other rows are not
     disturbed."""
 
     max_bad_steps: int = Field(default=3, ge=1)
@@ -122,7 +123,8 @@ class CheckpointConfig(BaseModel):
 
 
 class EvaluationConfig(BaseModel):
-    """Loss on held-out data during the run: the shards of data.validation, or drawn rows that training never sees."""
+    """Loss on held-out data during the run: the shards of data.validation, or drawn rows that training never sees. Rows
+    of text are read across documents, whatever data.reset_memory says of training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -135,7 +137,7 @@ class EvaluationConfig(BaseModel):
 
     context: Tokens | None = None
     """Tokens of a held-out row of text; none: training.sequence_length. Rows are read in pieces of segment_length, or
-    sequence_length, so that memory does not grow with it."""
+    sequence_length, so that memory does not grow with it, but for full attention, whose keys and values do."""
 
     by_position: bool = False
     """Also record the loss by position in the row, in buckets of 0..63, 64..127, 128..255 and so on: as curves
@@ -196,7 +198,8 @@ class Recipe(BaseModel):
 
     seed: Seed = 0
     """Seed of the initial weights, and of the data's order or draws unless data.seed says otherwise. In the phases
-    behind the first the data's seed is raised by one each, so that no phase repeats an order."""
+    behind the first the data's seed is raised by one each, past those that phases set themselves, so that no phase
+    repeats another's order unasked."""
 
     initialize_from: Path | None = None
     """Where the initial weights come from instead of being drawn: an exported model or a checkpoint, of any layout, of
@@ -225,7 +228,7 @@ class Recipe(BaseModel):
     """Checkpoints."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Held-out evaluation."""
+    """Held-out evaluation; rows of text are read across documents."""
 
     logging: LoggingConfig = LoggingConfig()
     """Logs."""
@@ -268,6 +271,11 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"evaluation.context is {evaluation.context}, but drawn rows are as long as data.task makes them: "
                 "remove it"
+            )
+        if evaluation.context is not None and evaluation.tokens is not None and evaluation.tokens < evaluation.context:
+            raise ValueError(
+                f"evaluation.tokens {evaluation.tokens} is less than one row of evaluation.context "
+                f"{evaluation.context}: raise it to {evaluation.context}"
             )
         if evaluation.reset_window is not None:
             if not evaluation.by_position:

@@ -29,14 +29,20 @@ def guard_curves(state: TrainerState) -> dict[str, float]:
     return {"guard/skipped_steps": float(state.skipped_steps), "guard/bad_states": float(state.bad_states)}
 
 
-def report(log: RunLog, state: TrainerState, result: StepResult, training: TrainingConfig) -> None:
-    """Write and print what the guards did in the step that led to `state`, if anything."""
-    where = {"step": state.step, "tokens": state.tokens}
-    if result.mended_rows:
-        ways = {"reset": "begin anew", "rollback": "go on from their last good one"}
-        way = ways[training.on_bad_state]
-        log.event("bad_state", **where, rows=result.mended_rows, action=training.on_bad_state, total=state.bad_states)
-        log.say(f"step {state.step}: the state of rows {_listed(result.mended_rows)} is not finite; they {way}")
+def report(log: RunLog, state: TrainerState, result: StepResult, training: TrainingConfig, **phase: str) -> None:
+    """Write and print what the guards did in the step that led to `state`, if anything.
+
+    `phase`: its name, where there are several.
+    """
+    where = {"step": state.step, "tokens": state.tokens, **phase}
+    ways = {
+        "reset": (result.reset_rows, "begin anew"),
+        "rollback": (result.rolled_back_rows, "go on from their last good one"),
+    }
+    for action, (rows, way) in ways.items():
+        if rows:
+            log.event("bad_state", **where, rows=rows, action=action, total=state.bad_states)
+            log.say(f"step {state.step}: the state of rows {_listed(rows)} is not finite; they {way}")
     if result.skipped:
         log.event(
             "skip",

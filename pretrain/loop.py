@@ -53,6 +53,7 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
     with agreed():
         phases.require_fit(world.size)
         tokenizer, descriptions = check_data(phases, world.size)
+        check_backends(phases, world)
     with alone_in(phases.run.folder, world):
         _train_alone(phases, world, tokenizer, descriptions, resume)
 
@@ -83,6 +84,8 @@ def _train_alone(
             state, checkpoint = run_phase(phases, phase, world, checkpoints, log, state, checkpoint)
             state = state.moved_on(phases)
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
+            if world.device.type == "cuda":
+                torch.cuda.empty_cache()  # in blocks of the sizes that the next one asks for
 
 
 def run_phase(
@@ -132,7 +135,6 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     model.set_activation_checkpointing(recipe.parallel.activation_checkpointing)
     if recipe.parallel.compile:
         compile_parts(model)
-    check_backends(recipe, world)
     model.set_attention_backend(recipe.parallel.attention_backend)
     model.set_memory_backend(recipe.parallel.memory_backend)
     return Engine(
@@ -149,8 +151,14 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     )
 
 
-def check_backends(recipe: Recipe, world: World) -> None:
-    """Raise UserError when a backend that the recipe asks for can't compute the model's attention or memory here."""
+def check_backends(phases: Phases, world: World) -> None:
+    """Raise UserError when a backend that a phase asks for can't compute the model's attention or memory here."""
+    for phase in phases:
+        with phase.named_in_errors():
+            _check_backends(phase.recipe, world)
+
+
+def _check_backends(recipe: Recipe, world: World) -> None:
     parallel, training = recipe.parallel, recipe.training
     where = {"device": world.device, "dtype": torch.bfloat16 if parallel.precision == "bf16" else torch.float32}
     field = "attention_backend"
@@ -244,6 +252,11 @@ class Run:
         """The phase's."""
         return self.phase.recipe
 
+    @property
+    def phase_field(self) -> dict[str, str]:
+        """What events say of the phase: nothing where it is the only one."""
+        return {"phase": self.phase.name} if len(self.phases) > 1 else {}
+
     def steps(self, loader: Loader, state: TrainerState, checkpoint: Path | None) -> tuple[TrainerState, Path | None]:
         """Take the steps that are left of the phase, evaluating and saving on the way and at its end; the state there
         and the newest checkpoint, `checkpoint` where no step was left.
@@ -264,7 +277,7 @@ class Run:
             watch.stop()
             update = {"step": step, "tokens": state.tokens + batch_tokens, "cursor": loader.cursor()}
             state = counted(state.model_copy(update=update | {"ranks": self.world.size}), result)
-            report(self.log, state, result, recipe.training)
+            report(self.log, state, result, recipe.training, **self.phase_field)
             if too_many(state, recipe.training):
                 self.give_up(state, result)
             if record and not result.skipped:
@@ -281,10 +294,7 @@ class Run:
     def record(self, result: StepResult, rate: float, state: TrainerState, watch: Stopwatch) -> None:
         """Write a step's loss, speed and memory, and the layers' statistics where the step took them."""
         watch.start()
-        loss, norm = (
-            float(result.loss),
-            float(result.grad_norm),
-        )  # waits for the device, which belongs to the steps' time
+        loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device, a part of the steps' time
         watch.stop(steps=0)
         seconds = watch.lap()
         speed = self.recipe.training.batch_tokens / seconds
@@ -305,8 +315,7 @@ class Run:
             "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
             **guard_curves(state),
         }
-        several = {"phase": self.phase.name} if len(self.phases) > 1 else {}
-        if several:
+        if self.phase_field:
             values["train/phase"] = float(self.phase.number)
         padded = {}
         if self.recipe.data.pads_documents:  # all else has a target
@@ -324,11 +333,11 @@ class Run:
             learning_rate=rate,
             gradient_norm=norm,
             tokens_per_second=speed,
-            **several,
+            **self.phase_field,
             **padded,
         )
         left = -(-max(self.recipe.training.tokens - state.phase_tokens, 0) // self.recipe.training.batch_tokens)
-        self.log.progress(state.step, loss, rate, speed, left * watch.mean, phase=self.phase.name if several else None)
+        self.log.progress(state.step, loss, rate, speed, left * watch.mean, **self.phase_field)
 
     def evaluate(self, state: TrainerState) -> None:
         """Score the held-out data, if there is any."""
@@ -360,7 +369,7 @@ class Run:
         # counts begin anew, so that the resumed run may skip as many.
         checkpoints = dataclasses.replace(self.checkpoints, keep=self.checkpoints.keep + 1)
         saving = dataclasses.replace(self, checkpoints=checkpoints)
-        folder = saving.save(state.model_copy(update={"skipped_in_a_row": 0}), stays=False)
+        folder = saving.save(state.model_copy(update={"skipped_in_a_row": 0}), stays=state.is_done(self.phase))
         raise end_of_run(state, result, str(folder))
 
     def save(self, state: TrainerState, *, stays: bool) -> Path:

@@ -162,7 +162,7 @@ def load_phases(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     names, changes, problems = _read_phases(listed)
     for name, text in overrides:
         problems += _without_effect(raw, changes, name, text)
-    recipes, wrong = _validated(names, [_resolved(raw, index, change) for index, change in enumerate(changes)])
+    recipes, wrong = _validated(names, _resolved(raw, changes))
     if problems or wrong:
         raise UserError("\n".join([f"recipe {path}:", *problems, *wrong]))
     numbered = zip(range(1, len(names) + 1), names, recipes, strict=True)
@@ -238,16 +238,29 @@ def _allowed(place: str, entry: dict[str, Any], problems: list[str]) -> dict[str
     return kept
 
 
-def _resolved(raw: dict[str, Any], index: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a phase, its data's seed chosen so that it does not repeat another phase's order."""
-    fields = _merged(copy.deepcopy(raw), changes)
-    data, own = fields.get("data"), changes.get("data")
-    chosen = isinstance(own, dict) and own.get("seed") is not None
-    if index > 0 and isinstance(data, dict) and not chosen:
-        seed = fields.get("seed", 0) if data.get("seed") is None else data["seed"]
-        if isinstance(seed, int):  # anything else is refused as it stands
-            fields["data"] = {**data, "seed": (seed + index) % _SEEDS if seed >= 0 else seed}
-    return fields
+def _resolved(raw: dict[str, Any], changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sections of each phase, the seed of its data chosen, where it has none of its own, so that it does not repeat
+    another phase's order.
+    """
+    listed = [_merged(copy.deepcopy(raw), change) for change in changes]
+    own = [_at(change, ("data", "seed")) for change in changes]
+    taken = {seed for seed in (_data_seed(listed[0]), *own) if isinstance(seed, int)}
+    for index, fields in enumerate(listed):
+        seed = _data_seed(fields)
+        if index > 0 and own[index] is None and isinstance(fields.get("data"), dict) and isinstance(seed, int):
+            if seed >= 0:  # anything else is refused as it stands
+                seed = (seed + index) % _SEEDS
+                while seed in taken:
+                    seed = (seed + 1) % _SEEDS
+            taken.add(seed)
+            fields["data"] = {**fields["data"], "seed": seed}
+    return listed
+
+
+def _data_seed(fields: dict[str, Any]) -> Any:
+    """As `Recipe.data_seed`, of sections that nobody has looked at yet."""
+    own = _at(fields, ("data", "seed"))
+    return fields.get("seed", 0) if own is None else own
 
 
 def _merged(base: Any, changes: Any, *, by_kind: bool = False) -> Any:

@@ -20,8 +20,8 @@ _LOSS_CHUNK_TOKENS = 1024  # rows of logits that the chunked cross-entropy holds
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank. Parameters, gradients and optimizer are counted; activations and the states between segments
-    are estimates from the shapes.
+    """Bytes of one rank. Parameters, gradients and optimizer are counted; activations and states are estimates from the
+    shapes.
     """
 
     parameters: int
@@ -30,11 +30,13 @@ class MemoryEstimate:
     activations: int
     boundary_states: int
     """Those that wait on the device."""
+    carried_states: int
+    """Those that rows carry from step to step."""
 
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.boundary_states
+        return sum(vars(self).values())
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -59,7 +61,18 @@ def estimate_memory(recipe: Recipe, parameters: int, ranks: int) -> MemoryEstima
         optimizer=4 * copies * parameters // share(1),
         activations=_activation_bytes(recipe, width),
         boundary_states=boundary_bytes(recipe) if recipe.training.boundary_states == "device" else 0,
+        carried_states=carried_bytes(recipe, recipe.training.batch_tokens // recipe.training.sequence_length // ranks),
     )
+
+
+def carried_bytes(recipe: Recipe, rows: int) -> int:
+    """What `rows` rows carry from step to step, and with rollback hold of the step before beside it."""
+    if not recipe.data.carries_state:
+        return 0
+    width = 2 if recipe.parallel.precision == "bf16" else 4
+    # Behind as many steps as fill a window's cache.
+    seen = max(recipe.training.sequence_length, recipe.model.window or 0)
+    return rows * state_bytes(recipe.model, width, seen) * (2 if recipe.training.on_bad_state == "rollback" else 1)
 
 
 def boundary_bytes(recipe: Recipe) -> int:
@@ -139,7 +152,7 @@ def _phase_lines(recipe: Recipe, batches: Batches, data: Data | None, parameters
     context = recipe.training.sequence_length
     flops = flops_per_token(recipe.model, context)
     memory = estimate_memory(recipe, parameters, ranks)
-    whole = recipe.training.segment_length is None
+    whole, carries = recipe.training.segment_length is None, recipe.data.carries_state
     return [
         f"tokens              {batches.total_tokens:,} in {batches.steps:,} steps of {recipe.training.batch_tokens:,}",
         f"a step              {batches.rows} rows of {context:,} = {ranks} rank(s) x {batches.accumulation} "
@@ -159,6 +172,7 @@ def _phase_lines(recipe: Recipe, batches: Batches, data: Data | None, parameters
         f"  activations       {_size(memory.activations)}, {'one micro-batch' if whole else 'a segment of one'}, "
         "estimated from the shapes",
         *([] if whole else [f"  boundary states   {_size(memory.boundary_states)}, estimated from the shapes"]),
+        *([f"  carried states    {_size(memory.carried_states)}, estimated from the shapes"] if carries else []),
     ]
 
 
@@ -199,9 +213,8 @@ def _initialization_lines(run: Recipe, sources: list[Source]) -> list[str]:
 def _carried_lines(recipe: Recipe, batches: Batches) -> list[str]:
     if not recipe.data.carries_state:
         return []
-    width = 2 if recipe.parallel.precision == "bf16" else 4
-    size = batches.rows * state_bytes(recipe.model, width, recipe.training.sequence_length)
-    return [f"  carried states    {batches.rows} rows that go on from step to step: {_size(size)} over all ranks"]
+    size = _size(carried_bytes(recipe, batches.rows))
+    return [f"  carried states    {batches.rows} rows that go on from step to step: {size} over all ranks"]
 
 
 def _segment_lines(recipe: Recipe) -> list[str]:

@@ -26,7 +26,7 @@ RECIPE_FILE = "recipe.yaml"
 MODEL_FILE = "model.json"
 TRAINER_FILE = "trainer.json"
 TOKENIZER_FILE = "tokenizer.model"
-_ORDERING = ("order", "min_document_tokens", "long_documents")  # of a cursor, and of the data section of shards
+_SELECTING = ("min_document_tokens", "long_documents")  # of a cursor, and of the data section of shards
 
 
 class DonePhase(BaseModel):
@@ -241,13 +241,16 @@ def _phase_of(folder: Path, state: TrainerState, phases: Phases) -> Phase:
             "without phases); set them back, or start a new run in another --folder"
         )
     problems = []
-    for done, phase in zip(state.done, phases, strict=False):
+    # At a phase's last checkpoint that one too is done: the next checkpoint would be refused for it.
+    for done, phase in zip(state.moved_on(phases).done, phases, strict=False):
         training, data, cursor = phase.recipe.training, phase.recipe.data, done.cursor
         then_and_now: dict[str, tuple[Any, Any]] = {"training.tokens": (done.asked_tokens, training.tokens)}
         if cursor is not None:
             then_and_now["training.sequence_length"] = (cursor.sequence_length, training.sequence_length)
             then_and_now["data.seed"] = (cursor.seed, phase.recipe.data_seed())
-            chosen = [name for name in _ORDERING if hasattr(data, name)]
+            then_and_now["data.order"] = (cursor.order, getattr(data, "order", "drawn"))
+            then_and_now["data.reset_memory"] = (cursor.grid is not None, data.pads_documents)
+            chosen = [name for name in _SELECTING if hasattr(data, name)]
             then_and_now |= {f"data.{name}": (getattr(cursor, name), getattr(data, name)) for name in chosen}
         problems += [
             f"phases.{phase.name}.{field} was {then}, and is {now} in the recipe"

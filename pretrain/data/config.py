@@ -42,7 +42,8 @@ class ShardsConfig(SourceConfig):
     reset_memory: bool = False
     """Whether the model's state (memory, convolutions, attention, positions) begins anew at each document's start. The
     documents are then padded to whole chunks of the memory (segments of the mac), which --dry-run counts; padding is
-    read and counted as tokens, but is no target."""
+    read and counted as tokens, but is no target. Held-out evaluation reads across documents all the same: there the
+    state goes on from each into the next of its row."""
 
     min_document_tokens: Tokens = 1
     """Documents of fewer tokens, EOS included, are left out."""

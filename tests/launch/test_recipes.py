@@ -104,6 +104,16 @@ def test_long_recipes_go_from_4k_to_2m_by_exact_gradients(path):
 
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
 @pytest.mark.parametrize("path", [path for path in LONG if path.stem != "long-tiny"], ids=lambda path: path.stem)
+def test_long_recipes_show_what_the_memory_gives_beyond_the_first_phase(path, variant):
+    phases = load_phases(path, [("model.preset", f"{variant}-{path.stem.removeprefix('long-')}")])
+    for phase in phases:
+        evaluation, training = phase.recipe.evaluation, phase.recipe.training
+        assert evaluation.by_position and evaluation.tokens >= 2 * training.sequence_length
+        assert evaluation.reset_window == (None if phase.number == 1 else phases.run.training.sequence_length)
+
+
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
+@pytest.mark.parametrize("path", [path for path in LONG if path.stem != "long-tiny"], ids=lambda path: path.stem)
 def test_long_recipes_begin_as_the_papers_and_are_for_8_gpus(path, variant):
     size = path.stem.removeprefix("long-")
     phases = load_phases(path, [("model.preset", f"{variant}-{size}")])

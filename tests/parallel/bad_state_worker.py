@@ -67,7 +67,8 @@ def poisoned(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def seen(result: StepResult) -> dict[str, Any]:
     values = {"loss": float(result.loss), "norm": float(result.grad_norm), "skipped": result.skipped}
-    return values | {"bad_rows": result.bad_rows, "mended_rows": result.mended_rows}
+    rows = {"reset_rows": result.reset_rows, "rolled_back_rows": result.rolled_back_rows}
+    return values | rows | {"bad_rows": result.bad_rows, "mended_rows": result.mended_rows}
 
 
 def save(engine: Engine, folder: Path) -> str:

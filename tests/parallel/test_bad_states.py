@@ -29,8 +29,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("trial", TRIALS)
 def test_the_others_train_as_if_the_row_had_been_reset(seen: dict[str, Any], trial: str) -> None:
     spoiled, by_hand = seen[trial]["spoiled"], seen[trial]["by hand"]
-    assert [step.pop("mended_rows") for step in spoiled["steps"]] == [(), (BAD_ROW,), ()]
-    assert [step.pop("mended_rows") for step in by_hand["steps"]] == [(), (), ()]
+    for name in ("mended_rows", "reset_rows"):
+        assert [step.pop(name) for step in spoiled["steps"]] == [(), (BAD_ROW,), ()]
+        assert [step.pop(name) for step in by_hand["steps"]] == [(), (), ()]
     assert spoiled["steps"] == by_hand["steps"]
     assert not any(step["skipped"] for step in spoiled["steps"])
     files = [{path.name: path.read_bytes() for path in Path(run["folder"]).iterdir()} for run in (spoiled, by_hand)]
@@ -53,6 +54,8 @@ def test_a_row_that_a_step_spoils_goes_back_and_the_step_is_skipped(seen: dict[s
     result = seen[trial][way]
     first, bad, after = result["steps"]
     assert (bad["skipped"], bad["mended_rows"], bad["bad_rows"]) == (True, (BAD_ROW,), (2, 3))
+    rows = (bad["reset_rows"], bad["rolled_back_rows"])
+    assert rows == (((BAD_ROW,), ()) if way == "reset" else ((), (BAD_ROW,)))
     assert math.isnan(bad["loss"]) and not math.isfinite(bad["norm"]) and result["unchanged"]
     for step in (first, after):
         assert (step["skipped"], step["mended_rows"], step["bad_rows"]) == (False, (), ())
@@ -104,7 +107,7 @@ def test_a_state_without_a_good_one_before_it_begins_anew() -> None:
         carried, guard = guard_of(before)
         assert guard.before_step() == []
         carried.put(0, state_of([1.0, math.nan], cached=2))
-        assert guard.after_step([None]) == [3]
+        assert guard.after_step([None]) == ([3], [])
         state = carried.get(0)
         assert state["restart"].tolist() == [False, True] and state["position"].tolist() == [4, 0]
         assert state["layers.0.attention.k"][:, 0, 0, 0].tolist() == [1.0, 0.0]
@@ -114,10 +117,50 @@ def test_a_row_that_goes_back_twice_is_well() -> None:
     carried, guard = guard_of(state_of([1.0, math.nan]))
     assert guard.before_step() == [3]
     carried.put(0, state_of([2.0, math.nan]))
-    assert guard.after_step([None]) == [3]
+    assert guard.after_step([None]) == ([], [3])
     state = carried.get(0)
     assert state["layers.0.attention.k"].flatten().tolist() == [2.0, 0.0]
     assert state["restart"].tolist() == [False, True], "of the state that it went back to"
+
+
+def spoil_step(carried: CarriedStates, guard: StateGuard, *values: float) -> tuple[list[int], list[int]]:
+    """A step that leads to a state of these values."""
+    assert guard.before_step() == []
+    carried.put(0, state_of(list(values)))
+    return guard.after_step([None])
+
+
+def test_a_row_that_is_spoiled_in_two_steps_running_begins_anew() -> None:
+    carried, guard = guard_of(state_of([5.0, 6.0]))
+    assert spoil_step(carried, guard, math.nan, 7.0) == ([], [2])
+    assert spoil_step(carried, guard, math.nan, math.nan) == ([2], [3])
+    assert carried.get(0)["layers.0.attention.k"].flatten().tolist() == [0.0, 7.0]
+    assert spoil_step(carried, guard, 8.0, 9.0) == ([], [])
+    assert spoil_step(carried, guard, math.nan, math.nan) == ([], [2, 3]), "a good step lies in between"
+    assert carried.get(0)["layers.0.attention.k"].flatten().tolist() == [8.0, 9.0]
+
+
+def test_so_it_does_where_the_run_was_resumed_in_between(tmp_path: Path) -> None:
+    """On fewer ranks too: rows 2 and 3 are those of the second rank of two, or the last two of one."""
+    for rank in range(2):
+        world = World(rank=rank, size=2, local_rank=rank, device=torch.device("cpu"))
+        carried = CarriedStates(world, micro_batch_size=2, accumulation=1)
+        carried.put(0, state_of([5.0, 6.0]))
+        if rank == 1:
+            assert spoil_step(carried, StateGuard(carried, "rollback"), 7.0, math.nan) == ([], [3])
+        carried.write(tmp_path)
+    for size, first in ((2, 2), (4, 0)):
+        rank, ranks = (1, 2) if size == 2 else (0, 1)
+        world = World(rank=rank, size=ranks, local_rank=rank, device=torch.device("cpu"))
+        carried = CarriedStates(world, micro_batch_size=size, accumulation=1)
+        carried.read(tmp_path)
+        assert carried.went_back == {3} and list(carried.rows(0)) == list(range(first, 4))
+        guard = StateGuard(carried, "rollback")
+        assert guard.before_step() == []
+        carried.put(0, {n: t * math.nan if t.is_floating_point() else t for n, t in carried.get(0).items()})
+        assert guard.after_step([None]) == ([3], list(range(first, 3)))
+        carried.clear()
+        assert carried.went_back == set()
 
 
 def test_a_row_that_began_a_document_within_the_step_does_not_go_back_to_another() -> None:
@@ -125,7 +168,7 @@ def test_a_row_that_began_a_document_within_the_step_does_not_go_back_to_another
     assert guard.before_step() == []
     carried.put(0, state_of([math.nan, math.nan]))
     resets = torch.tensor([[False, True, False], [False, False, False]])
-    assert guard.after_step([resets]) == [2, 3]
+    assert guard.after_step([resets]) == ([2], [3])
     state = carried.get(0)
     assert state["layers.0.attention.k"].flatten().tolist() == [0.0, 6.0]
     assert state["restart"].tolist() == [True, False] and state["position"].tolist() == [0, 4]

@@ -121,6 +121,26 @@ def test_any_layout_reads_what_any_other_wrote_bit_for_bit(tmp_path: Path, saved
                 assert torch.equal(found[name], tensor[rows.start : rows.stop] if tensor.dim() else tensor), name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["mac", "mag", "mal", "lmm", "transformer-window"])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str
+)
+def test_rows_go_on_in_another_precision(tmp_path: Path, case: str, saved: torch.dtype, loaded: torch.dtype) -> None:
+    """As from their states rounded to it by hand."""
+    tokens, carried = random_tokens(ROWS, 30), states_of(1, 0, 1, ROWS)
+    carried.put(0, build_model(case, saved)(tokens[:, :11]).state.flat())
+    carried.write(tmp_path)
+    carried.read(tmp_path)
+    model = build_model(case, loaded)
+    types = {name: tensor.dtype for name, tensor in model(tokens[:, :11]).state.flat().items()}
+    rounded = {name: tensor.to(types[name]) for name, tensor in carried.get(0).items()}
+    assert any(tensor.dtype != rounded[name].dtype for name, tensor in carried.get(0).items())
+    got, expected = (model(tokens[:, 11:], ModelState.from_tensors(state)) for state in (carried.get(0), rounded))
+    assert torch.equal(got.logits, expected.logits)
+    assert {name: tensor.dtype for name, tensor in got.state.flat().items()} == types
+
+
 def test_other_rows_and_none_at_all_are_refused(tmp_path: Path) -> None:
     written(tmp_path / "state", 2, 1, 2)
     with pytest.raises(ValueError, match="holds the states of 4 rows, and a step has 6: rows that go on"):

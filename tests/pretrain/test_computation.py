@@ -12,10 +12,12 @@ import torch
 from model.attention import AttentionLayer
 from model.compiled import PARTS
 from model.memory import MemoryCore
+from parallel import process
 from parallel.process import World
 from pretrain import loop
 from pretrain.config import load_recipe
 from pretrain.errors import UserError
+from pretrain.phases import Phases, load_phases
 from tests.distributed_helper import run_ranks
 from tests.training_cases import events, make_data, write_recipe
 
@@ -25,6 +27,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *overrides: tuple[str
     monkeypatch.setattr(loop, "Engine", lambda model, *arguments, **options: model)
     recipe = load_recipe(write_recipe(Path("shards"), tmp_path / "run"), overrides)
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    loop.check_backends(Phases.alone(recipe), world)
     return loop.build_engine(recipe, recipe.batches(1), world)
 
 
@@ -55,6 +58,18 @@ def test_kernels_that_do_not_take_the_memory_are_refused(monkeypatch: pytest.Mon
     message = str(caught.value)
     assert message.startswith("parallel.memory_backend: backend 'triton' does not take this memory: ")
     assert "the tensors are on cpu" in message
+
+
+def test_one_of_a_later_phase_is_refused_before_the_first_begins(tmp_path: Path) -> None:
+    recipe = write_recipe(make_data(tmp_path / "data"), tmp_path / "run", steps=1, schedule={"warmup_tokens": 0})
+    phases = load_phases(recipe, [("phases", "[{name: one}, {name: two, parallel: {memory_backend: triton}}]")])
+    world = process.initialize("cpu")
+    try:
+        with pytest.raises(UserError, match=r"phase two \(2 of 2\): parallel.memory_backend: backend 'triton'"):
+            loop.train(phases, world)
+    finally:
+        process.shutdown()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_memory_has_no_backend_for_it(tmp_path: Path) -> None:

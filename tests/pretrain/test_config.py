@@ -34,6 +34,12 @@ def test_a_recipe_written_out_is_the_same_recipe(recipe_file: Path, tmp_path: Pa
     assert load_recipe(again) == recipe
 
 
+@pytest.mark.parametrize("tokens", ["1Mi", "2M", "null"])
+def test_a_long_held_out_row_takes_as_many_tokens(recipe_file: Path, tokens: str) -> None:
+    recipe = load_recipe(recipe_file, [("evaluation.context", "1Mi"), ("evaluation.tokens", tokens)])
+    assert recipe.evaluation.context == 2**20
+
+
 def test_overrides_reach_every_depth(recipe_file: Path) -> None:
     overrides = [
         ("optimizer.lr", "4e-4"),
@@ -128,6 +134,10 @@ def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value
         (
             {"evaluation": "{context: 64}", "data": "{kind: synthetic, task: {kind: recall}}"},
             "evaluation.context is 64, but drawn rows are as long as data.task makes them",
+        ),
+        (
+            {"evaluation": "{context: 1Mi}"},
+            "evaluation.tokens 1000000 is less than one row of evaluation.context 1048576: raise it to 1048576",
         ),
         ({"schedule": "{kind: constant, min_lr_ratio: 0.5}"}, "min_lr_ratio is unused with kind constant"),
         ({"optimizer.lr": ".inf"}, "optimizer.lr: inf does not fit"),

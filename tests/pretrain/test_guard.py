@@ -98,6 +98,7 @@ def test_a_bad_step_is_skipped_counted_and_told(
     train(load_phases(recipe), world)
     (skip,) = events(folder, "skip")
     assert (skip["step"], skip["tokens"], skip["in_a_row"], skip["total"]) == (2, 256, 1, 1)
+    assert "phase" not in skip, "there is one"
     assert skip["gradient_norm"] == "inf" and 0 < skip["loss"] < 100 and skip["rows"] == []
     assert list(losses(folder)) == [1, 3, 4]
     assert curve(folder, "guard/skipped_steps") == [(1, 0), (2, 1), (3, 1), (4, 1)]
@@ -137,6 +138,27 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint_that_resumes(
     assert [(skip["step"], skip["in_a_row"], skip["total"]) for skip in events(folder, "skip")[3:]] == [(6, 1, 4)]
     assert list(losses(folder)) == [1, 3, 7, 8]
     assert events(folder)[-1]["event"] == "done"
+
+
+def test_one_at_a_phases_end_stays_as_a_phases_last_checkpoint_does(
+    data: Path, tmp_path: Path, world: World, spoil: Spoil
+) -> None:
+    """The run goes on in the next phase, and writes none there that the phase could be gone on from again."""
+    folder = tmp_path / "run"
+    recipe = recipe_of(data, folder, 2, keep=1, max_bad_steps=1)
+    phases = load_phases(recipe, [("phases", "[{name: one}, {name: two}]")])
+    spoil(2)
+    with pytest.raises(DivergedError, match="step 2: "):
+        train(phases, world)
+    spoil()
+    train(phases, world)
+    assert [(skip["step"], skip["phase"]) for skip in events(folder, "skip")] == [(2, "one")]
+    assert [event["step"] for event in events(folder, "resume")] == [2]
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000004"]
+    spoil(1)
+    with pytest.raises(DivergedError, match="step 5: "):
+        train(load_phases(recipe, [("phases", "[{name: one}, {name: two, training: {tokens: 512}}]")]), world)
+    assert checkpoint(folder, 5).exists() and not (checkpoint(folder, 5) / "stays").exists(), "inside the phase"
 
 
 def test_a_resumed_run_goes_on_counting(data: Path, tmp_path: Path, world: World, spoil: Spoil) -> None:

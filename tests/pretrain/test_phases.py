@@ -95,6 +95,9 @@ def test_no_phase_repeats_anothers_order_unless_it_is_asked_to(path: Path) -> No
     assert seeds(("data.seed", "7")) == [7, 8, 2], "the drawn data has no seed of its own: the run's"
     assert seeds(("phases.long.data.seed", "0")) == [0, 0, 2]
     assert seeds(("seed", str(2**63 - 1))) == [2**63 - 1, 0, 1]
+    assert seeds(("phases.1.data.seed", "1")) == [1, 2, 3], "those behind it go past it"
+    assert seeds(("phases.drawn.data.seed", "1")) == [0, 2, 1]
+    assert seeds(("phases.1.data.seed", "0"), ("seed", str(2**63 - 1))) == [0, 1, 2]
 
 
 def test_an_override_reaches_one_phase_or_those_without_a_value_of_their_own(path: Path) -> None:
@@ -235,10 +238,44 @@ def test_phases_that_were_begun_keep_their_names_and_places_and_what_was_trained
             state(short.model_copy(update={"cursor": cursor(order="documents")}), phase="long"),
             "phases.short.data.order was documents, and is rows in the recipe",
         ),
+        (
+            state(short.model_copy(update={"cursor": cursor(order="drawn")}), phase="long"),
+            "phases.short.data.order was drawn, and is rows in the recipe",
+        ),
+        (
+            state(short.model_copy(update={"cursor": cursor(grid=16)}), phase="long"),
+            "phases.short.data.reset_memory was True, and is False in the recipe",
+        ),
     ):
         with pytest.raises(UserError) as caught:
             _phase_of(folder, changed, phases)
         assert expected in str(caught.value)
+
+
+def test_a_phase_that_is_done_cannot_become_one_of_other_rows(path: Path) -> None:
+    """Rows that are drawn have no field of their order: text that was trained on is text all the same."""
+    done = [
+        DonePhase(name=name, asked_tokens=tokens, tokens=tokens, cursor=cursor(seed=seed, sequence_length=length))
+        for seed, (name, tokens, length) in enumerate([("short", 1536, 32), ("long", 2048, 128), ("drawn", 1536, 128)])
+    ]
+    later = {"name": "later", "training": {"sequence_length": 128, "batch_tokens": 256}}
+    phases = load_phases(write(path.parent, [*PHASES, later]))
+    with pytest.raises(UserError, match="phases.drawn.data.order was rows, and is drawn in the recipe;"):
+        _phase_of(Path("checkpoint"), state(*done, phase="later"), phases)
+
+
+def test_a_phase_that_has_just_ended_cannot_change_any_more_either(path: Path) -> None:
+    """At its last checkpoint: later ones, which have it behind them, would refuse what this one let pass."""
+    ended = TrainerState(step=12, tokens=1536, phase="short", cursor=cursor(), tokenizer_sha256=None, ranks=1)
+    inside = ended.model_copy(update={"step": 11, "tokens": 1408})
+    changed = load_phases(path, [("phases.short.data.seed", "3"), ("phases.short.data.order", "documents")])
+    with pytest.raises(UserError) as caught:
+        _phase_of(Path("checkpoint"), ended, changed)
+    assert "phases.short.data.seed was 0, and is 3 in the recipe" in str(caught.value)
+    assert "phases.short.data.order was rows, and is documents in the recipe" in str(caught.value)
+    assert _phase_of(Path("checkpoint"), inside, changed) == changed[0], "its cursor is checked when the loader opens"
+    longer = load_phases(path, [("phases.short.training.tokens", "3Ki")])
+    assert _phase_of(Path("checkpoint"), ended, longer) == longer[0], "it goes on"
 
 
 def test_a_phase_ends_with_its_tokens_and_the_next_begins(path: Path) -> None:

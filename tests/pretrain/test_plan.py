@@ -10,7 +10,15 @@ import torch
 from model import ModelConfig, TitansLM
 from pretrain.config import Recipe, load_recipe
 from pretrain.phases import Phases
-from pretrain.plan import boundary_bytes, describe, estimate_memory, state_bytes
+from pretrain.plan import (
+    _size,
+    boundary_bytes,
+    carried_bytes,
+    describe,
+    estimate_memory,
+    num_parameters,
+    state_bytes,
+)
 from tests.training_cases import write_recipe
 
 
@@ -53,6 +61,33 @@ def test_as_many_states_wait_as_gradients_flow_through(tmp_path: Path) -> None:
     ):
         recipe = recipe_with(tmp_path, **fields).model_copy(update={"model": lmm})
         assert boundary_bytes(recipe) == 2 * states * state_bytes(lmm, 4, 2), fields
+
+
+def test_memory_is_also_that_of_the_states_that_rows_carry(tmp_path: Path) -> None:
+    """Four rows, with rollback those of the step before beside them."""
+    alone = recipe_with(tmp_path)
+    streams = alone.model_copy(update={"data": alone.data.model_copy(update={"order": "streams"})})
+    back = streams.training.model_copy(update={"on_bad_state": "rollback"})
+    rollback = streams.model_copy(update={"training": back})
+    state = state_bytes(alone.model, 4, 32)
+    for recipe, states in ((alone, 0), (streams, 4), (rollback, 8)):
+        for ranks in (1, 2):
+            estimate, without = (estimate_memory(each, 1000, ranks) for each in (recipe, alone))
+            assert estimate.carried_states == states * state // ranks
+            assert estimate.total - without.total == states * state // ranks
+    text = describe(Phases.alone(rollback), 2)
+    assert f"# memory of a rank    {_size(estimate_memory(rollback, num_parameters(alone.model), 2).total)}" in text
+    assert f"#   carried states    {_size(4 * state)}, estimated" in text
+    assert f"#   carried states    4 rows that go on from step to step: {_size(8 * state)} over all" in text
+    assert "carried states" not in describe(Phases.alone(alone), 2)
+
+
+def test_a_carried_window_is_full_behind_the_first_steps(tmp_path: Path) -> None:
+    alone = recipe_with(tmp_path)
+    data = alone.data.model_copy(update={"order": "streams"})
+    streams = alone.model_copy(update={"model": ModelConfig.preset("mag-tiny"), "data": data})
+    assert streams.model.window == 64
+    assert carried_bytes(streams, 1) == state_bytes(streams.model, 4, 10_000) > state_bytes(streams.model, 4, 32)
 
 
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm", "transformer"])
