@@ -207,6 +207,27 @@ def test_flex_skips_only_blocks_that_are_not_seen_and_checks_all_that_are_seen_i
     assert (mask.kv_num_blocks + mask.full_kv_num_blocks).sum() == reached.sum(), "a block is listed twice"
 
 
+def test_more_kinds_of_calls_than_the_compiler_keeps_graphs_for_by_itself(monkeypatch) -> None:
+    compiled, graphs = torch.compile, []
+
+    def traced(function, **options):
+        return compiled(function, backend=lambda graph, _: graphs.append(graph) or graph.forward, **options)
+
+    monkeypatch.setattr(torch, "compile", traced)  # without the compiler proper, which takes a minute
+    torch._dynamo.reset()
+    flex._compiled.cache_clear()
+    try:
+        for dtype, rows, heads in itertools.product((torch.float32, torch.float16, torch.bfloat16), (1, 2), (1, 2)):
+            q = torch.randn(rows, 130, heads, 16).to(dtype)
+            inputs = prepare(q, q, q, 70, None, None, None, None)
+            expected = choice.attention_reference(inputs)
+            torch.testing.assert_close(flex.run(inputs), expected, rtol=3e-2, atol=3e-2)
+    finally:
+        flex._compiled.cache_clear()
+        torch._dynamo.reset()
+    assert len(graphs) > 9, "these are too few to meet a limit"
+
+
 @pytest.mark.slow  # a minute of compiling
 def test_flex_compiled_skips_blocks_and_gives_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
