@@ -18,8 +18,14 @@ NAMES = ("q", "k", "v", *GATES)
 OPTIONS = list(itertools.product((1, 2, 3, 4), ("silu", "gelu", "softmax"), ("init", "zero"), (None, 1.5)))
 
 
-def outputs_and_gradients(function, inputs: list[Tensor], weights: list[Tensor], state: MemoryState | None, **options):
-    """All results, and the gradients of a fixed random projection of all results, for one implementation."""
+def outputs_and_gradients(
+    function, inputs: list[Tensor], weights: list[Tensor], state: MemoryState | None, *, used=None, **options
+):
+    """All results, and the gradients of a fixed random projection of them, for one implementation.
+
+    Args:
+        used: indices of the results that are projected, in the order of y, weights, momentum, open tokens; None: all.
+    """
     inputs, weights = leaves(inputs), leaves(weights)
     state_leaves: list[Tensor] = []
     if state is not None:
@@ -34,6 +40,7 @@ def outputs_and_gradients(function, inputs: list[Tensor], weights: list[Tensor],
     generator = torch.Generator().manual_seed(7)
     # Drawn in float64 whatever the results are, so that results of another dtype have the same projection.
     parts = [(x, torch.randn(x.shape, generator=generator, dtype=torch.float64)) for x in results if x.numel()]
+    parts = [part for index, part in enumerate(parts) if used is None or index in used]
     loss = sum((x * projection.to(x.dtype)).sum() for x, projection in parts)
     sources = [*inputs, *weights, *state_leaves]
     gradients = torch.autograd.grad(loss, sources, allow_unused=True)
@@ -76,6 +83,15 @@ def test_equals_oracle_for_every_chunking(num_tokens: int, chunk_size: int, with
     options = {"chunk_size": chunk_size, "step_bound": 2.0}
     state = incoming_state(2, 7, **options) if with_state else None
     assert_equal_to_oracle(make_inputs(num_tokens), make_weights(2), state, **options)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("used", [[0], [1, 2, 3, 4], [2], [3]], ids=["y", "end", "weights of W_2", "momentum of W_1"])
+def test_equals_oracle_where_the_loss_uses_a_part_of_the_results(used: list[int], with_state: bool) -> None:
+    # Whole chunks: in the last one, too, something or nothing comes from the state behind it.
+    options = {"chunk_size": 4, "step_bound": 2.0}
+    state = incoming_state(2, 8, **options) if with_state else None
+    assert_equal_to_oracle(make_inputs(12), make_weights(2), state, used=used, **options)
 
 
 def test_equals_oracle_across_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
