@@ -1,4 +1,4 @@
-"""The parts of `tools.bench gpu`: their commands at full and at toy sizes, and about how long they take."""
+"""The parts of `tools.bench gpu`: their commands at full and at toy sizes, and their shares of the budget."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Part:
     """One part: a command in a process of its own."""
 
     name: str
-    minutes: float
-    """About what it takes on an H100; shares of a budget are in proportion to it."""
+    share: float
+    """Of the budget, beside the others' shares; nothing that was measured."""
     arguments: tuple[str, ...]
     """Of `python -m tools.bench`, or of pytest for the tests."""
     small: tuple[str, ...]
