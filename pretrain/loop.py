@@ -76,7 +76,9 @@ def _train_alone(
     with ExitStack() as stack:
         with agreed():
             log = stack.enter_context(open_log(phases, world, state))
-        announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings)
+            # Of all that is left: a backend that a later phase can't have should not be found out days later.
+            backends = [explain_backends(phase, world) for phase in phases.phases[len(state.done) :]]
+        announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0])
         checkpoint = start_from
         for phase in phases.phases[len(state.done) :]:
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
@@ -117,7 +119,10 @@ def run_phase(
         with agreed(), phase.named_in_errors():
             loader = stack.enter_context(open_training_data(recipe, batches, world, data.train, state))
         if len(phases) > 1:
-            log.event("phase", step=state.step, tokens=state.tokens, phase=phase.name, number=phase.number)
+            backends = explain_backends(phase, world)
+            log.event(
+                "phase", step=state.step, tokens=state.tokens, phase=phase.name, number=phase.number, backends=backends
+            )
             log.say(f"{phase.title}: {batches.steps} steps of {recipe.training.batch_tokens:,} tokens")
         run = Run(phases, phase, world, batches, engine, data, checkpoints, log)
         reached = run.steps(loader, state, checkpoint)
@@ -132,7 +137,6 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     model.set_activation_checkpointing(recipe.parallel.activation_checkpointing)
     if recipe.parallel.compile:
         compile_parts(model)
-    check_backends(recipe, world)
     model.set_attention_backend(recipe.parallel.attention_backend)
     model.set_memory_backend(recipe.parallel.memory_backend)
     return Engine(
@@ -149,22 +153,29 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     )
 
 
-def check_backends(recipe: Recipe, world: World) -> None:
-    """Raise UserError when a backend that the recipe asks for can't compute the model's attention or memory here."""
-    parallel, training = recipe.parallel, recipe.training
+def explain_backends(phase: Phase, world: World) -> dict[str, str]:
+    """What computes a phase's attention and memory here, and why; attention over rows in which documents begin, too.
+
+    Raises UserError when a backend that the recipe asks for can't compute one of them.
+    """
+    recipe, found = phase.recipe, {}
+    model, parallel, training = recipe.model, recipe.parallel, recipe.training
     where = {"device": world.device, "dtype": torch.bfloat16 if parallel.precision == "bf16" else torch.float32}
-    field = "attention_backend"
-    try:
-        if parallel.attention_backend != "auto":
-            length = training.segment_length or training.sequence_length
-            explain_attention_backend(
-                recipe.model, parallel.attention_backend, rows=training.micro_batch_size, length=length, **where
-            )
-        field = "memory_backend"
-        if parallel.memory_backend != "auto":
-            explain_memory_backend(recipe.model, parallel.memory_backend, **where)
-    except ValueError as error:
-        raise UserError(f"parallel.{field}: {error}") from error
+    sizes = {"rows": training.micro_batch_size, "length": training.segment_length or training.sequence_length}
+    explain = partial(explain_attention_backend, model, parallel.attention_backend, **sizes, **where)
+    with phase.named_in_errors():
+        field = "attention_backend"
+        try:
+            if model.has_attention:
+                found["attention"] = explain()
+                if recipe.data.pads_documents or recipe.data.carries_state:
+                    found["attention_over_documents"] = explain(documents=True)
+            field = "memory_backend"
+            if model.memory is not None:
+                found["memory"] = explain_memory_backend(model, parallel.memory_backend, **where)
+        except ValueError as error:
+            raise UserError(f"parallel.{field}: {error}") from error
+    return found
 
 
 def open_training_data(recipe: Recipe, batches: Batches, world: World, source: Source, state: TrainerState) -> Loader:
@@ -207,14 +218,18 @@ def announce(
     start_from: Path | None,
     state: TrainerState,
     warnings: list[str],
+    backends: dict[str, str],
 ) -> None:
-    """Write and print how the run begins, and what was wrong with the checkpoints that it does not begin from."""
+    """Write and print how the run begins, by which backends it computes, and what was wrong with the checkpoints that
+    it does not begin from.
+    """
     for warning in warnings:
         log.event("damaged", message=warning)
         if world.is_main:
             loud(warning)
     name, steps = phases.run.name, state.total_steps(phases, world.size)
     where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps, "data": data}
+    where["backends"] = backends
     if start_from is None:
         log.event("start", **where, recipe=phases.fields())
         batch = f" of {phases.run.training.batch_tokens:,} tokens" if len(phases) == 1 else f" in {len(phases)} phases"

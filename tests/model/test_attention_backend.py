@@ -72,3 +72,7 @@ def test_a_model_is_told_why_a_backend_does_not_take_it(as_on_a_gpu: None) -> No
     with pytest.raises(ValueError, match="'flex' does not take this attention: a row has no more queries"):
         explain_attention_backend(config, "flex", length=17, **sizes)
     assert explain_attention_backend(config, "auto", length=2**21, **sizes).startswith("flex: the first that takes")
+    config, sizes = config.model_copy(update={"variant": "mag", "segment": None, "window": 8}), {**sizes, "length": 16}
+    assert explain_attention_backend(config, "flash", **sizes) == "flash: asked for"
+    with pytest.raises(ValueError, match="'flash' does not take this attention: there are documents and a prefix"):
+        explain_attention_backend(config, "flash", documents=True, **sizes)
