@@ -69,13 +69,20 @@ PARTS = (
     ),
     Part(
         "train",
-        2.4,
+        2.0,
         _words(
             "train --presets mag-340m transformer-340m mac-340m mal-340m lmm-340m mag-760m transformer-760m mac-760m "
             "mal-760m lmm-760m --lengths 4096 32768 --batch-tokens 32768"
         ),
         _words("train --presets mag-tiny --lengths 32 --batch-tokens 64 --steps 1 --threads 1"),
         "tokens a second and MFU of training steps, 4K and 32K tokens",
+    ),
+    Part(
+        "train-triton",
+        0.4,
+        _words("train --presets mag-340m --lengths 4096 --batch-tokens 32768 --memory-backend triton"),
+        _words("train --presets mag-tiny --lengths 8 --batch-tokens 8 --steps 1 --threads 1 --memory-backend triton"),
+        "the same of one model whose memory the kernels compute, which auto leaves to the dual form",
     ),
     Part(
         "decode",
