@@ -61,7 +61,7 @@ class AttentionLayer(nn.Module):
             prefix=self._prefix(plain_q),
             context=None if context is None else (grown.context_k, grown.context_v),
             first_valid=None if cache is None else cache.first_valid,
-            first_visible=None if begins is None else begins + grown.k.shape[1] - x.shape[1],
+            first_visible=None if resets is None else resets.first_visible(grown.k.shape[1] - x.shape[1]),
             backend=self.backend,
         )  # fmt: skip
         if begins is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import choice
+from kernels.attention import choice, documents
 from model import ModelConfig, TitansLM
 from model.attention import explain_attention_backend
 from tests.kernels import attention_standins
@@ -53,6 +53,22 @@ def test_every_backend_gives_the_same_model(case: str, as_on_a_gpu: None, monkey
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
     # The MAC's second stream needs a mask; pieces of one query go to what has no blocks.
     assert used <= {"flex", "sdpa"} if CASES[case]["variant"] == "mac" else used == {"flash"}
+
+
+def test_the_host_reads_the_documents_once_for_all_layers(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, resets = build_model("transformer", num_layers=3), random_tokens(2, 12), torch.zeros(2, 12).bool()
+    resets[:, [3, 8]] = True
+    model.set_attention_backend("varlen")
+    expected = model(tokens, resets=resets).logits  # after which the self-test has been run
+    reads = []
+    real = documents._read
+    monkeypatch.setattr(documents, "_read", lambda inputs: reads.append(1) or real(inputs))
+    for recompute in (False, True):
+        model.set_activation_checkpointing(recompute)
+        reads.clear()
+        logits = model(tokens, resets=resets).logits
+        logits.sum().backward()
+        assert torch.equal(logits, expected) and sum(reads) == 1
 
 
 def test_an_unknown_backend_is_refused() -> None:
