@@ -14,7 +14,7 @@ import torch
 
 from model import TitansLM
 from model.attention import explain_attention_backend
-from model.compiled import compile_parts
+from model.compiled import check_compiler, compile_parts
 from model.flops import flops_per_token
 from model.memory import explain_memory_backend
 from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_states
@@ -156,7 +156,7 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
 def explain_backends(phase: Phase, world: World) -> dict[str, str]:
     """What computes a phase's attention and memory here, and why; attention over rows in which documents begin, too.
 
-    Raises UserError when a backend that the recipe asks for can't compute one of them.
+    Raises UserError when a backend that the recipe asks for can't compute one of them, or nothing can be compiled.
     """
     recipe, found = phase.recipe, {}
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
@@ -164,8 +164,11 @@ def explain_backends(phase: Phase, world: World) -> dict[str, str]:
     sizes = {"rows": training.micro_batch_size, "length": training.segment_length or training.sequence_length}
     explain = partial(explain_attention_backend, model, parallel.attention_backend, **sizes, **where)
     with phase.named_in_errors():
-        field = "attention_backend"
+        field = "compile"
         try:
+            if parallel.compile:
+                check_compiler(world.device)
+            field = "attention_backend"
             if model.has_attention:
                 found["attention"] = explain()
                 if recipe.data.pads_documents or recipe.data.carries_state:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 import yaml
 
 from model.attention import AttentionLayer
@@ -116,6 +117,13 @@ def test_compile_reaches_every_part(compiled: bool, monkeypatch: pytest.MonkeyPa
     model = built(monkeypatch, tmp_path, ("parallel.compile", str(compiled).lower()))
     parts = [module for module in model.modules() if isinstance(module, PARTS)]
     assert [hasattr(part.forward, "_torchdynamo_orig_callable") for part in parts] == [compiled] * len(parts)
+
+
+def test_compiling_without_a_compiler_is_refused_by_its_field(tmp_path: Path) -> None:
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert explained(tmp_path)
+        with pytest.raises(UserError, match=r"^parallel\.compile: No working C\+\+ compiler .*no-such-compiler"):
+            explained(tmp_path, ("parallel.compile", "true"))
 
 
 @pytest.mark.slow
