@@ -61,7 +61,7 @@ class AttentionLayer(nn.Module):
             prefix=self._prefix(plain_q),
             context=None if context is None else (grown.context_k, grown.context_v),
             first_valid=None if cache is None else cache.first_valid,
-            first_visible=None if begins is None else begins + grown.k.shape[1] - x.shape[1],
+            first_visible=None if resets is None else resets.first_visible(grown.k.shape[1] - x.shape[1]),
             backend=self.backend,
         )  # fmt: skip
         if begins is not None:
@@ -83,7 +83,14 @@ class AttentionLayer(nn.Module):
 
 
 def explain_attention_backend(
-    config: ModelConfig, backend: str, *, rows: int, length: int, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    backend: str,
+    *,
+    rows: int,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    documents: bool = False,
 ) -> str:
     """What computes the attention of a model in training, and why: `kernels.attention.explain_attention` of what it
     first attends over.
@@ -91,6 +98,7 @@ def explain_attention_backend(
     Args:
         backend: as of `TitansLM.set_attention_backend`.
         rows, length: of the tokens [rows, length] that the model reads from a beginning.
+        documents: whether rows begin a document in them, as `resets` tells the model.
 
     Raises:
         ValueError: the backend does not take this attention, or there is none of that name; the message says why.
@@ -106,6 +114,7 @@ def explain_attention_backend(
             window=config.window,
             prefix=Prefix(x, persistent, persistent) if config.num_persistent else None,
             context=(x, x) if config.variant == "mac" else None,
+            first_visible=torch.zeros(rows, length, dtype=torch.int64, device=device) if documents else None,
             backend=backend,
         )  # fmt: skip
 

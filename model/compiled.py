@@ -11,6 +11,21 @@ PARTS = (RMSNorm, HeadNorm, GatedSilu, UnitSilu, CausalConvolution, GateProjecti
 """What is compiled: modules without modules inside, whose operations read and write far more than they compute."""
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError where torch.compile would find no C++ compiler, which it needs for a CPU."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler  # their import takes the compiler's with it
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            f"{error}; install g++ or name a compiler in the environment's CXX, or leave it off"
+        ) from error
+
+
 def compile_parts(model: nn.Module, backend: str = "inductor") -> None:
     """Makes each of `PARTS` in the model run compiled, forward and backward; results stay the same up to rounding.
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import BACKENDS
+from kernels.attention import BACKENDS as ATTENTION_BACKENDS
 from kernels.cross_entropy import linear_cross_entropy, token_losses, token_scores
+from kernels.memory.choice import BACKENDS as MEMORY_BACKENDS
 from model.attention import AttentionLayer
 from model.config import ModelConfig
 from model.gates import GateProjection
@@ -188,8 +189,8 @@ class TitansLM(nn.Module):
         """What computes the attention: "auto" or another name of kernels.attention.BACKENDS; results stay the same up
         to rounding. One that does not take the model's attention makes forward raise a ValueError that says why.
         """
-        if backend not in BACKENDS:
-            raise ValueError(f"attention backend is {backend!r}: choose one of {', '.join(BACKENDS)}")
+        if backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"attention backend is {backend!r}: choose one of {', '.join(ATTENTION_BACKENDS)}")
         for module in self.modules():
             if isinstance(module, AttentionLayer):
                 module.backend = backend
@@ -198,8 +199,8 @@ class TitansLM(nn.Module):
         """What computes the memories: "auto", "dual" or "triton" (kernels.memory); results stay the same up to
         rounding. One that does not take the model's memories makes forward raise a ValueError that says why.
         """
-        if backend not in ("auto", "dual", "triton"):
-            raise ValueError(f"memory backend is {backend!r}: choose one of auto, dual, triton")
+        if backend not in MEMORY_BACKENDS:
+            raise ValueError(f"memory backend is {backend!r}: choose one of {', '.join(MEMORY_BACKENDS)}")
         for module in self.modules():
             if isinstance(module, MemoryCore):
                 module.backend = backend

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ class Resets:
     begins: Tensor | None
     """[B, T] int64: the index at which each token's document begins, or BEFORE; None where no row of the call does,
     and `rows` holds those whose memory alone has to be brought to its start."""
+    _first_visible: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def first_visible(self, offset: int) -> Tensor | None:
+        """[B, T] int64: the first key that each token sees, behind `offset` cached ones (see `kernels.attention`).
+
+        One tensor for all layers, by which attention knows that it has read these bounds.
+        """
+        if self.begins is None:
+            return None
+        if offset not in self._first_visible:
+            self._first_visible[offset] = self.begins + offset
+        return self._first_visible[offset]
 
     def piece(self, start: int, stop: int) -> Resets | None:
         """Those of tokens start..stop-1, as a call on these alone would have them; None where there are none."""

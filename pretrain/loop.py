@@ -14,7 +14,7 @@ import torch
 
 from model import TitansLM
 from model.attention import explain_attention_backend
-from model.compiled import compile_parts
+from model.compiled import check_compiler, compile_parts
 from model.flops import flops_per_token
 from model.memory import explain_memory_backend
 from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_states
@@ -53,7 +53,6 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
     with agreed():
         phases.require_fit(world.size)
         tokenizer, descriptions = check_data(phases, world.size)
-        check_backends(phases, world)
     with alone_in(phases.run.folder, world):
         _train_alone(phases, world, tokenizer, descriptions, resume)
 
@@ -77,7 +76,9 @@ def _train_alone(
     with ExitStack() as stack:
         with agreed():
             log = stack.enter_context(open_log(phases, world, state))
-        announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings)
+            # Of all that is left: a backend that a later phase can't have should not be found out days later.
+            backends = [explain_backends(phase, world) for phase in phases.phases[len(state.done) :]]
+        announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0])
         checkpoint = start_from
         for phase in phases.phases[len(state.done) :]:
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
@@ -120,7 +121,10 @@ def run_phase(
         with agreed(), phase.named_in_errors():
             loader = stack.enter_context(open_training_data(recipe, batches, world, data.train, state))
         if len(phases) > 1:
-            log.event("phase", step=state.step, tokens=state.tokens, phase=phase.name, number=phase.number)
+            backends = explain_backends(phase, world)
+            log.event(
+                "phase", step=state.step, tokens=state.tokens, phase=phase.name, number=phase.number, backends=backends
+            )
             log.say(f"{phase.title}: {batches.steps} steps of {recipe.training.batch_tokens:,} tokens")
         run = Run(phases, phase, world, batches, engine, data, checkpoints, log)
         reached = run.steps(loader, state, checkpoint)
@@ -151,28 +155,32 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
     )
 
 
-def check_backends(phases: Phases, world: World) -> None:
-    """Raise UserError when a backend that a phase asks for can't compute the model's attention or memory here."""
-    for phase in phases:
-        with phase.named_in_errors():
-            _check_backends(phase.recipe, world)
+def explain_backends(phase: Phase, world: World) -> dict[str, str]:
+    """What computes a phase's attention and memory here, and why; attention over rows in which documents begin, too.
 
-
-def _check_backends(recipe: Recipe, world: World) -> None:
-    parallel, training = recipe.parallel, recipe.training
+    Raises UserError when a backend that the recipe asks for can't compute one of them, or nothing can be compiled.
+    """
+    recipe, found = phase.recipe, {}
+    model, parallel, training = recipe.model, recipe.parallel, recipe.training
     where = {"device": world.device, "dtype": torch.bfloat16 if parallel.precision == "bf16" else torch.float32}
-    field = "attention_backend"
-    try:
-        if parallel.attention_backend != "auto":
-            length = training.segment_length or training.sequence_length
-            explain_attention_backend(
-                recipe.model, parallel.attention_backend, rows=training.micro_batch_size, length=length, **where
-            )
-        field = "memory_backend"
-        if parallel.memory_backend != "auto":
-            explain_memory_backend(recipe.model, parallel.memory_backend, **where)
-    except ValueError as error:
-        raise UserError(f"parallel.{field}: {error}") from error
+    sizes = {"rows": training.micro_batch_size, "length": training.segment_length or training.sequence_length}
+    explain = partial(explain_attention_backend, model, parallel.attention_backend, **sizes, **where)
+    with phase.named_in_errors():
+        field = "compile"
+        try:
+            if parallel.compile:
+                check_compiler(world.device)
+            field = "attention_backend"
+            if model.has_attention:
+                found["attention"] = explain()
+                if recipe.data.pads_documents or recipe.data.carries_state:
+                    found["attention_over_documents"] = explain(documents=True)
+            field = "memory_backend"
+            if model.memory is not None:
+                found["memory"] = explain_memory_backend(model, parallel.memory_backend, **where)
+        except ValueError as error:
+            raise UserError(f"parallel.{field}: {error}") from error
+    return found
 
 
 def open_training_data(recipe: Recipe, batches: Batches, world: World, source: Source, state: TrainerState) -> Loader:
@@ -215,14 +223,18 @@ def announce(
     start_from: Path | None,
     state: TrainerState,
     warnings: list[str],
+    backends: dict[str, str],
 ) -> None:
-    """Write and print how the run begins, and what was wrong with the checkpoints that it does not begin from."""
+    """Write and print how the run begins, by which backends it computes, and what was wrong with the checkpoints that
+    it does not begin from.
+    """
     for warning in warnings:
         log.event("damaged", message=warning)
         if world.is_main:
             loud(warning)
     name, steps = phases.run.name, state.total_steps(phases, world.size)
     where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps, "data": data}
+    where["backends"] = backends
     if start_from is None:
         log.event("start", **where, recipe=phases.fields())
         batch = f" of {phases.run.training.batch_tokens:,} tokens" if len(phases) == 1 else f" in {len(phases)} phases"

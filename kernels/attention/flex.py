@@ -24,6 +24,9 @@ BLOCK = 128
 MAX_PAIRS = 2**22
 """Pairs of blocks in a row, of 262,144 queries and keys: their lists grow with the square of the length."""
 WIDTHS = range(16, 257)
+RECOMPILE_LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 1024}
+"""Graphs that the compiler keeps of the one function that all models and masks of a process are compiled from. Of its
+own 8 a run with its evaluations uses more (dtypes, rows, heads, gradients, prefixes), and the next is an error."""
 _BEYOND = 2**40
 """Larger than any index; exact as the double that padding makes of it."""
 
@@ -76,7 +79,13 @@ def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention  # its import takes the compiler's with it
 
     # Whole, since what is not compiled holds all scores; dynamic, or every length would be compiled for itself.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(RECOMPILE_LIMITS):
+            return compiled(*arguments, **options)
+
+    return call
 
 
 def attention_flex(inputs: AttentionInputs, flex_attention: Callable[..., Any]) -> Tensor:

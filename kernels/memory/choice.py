@@ -8,6 +8,9 @@ from typing import NamedTuple
 from kernels.memory.backend import DualForm, GroupBackend
 from kernels.memory.problem import Problem
 
+BACKENDS = ("auto", "dual", "triton")
+"""What may be asked for; `neural_memory` knows the oracle besides."""
+
 # Why "auto" takes no kernels: compiled and interpreted they are right, which is not to have been run.
 UNPROVEN = "the kernels have not been run on a GPU yet: they compute only where backend='triton' asks for them"
 
@@ -28,8 +31,11 @@ def choose(problem: Problem, backend: str) -> Choice:
             long as the kernels have not been run on a GPU.
 
     Raises:
-        ValueError: "triton" was asked for, and the kernels do not take this problem; the message says why.
+        ValueError: an unknown name, or "triton" was asked for, and the kernels do not take this problem; the message
+            says why.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
     if backend == "dual":
         return Choice(DualForm(), "asked for")
     if backend == "auto" and problem.device.type != "cuda":

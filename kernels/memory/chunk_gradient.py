@@ -29,10 +29,6 @@ from kernels.memory.chunk import (
 )
 from kernels.memory.options import MIN_ONE_MINUS_ETA, MemoryOptions
 
-# What the gradient of a group may take beside its arguments and results: on a CPU about what its caches hold; a GPU
-# wants as many memories at once as it has room for.
-WORK_BYTES = {False: 8 << 20, True: 2 << 30}
-
 
 class LayerGradients(NamedTuple):
     """Gradients that one layer of a group has received so far; added to in place."""
@@ -60,7 +56,7 @@ def group_gradients(
     d_y: Tensor,
     d_end: Sequence[Tensor] | None,
 ) -> GroupGradients:
-    """Recomputes a group and goes back through it, as many memories at a time as `WORK_BYTES` allows.
+    """Recomputes a group and goes back through it.
 
     Args:
         tokens, learned, state: as `chunk.write_group` takes them.
@@ -68,52 +64,6 @@ def group_gradients(
         d_end: L tensors [N, 2 * i, o], gradient of the state after the group; None when nothing follows from it, as
             with a chunk that is open.
     """
-    num_memories = d_y.shape[1]
-    at_once = max(1, WORK_BYTES[d_y.device.type == "cuda"] // _work_bytes(tokens, state))
-    if at_once >= num_memories:
-        return _gradients(tokens, learned, state, options, d_y, d_end)
-    found = GroupGradients(
-        GroupTokens(*(torch.empty_like(x) for x in tokens)),
-        [None if w is None else torch.empty_like(w) for w in learned],
-        [torch.empty_like(s) for s in state],
-    )
-    for start in range(0, num_memories, at_once):
-        here = slice(start, start + at_once)
-        part = _gradients(
-            GroupTokens(*(x[:, here] for x in tokens)),
-            [None if w is None else w[here] for w in learned],
-            [s[here] for s in state],
-            options,
-            d_y[:, here],
-            None if d_end is None else [d[here] for d in d_end],
-        )
-        for whole, piece in zip(found.tokens, part.tokens, strict=True):
-            whole[:, here] = piece
-        for whole, piece in zip([*found.learned, *found.state], [*part.learned, *part.state], strict=True):
-            if whole is not None:
-                whole[here] = piece
-        del part, piece
-    return found
-
-
-def _work_bytes(tokens: GroupTokens, state: Sequence[Tensor]) -> int:
-    """About what one memory's gradient of a group takes while it is computed: per chunk three states (its own, its
-    gradient, a product on the way), per token eight vectors of each layer's widths, four rows of C x C matrices.
-    """
-    num_chunks, _, size, _ = tokens.k.shape
-    states = sum(s[0].numel() for s in state)
-    widths = sum(s.shape[1] // 2 + s.shape[2] for s in state)
-    return num_chunks * (3 * states + size * (8 * widths + 4 * size * len(state))) * state[0].element_size()
-
-
-def _gradients(
-    tokens: GroupTokens,
-    learned: Sequence[Tensor | None],
-    state: Sequence[Tensor],
-    options: MemoryOptions,
-    d_y: Tensor,
-    d_end: Sequence[Tensor] | None,
-) -> GroupGradients:
     with torch.enable_grad():
         leaves = tokens.alpha.detach().requires_grad_(), tokens.eta.detach().requires_grad_()
         graph = group_gates(*leaves)

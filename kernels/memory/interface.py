@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.memory.activations import activate
+from kernels.memory.choice import BACKENDS as CHOICES
 from kernels.memory.choice import choose
 from kernels.memory.dual import neural_memory_dual
 from kernels.memory.options import MAX_DEPTH, MemoryOptions
@@ -15,7 +16,7 @@ from kernels.memory.problem import Problem
 from kernels.memory.reference import neural_memory_reference
 from kernels.memory.state import MemoryState, state_dtype
 
-BACKENDS = ("auto", "dual", "triton", "reference")
+BACKENDS = (*CHOICES, "reference")
 
 
 def neural_memory(
@@ -108,7 +109,8 @@ def explain_backend(
     """What computes a call of `neural_memory` with these arguments, and why: "dual: the tensors ...".
 
     Raises:
-        ValueError: the backend asked for, "dual" or "triton", does not take this memory; the message says why.
+        ValueError: there is no such backend to choose ("reference" chooses nothing), or it does not take this memory;
+            the message says why.
     """
     options = MemoryOptions(chunk_size, activation, forget_to, objective, step_bound, activation_scale)
     choice = choose(Problem.of(q, k, v, weights, options), backend)

@@ -1,13 +1,9 @@
 """Document boundaries: attention equals attention document by document, in float64, and builds no mask of all pairs."""
 
 import itertools
-import weakref
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kernels.attention import sdpa
 from tests.kernels.attention_cases import (
@@ -17,6 +13,7 @@ from tests.kernels.attention_cases import (
     run_attention,
     with_gradients,
 )
+from tools.bench.live_tensors import LiveTensors
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "math"])
@@ -76,43 +73,14 @@ def test_a_beginning_beyond_the_query_or_before_the_keys_is_pulled_in(backend: s
         assert got.isfinite().all()
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators made and that are still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self._known:
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def forget() -> None:
-            self._known.discard(key)
-            self.live -= size
-
-        weakref.finalize(storage, forget)
-
-
 def _peak_bytes(length: int, window: int | None) -> int:
     """Peak of the bytes made by forward and backward, two rows of documents with prefix and second stream."""
     tensors = draw_inputs(length, length, True, True, torch.float32)
     bounds = first_visible_keys(length, length)
-    with LiveBytes() as meter:
+    with LiveTensors() as meter:
         run_attention(tensors, window=window, first_visible=bounds, backend="sdpa").sum().backward()
-    assert meter.peak > sum(tensor.nbytes for tensor in tensors.values()), "the meter missed the gradients"
-    return meter.peak
+    assert meter.peak_bytes > sum(tensor.nbytes for tensor in tensors.values()), "the meter missed the gradients"
+    return meter.peak_bytes
 
 
 def test_full_attention_keeps_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from kernels.memory import explain_backend, neural_memory
-from kernels.memory.choice import choose
+from kernels.memory.choice import BACKENDS, choose
+from kernels.memory.chunk import GroupTokens
 from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from tests.kernels.memory_cases import make_inputs, make_weights
+from tests.model_cases import build_model
 
 pytest.importorskip("triton")
 
-from kernels.memory.triton.backend import refusal
+from kernels.memory.triton import group, group_gradient
+from kernels.memory.triton.backend import TritonKernels, refusal
 
 CUDA = torch.device("cuda", 0)
 
@@ -88,6 +93,45 @@ def test_without_triton_the_dual_form_computes_everything(monkeypatch: pytest.Mo
 def test_the_choice_is_explained_for_a_call_as_it_would_be_made() -> None:
     (q, k, v, *_), weights = make_inputs(3, dtype=torch.float32), make_weights(2, dtype=torch.float32)
     assert explain_backend(q, k, v, weights, chunk_size=4).startswith("dual: the tensors are on cpu")
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_a_name_that_is_no_choice_is_refused_and_not_explained(backend: str) -> None:
+    (q, k, v, *_), weights = make_inputs(3), make_weights(2)
+    with pytest.raises(ValueError, match=f"backend is '{backend}'; it must be one of auto, dual, triton$"):
+        explain_backend(q, k, v, weights, chunk_size=4, backend=backend)
+
+
+def test_the_model_takes_the_names_that_can_be_chosen() -> None:
+    model = build_model("mag")
+    for backend in BACKENDS:
+        model.set_memory_backend(backend)
+    with pytest.raises(ValueError, match="memory backend is 'reference': choose one of auto, dual, triton"):
+        model.set_memory_backend("reference")
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        inside.append(x)
+        yield
+        inside.pop()
+
+    def launch(name: str) -> Callable[..., list[str]]:
+        return lambda *_: launched.append((name, *inside)) or [name]
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module, name in ((group, "write_group"), (group, "read_group"), (group_gradient, "group_gradients")):
+        monkeypatch.setattr(module, name, launch(name))
+    q, k, v, *gates = make_inputs(3)
+    tokens, options = GroupTokens(q, k, v, *gates), MemoryOptions(4)
+    TritonKernels.write(tokens, None, [], [], options, True)
+    TritonKernels.read(q, None, [], None, options)
+    TritonKernels.gradients(tokens, [], [], options, q, None)
+    assert [name for name, *_ in launched] == ["write_group", "read_group", "group_gradients"]
+    assert [x is y for (_, *xs), y in zip(launched, (k, q, k), strict=True) for x in xs] == [True] * 3
 
 
 def test_an_order_that_can_not_be_followed_is_an_error() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.memory import MemoryState, chunk_gradient, neural_memory, neural_memory_reference
-from kernels.memory.chunk import GroupTokens
+from kernels.memory import MemoryState, neural_memory, neural_memory_reference
 from kernels.memory.decay import decay_matrix
 from tests.kernels.memory_cases import GATES, HEADS, leaves, make_inputs, make_weights, relative_error
 
@@ -18,8 +16,14 @@ NAMES = ("q", "k", "v", *GATES)
 OPTIONS = list(itertools.product((1, 2, 3, 4), ("silu", "gelu", "softmax"), ("init", "zero"), (None, 1.5)))
 
 
-def outputs_and_gradients(function, inputs: list[Tensor], weights: list[Tensor], state: MemoryState | None, **options):
-    """All results, and the gradients of a fixed random projection of all results, for one implementation."""
+def outputs_and_gradients(
+    function, inputs: list[Tensor], weights: list[Tensor], state: MemoryState | None, *, used=None, **options
+):
+    """All results, and the gradients of a fixed random projection of them, for one implementation.
+
+    Args:
+        used: indices of the results that are projected, in the order of y, weights, momentum, open tokens; None: all.
+    """
     inputs, weights = leaves(inputs), leaves(weights)
     state_leaves: list[Tensor] = []
     if state is not None:
@@ -34,6 +38,7 @@ def outputs_and_gradients(function, inputs: list[Tensor], weights: list[Tensor],
     generator = torch.Generator().manual_seed(7)
     # Drawn in float64 whatever the results are, so that results of another dtype have the same projection.
     parts = [(x, torch.randn(x.shape, generator=generator, dtype=torch.float64)) for x in results if x.numel()]
+    parts = [part for index, part in enumerate(parts) if used is None or index in used]
     loss = sum((x * projection.to(x.dtype)).sum() for x, projection in parts)
     sources = [*inputs, *weights, *state_leaves]
     gradients = torch.autograd.grad(loss, sources, allow_unused=True)
@@ -78,28 +83,20 @@ def test_equals_oracle_for_every_chunking(num_tokens: int, chunk_size: int, with
     assert_equal_to_oracle(make_inputs(num_tokens), make_weights(2), state, **options)
 
 
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("used", [[0], [1, 2, 3, 4], [2], [3]], ids=["y", "end", "weights of W_2", "momentum of W_1"])
+def test_equals_oracle_where_the_loss_uses_a_part_of_the_results(used: list[int], with_state: bool) -> None:
+    # Whole chunks: in the last one, too, something or nothing comes from the state behind it.
+    options = {"chunk_size": 4, "step_bound": 2.0}
+    state = incoming_state(2, 8, **options) if with_state else None
+    assert_equal_to_oracle(make_inputs(12), make_weights(2), state, used=used, **options)
+
+
 def test_equals_oracle_across_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.memory.dual.GROUP_TOKENS", 8)
     options = {"chunk_size": 4, "step_bound": 2.0}
     assert_equal_to_oracle(make_inputs(27), make_weights(2), incoming_state(2, 7, **options), **options)
     assert_equal_to_oracle(make_inputs(24), make_weights(3), None, **options)
-
-
-@pytest.mark.parametrize("forget_to", ["init", "zero"])
-def test_equals_oracle_with_a_few_memories_at_a_time(monkeypatch: pytest.MonkeyPatch, forget_to: str) -> None:
-    num_memories, at_once, sizes = 2 * HEADS, 2 * HEADS - 1, []
-    whole = chunk_gradient._gradients
-
-    def gradients(tokens: GroupTokens, *rest: Any) -> chunk_gradient.GroupGradients:
-        sizes.append(tokens.k.shape[1])
-        return whole(tokens, *rest)
-
-    monkeypatch.setattr(chunk_gradient, "_gradients", gradients)
-    monkeypatch.setattr(chunk_gradient, "_work_bytes", lambda *_: 1)
-    monkeypatch.setattr(chunk_gradient, "WORK_BYTES", {False: at_once, True: num_memories})
-    options = {"chunk_size": 4, "step_bound": 2.0, "forget_to": forget_to}
-    assert_equal_to_oracle(make_inputs(27), make_weights(2), incoming_state(2, 7, **options), **options)
-    assert set(sizes) == {at_once, num_memories - at_once}
 
 
 @pytest.mark.parametrize("depth", [1, 2])

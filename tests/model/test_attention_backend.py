@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import choice
+from kernels.attention import choice, documents
 from model import ModelConfig, TitansLM
 from model.attention import explain_attention_backend
 from tests.kernels import attention_standins
@@ -55,6 +55,22 @@ def test_every_backend_gives_the_same_model(case: str, as_on_a_gpu: None, monkey
     assert used <= {"flex", "sdpa"} if CASES[case]["variant"] == "mac" else used == {"flash"}
 
 
+def test_the_host_reads_the_documents_once_for_all_layers(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, resets = build_model("transformer", num_layers=3), random_tokens(2, 12), torch.zeros(2, 12).bool()
+    resets[:, [3, 8]] = True
+    model.set_attention_backend("varlen")
+    expected = model(tokens, resets=resets).logits  # after which the self-test has been run
+    reads = []
+    real = documents._read
+    monkeypatch.setattr(documents, "_read", lambda inputs: reads.append(1) or real(inputs))
+    for recompute in (False, True):
+        model.set_activation_checkpointing(recompute)
+        reads.clear()
+        logits = model(tokens, resets=resets).logits
+        logits.sum().backward()
+        assert torch.equal(logits, expected) and sum(reads) == 1
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="attention backend is 'fast': choose one of auto, flash"):
         build_model("transformer").set_attention_backend("fast")
@@ -72,3 +88,7 @@ def test_a_model_is_told_why_a_backend_does_not_take_it(as_on_a_gpu: None) -> No
     with pytest.raises(ValueError, match="'flex' does not take this attention: a row has no more queries"):
         explain_attention_backend(config, "flex", length=17, **sizes)
     assert explain_attention_backend(config, "auto", length=2**21, **sizes).startswith("flex: the first that takes")
+    config, sizes = config.model_copy(update={"variant": "mag", "segment": None, "window": 8}), {**sizes, "length": 16}
+    assert explain_attention_backend(config, "flash", **sizes) == "flash: asked for"
+    with pytest.raises(ValueError, match="'flash' does not take this attention: there are documents and a prefix"):
+        explain_attention_backend(config, "flash", documents=True, **sizes)

@@ -8,27 +8,34 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
+import yaml
 
 from model.attention import AttentionLayer
 from model.compiled import PARTS
 from model.memory import MemoryCore
-from parallel import process
 from parallel.process import World
 from pretrain import loop
 from pretrain.config import load_recipe
 from pretrain.errors import UserError
-from pretrain.phases import Phases, load_phases
+from pretrain.phases import Phases
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, make_data, write_recipe
+from tests.training_cases import events, make_data, pretrain, recipe_fields, write_recipe
+
+WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
 
 def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *overrides: tuple[str, str]) -> torch.nn.Module:
     """The model that is handed to the engine."""
     monkeypatch.setattr(loop, "Engine", lambda model, *arguments, **options: model)
     recipe = load_recipe(write_recipe(Path("shards"), tmp_path / "run"), overrides)
-    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    loop.check_backends(Phases.alone(recipe), world)
-    return loop.build_engine(recipe, recipe.batches(1), world)
+    return loop.build_engine(recipe, recipe.batches(1), WORLD)
+
+
+def explained(tmp_path: Path, *overrides: tuple[str, str]) -> dict[str, str]:
+    """What a run says at its start of what computes."""
+    recipe = load_recipe(write_recipe(Path("shards"), tmp_path / "run"), overrides)
+    return loop.explain_backends(Phases.alone(recipe)[0], WORLD)
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
@@ -37,9 +44,9 @@ def test_it_reaches_every_layer(backend: str, monkeypatch: pytest.MonkeyPatch, t
     assert [m.backend for m in model.modules() if isinstance(m, AttentionLayer)] == [backend, backend]
 
 
-def test_one_that_does_not_take_the_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_one_that_does_not_take_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        built(monkeypatch, tmp_path, ("parallel.attention_backend", "flash"))
+        explained(tmp_path, ("parallel.attention_backend", "flash"))
     message = str(caught.value)
     assert message.startswith("parallel.attention_backend: attention backend 'flash' does not take this attention: ")
     assert "second stream" in message
@@ -52,24 +59,51 @@ def test_the_memory_s_reaches_every_layer(backend: str, monkeypatch: pytest.Monk
     assert [m.backend for m in model.modules() if isinstance(m, MemoryCore)] == [backend, backend]
 
 
-def test_kernels_that_do_not_take_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_that_do_not_take_the_memory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        built(monkeypatch, tmp_path, ("parallel.memory_backend", "triton"))
+        explained(tmp_path, ("parallel.memory_backend", "triton"))
     message = str(caught.value)
     assert message.startswith("parallel.memory_backend: backend 'triton' does not take this memory: ")
     assert "the tensors are on cpu" in message
 
 
-def test_one_of_a_later_phase_is_refused_before_the_first_begins(tmp_path: Path) -> None:
-    recipe = write_recipe(make_data(tmp_path / "data"), tmp_path / "run", steps=1, schedule={"warmup_tokens": 0})
-    phases = load_phases(recipe, [("phases", "[{name: one}, {name: two, parallel: {memory_backend: triton}}]")])
-    world = process.initialize("cpu")
-    try:
-        with pytest.raises(UserError, match=r"phase two \(2 of 2\): parallel.memory_backend: backend 'triton'"):
-            loop.train(phases, world)
-    finally:
-        process.shutdown()
-    assert not (tmp_path / "run").exists()
+def test_a_run_says_what_computes_also_where_nothing_was_asked_for(tmp_path: Path) -> None:
+    found = explained(tmp_path)
+    assert set(found) == {"attention", "memory"}
+    assert found["attention"].startswith("sdpa: the first that takes this\nnot flash: ")
+    assert found["memory"].startswith("dual: the tensors are on cpu")
+    assert explained(tmp_path, ("parallel.attention_backend", "math"))["attention"] == "math: asked for"
+
+
+@pytest.mark.parametrize("words", [("data.reset_memory", "true"), ("data.order", "streams")])
+def test_attention_over_documents_is_asked_for_at_the_start(
+    words: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = loop.explain_attention_backend
+
+    def explain(*arguments, documents: bool = False, **options) -> str:
+        if documents:
+            raise ValueError("there are documents")
+        return real(*arguments, **options)
+
+    assert "attention_over_documents" in explained(tmp_path, words)
+    monkeypatch.setattr(loop, "explain_attention_backend", explain)
+    assert "attention_over_documents" not in explained(tmp_path)
+    with pytest.raises(UserError, match="parallel.attention_backend: there are documents"):
+        explained(tmp_path, words)
+
+
+def test_a_later_phase_s_backend_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    fields = recipe_fields(make_data(tmp_path / "data", number=60), tmp_path / "run")
+    fields["phases"] = [
+        {"name": "first", "training": {"tokens": 256}},
+        {"name": "second", "training": {"tokens": 256}, "parallel": {"memory_backend": "triton"}},
+    ]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    done = pretrain(path, check=False)
+    assert "phase second (2 of 2): parallel.memory_backend: backend 'triton' does not take" in done.report()
+    assert done.codes == [2] and not events(tmp_path / "run", "start")
 
 
 def test_a_model_without_memory_has_no_backend_for_it(tmp_path: Path) -> None:
@@ -83,6 +117,13 @@ def test_compile_reaches_every_part(compiled: bool, monkeypatch: pytest.MonkeyPa
     model = built(monkeypatch, tmp_path, ("parallel.compile", str(compiled).lower()))
     parts = [module for module in model.modules() if isinstance(module, PARTS)]
     assert [hasattr(part.forward, "_torchdynamo_orig_callable") for part in parts] == [compiled] * len(parts)
+
+
+def test_compiling_without_a_compiler_is_refused_by_its_field(tmp_path: Path) -> None:
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert explained(tmp_path)
+        with pytest.raises(UserError, match=r"^parallel\.compile: No working C\+\+ compiler .*no-such-compiler"):
+            explained(tmp_path, ("parallel.compile", "true"))
 
 
 @pytest.mark.slow

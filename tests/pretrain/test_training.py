@@ -135,6 +135,8 @@ def test_events_tell_the_run(runs: Path) -> None:
     kinds = [event["event"] for event in events(runs / "zero1") if event["event"] != "step"]
     run = ["start", "save", "eval", "save", "save", "eval", "save", "memory", "eval", "save", "done"]
     assert kinds == run
+    (start,) = events(runs / "zero1", "start")
+    assert start["backends"]["attention"].startswith("sdpa: ") and start["backends"]["memory"].startswith("dual: ")
     (memory,) = events(runs / "zero1", "memory")
     assert [set(layer) >= {"alpha", "eta", "theta"} for layer in memory["layers"]] == [True, True]
 

@@ -109,10 +109,11 @@ def judged(rows: Sequence[Row]) -> list[Row]:
     result = []
     for row in rows:
         errors = [row.get(name) for name in ("output_error", "state_error", "gradient_error")]
+        errors = [error for error in errors if error is not None]
         # Not `>`: a result that is not a number has no error that is smaller than anything.
-        if "outcome" not in row and not all(error is None or error <= row["limit"] for error in errors):
-            worst = max((str(error) for error in errors if error is not None), default="")
-            row = {**row, "outcome": FAILED, "why": f"an error of {worst} is beyond the limit of {row['limit']}"}
+        if "outcome" not in row and not all(error <= row["limit"] for error in errors):
+            why = f"an error of {max(errors):.1e} is beyond the limit of {row['limit']:.1e}"
+            row = {**row, "outcome": FAILED, "why": why}
         result.append(row)
     return result
 

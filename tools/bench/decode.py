@@ -14,6 +14,7 @@ from model import ModelConfig, ModelState, TitansLM
 from model.generation import PREFILL_TOKENS, generate_stream
 from model.presets import PRESETS
 from model.state import AttentionCache
+from tools.bench.backends import add_backend_arguments, backend_settings, set_backends
 from tools.bench.benchmark import Benchmark
 from tools.bench.cases import Row, grid, run_cases
 from tools.bench.clock import DTYPES, add_device_arguments, device_settings, seconds_of
@@ -75,12 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=READ,
         help="how the state behind the context comes about: by reading it, or made of the same shapes (quick)",
     )
+    add_backend_arguments(parser)
     add_device_arguments(parser, repeats=1)
 
 
 def prepare(arguments: argparse.Namespace) -> Benchmark:
     """The benchmark that the options describe."""
-    settings = {**device_settings(arguments), "tokens": arguments.tokens}
+    settings = {**device_settings(arguments), "tokens": arguments.tokens, **backend_settings(arguments)}
     cases = grid({"preset": arguments.presets, "context": arguments.context, "batch": arguments.batch})
     cases = [{**case, "state": arguments.state} for case in cases]
 
@@ -101,6 +103,8 @@ def measure(
     dtype: str,
     threads: int,
     repeats: int,
+    memory_backend: str = "auto",
+    attention_backend: str = "auto",
 ) -> dict[str, Any]:
     """Speed of generating `tokens` tokens a row behind `context` tokens, the fastest of `repeats`, and bytes held."""
     torch.set_num_threads(threads)
@@ -108,6 +112,7 @@ def measure(
     where = torch.device(device)
     with where:
         model = TitansLM(ModelConfig.preset(preset)).to(DTYPES[dtype]).eval()
+    set_backends(model, memory_backend=memory_backend, attention_backend=attention_backend)
     seconds, before = seconds_of(lambda: behind(model, batch, context, state == READ), where)
     prompt = torch.zeros(batch, 1, dtype=torch.int64, device=where)
 

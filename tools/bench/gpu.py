@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=[part.name for part in PARTS], help="only these (default: all)", metavar="PART"
     )
-    parser.add_argument("--dry-run", action="store_true", help="list what would be run, and about how long it takes")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be run, and for how long at most")
     parser.add_argument("--commit", help="commit to note where this is no git checkout")
 
 
@@ -93,21 +93,22 @@ def run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def plan_text(parts: Sequence[Part], arguments: argparse.Namespace) -> str:
-    """What would be run: name, minutes, purpose and command of every part."""
+    """What would be run: name, purpose, share of the budget and command of every part."""
     lines, shares = [], shares_of(parts, arguments.minutes * 60 - RESERVE_SECONDS)
     for part, seconds in zip(parts, shares, strict=True):
         why = missing(part)
-        about = f"about {part.minutes:.1f} min, at most {seconds / 60:.1f}" if why is None else f"not run: {why}"
+        limit = f"at most {seconds / 60:.1f} min" if why is None else f"not run: {why}"
         command = part.command(device=arguments.device, small=arguments.small)
-        lines += [f"{part.name}: {part.purpose} ({about})", f"  python {shlex.join(command[1:])}"]
-    total = sum(part.minutes for part in parts if missing(part) is None)
-    lines.append(f"together about {total:.1f} min on an H100, within a budget of {arguments.minutes:g} min")
+        lines += [f"{part.name}: {part.purpose} ({limit})", f"  python {shlex.join(command[1:])}"]
+    lines.append(
+        f"together at most the budget of {arguments.minutes:g} min; what one leaves over goes to the later ones"
+    )
     return "\n".join(lines)
 
 
 def shares_of(parts: Sequence[Part], seconds: float) -> list[float]:
-    """Each part's share of the time that is left, in proportion to its minutes; none for one that cannot run."""
-    weights = [0.0 if missing(part) else part.minutes for part in parts]
+    """Each part's share of the time that is left, in proportion; none for one that cannot run."""
+    weights = [0.0 if missing(part) else part.share for part in parts]
     total = sum(weights) or 1.0
     return [max(seconds, 0.0) * weight / total for weight in weights]
 

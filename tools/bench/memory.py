@@ -12,11 +12,13 @@ import torch
 from kernels.memory import neural_memory
 from kernels.memory.interface import BACKENDS
 from model.memory import activation_scale
+from pretrain.errors import UserError
 from tools.bench import rival
 from tools.bench.benchmark import Benchmark
 from tools.bench.cases import Row, grid, run_cases
 from tools.bench.clock import DTYPES, add_device_arguments, device_settings, forward_and_backward
 from tools.bench.memory_inputs import inputs_of
+from tools.bench.record import RIVAL
 from tools.bench.roofline import memory_bytes, memory_config, memory_flops, rates
 from tools.bench.tables import Column, Presentation, digits, megabytes, milliseconds, percent, times, whole
 from tools.command import positive_int
@@ -95,7 +97,12 @@ def prepare(arguments: argparse.Namespace) -> Benchmark:
     """The benchmark that the options describe. Raises UserError for options that don't fit together."""
     settings = device_settings(arguments)
     if arguments.against is not None:
+        if arguments.backends is not None:
+            raise UserError("--backends: not with --against, which compares what 'auto' computes; leave it out")
         return rival.prepare(arguments, settings)
+    for option in ("exact_lengths", "rounds"):
+        if getattr(arguments, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')}: belongs to --against {RIVAL}; give that, or leave it out")
     shape = {"heads": arguments.heads, "head_dim": arguments.head_dim, "depth": arguments.depth}
     cases = grid({
         "length": arguments.lengths or LENGTHS,

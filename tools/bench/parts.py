@@ -1,4 +1,4 @@
-"""The parts of `tools.bench gpu`: their commands at full and at toy sizes, and about how long they take."""
+"""The parts of `tools.bench gpu`: their commands at full and at toy sizes, and their shares of the budget."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Part:
     """One part: a command in a process of its own."""
 
     name: str
-    minutes: float
-    """About what it takes on an H100; shares of a budget are in proportion to it."""
+    share: float
+    """Of the budget, beside the others' shares; nothing that was measured."""
     arguments: tuple[str, ...]
     """Of `python -m tools.bench`, or of pytest for the tests."""
     small: tuple[str, ...]
@@ -69,13 +69,20 @@ PARTS = (
     ),
     Part(
         "train",
-        2.4,
+        2.0,
         _words(
             "train --presets mag-340m transformer-340m mac-340m mal-340m lmm-340m mag-760m transformer-760m mac-760m "
             "mal-760m lmm-760m --lengths 4096 32768 --batch-tokens 32768"
         ),
         _words("train --presets mag-tiny --lengths 32 --batch-tokens 64 --steps 1 --threads 1"),
         "tokens a second and MFU of training steps, 4K and 32K tokens",
+    ),
+    Part(
+        "train-triton",
+        0.4,
+        _words("train --presets mag-340m --lengths 4096 --batch-tokens 32768 --memory-backend triton"),
+        _words("train --presets mag-tiny --lengths 8 --batch-tokens 8 --steps 1 --threads 1 --memory-backend triton"),
+        "the same of one model whose memory the kernels compute, which auto leaves to the dual form",
     ),
     Part(
         "decode",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, TitansLM
+from model.compiled import compile_parts
 from model.flops import flops_per_token
 from model.presets import PRESETS
 from parallel.config import ParallelConfig
@@ -21,9 +22,10 @@ from parallel.process import World, initialize
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.optimizer import OptimizerConfig, build_optimizer
+from tools.bench.backends import add_backend_arguments, backend_settings, computed_by, set_backends
 from tools.bench.benchmark import Benchmark
 from tools.bench.cases import Row, grid, run_cases
-from tools.bench.clock import add_device_arguments, device_settings, seconds_of
+from tools.bench.clock import DTYPES, add_device_arguments, device_settings, seconds_of
 from tools.bench.plain_loop import PlainLoop
 from tools.bench.tables import Column, Presentation, digits, percent, whole
 from tools.command import positive_int
@@ -38,6 +40,7 @@ PRESENTATION = Presentation(
         Column("tokens", "length", whole),
         Column("batch", "batch"),
         Column("loop", "loop"),
+        Column("parts", "parts"),
     ),
     found=(
         Column("tokens/s", "tokens_per_second", whole),
@@ -47,12 +50,16 @@ PRESENTATION = Presentation(
         Column("TFLOP/s", "tflops", digits),
         Column("peak GB", "peak_bytes", lambda value: digits(value / 1e9)),
         Column("activations", "activations"),
+        Column("memory by", "memory_backend"),
+        Column("attention by", "attention_backend"),
         Column("parameters M", "parameters", lambda value: digits(value / 1e6)),
     ),
     note="A step is forward, backward, clipping and AdamW on random tokens, one device. Loop: engine is the training's "
     "own, on DeepSpeed; plain is torch alone with fp32 master weights. MFU counts model operations as training does, "
     "with and without the memory's inner updates; n/a: no peak is known for the device. Activations: kept, or "
-    "recomputed in the backward pass, which MFU does not count.",
+    "recomputed in the backward pass, which MFU does not count. Parts: the small operations between products, compiled "
+    "or not. Memory and attention: the backends that computed them; n/a: the model has none, or an older record does "
+    "not say.",
 )
 
 
@@ -96,6 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="whether the backward pass recomputes layers; auto: where keeping them does not fit into the GPU's memory",
     )
+    add_backend_arguments(parser)
+    parser.add_argument("--compile", action="store_true", help="as parallel.compile: small operations are fused")
     add_device_arguments(parser, repeats=1)
 
 
@@ -106,9 +115,12 @@ def prepare(arguments: argparse.Namespace) -> Benchmark:
     if loop == ENGINE and not installed:
         raise UserError("--loop engine: DeepSpeed is not installed; install requirements.txt, or give --loop plain")
     settings = {**device_settings(arguments), "steps": arguments.steps, "activations": arguments.activations}
+    settings |= backend_settings(arguments)
+    parts = "compiled" if arguments.compile else "as they are"
     cases = grid({"preset": arguments.presets, "length": arguments.lengths, "batch_tokens": arguments.batch_tokens})
     cases = [
-        {"preset": case["preset"], "length": case["length"], "batch": batch_of(case), "loop": loop} for case in cases
+        {"preset": case["preset"], "length": case["length"], "batch": batch_of(case), "loop": loop, "parts": parts}
+        for case in cases
     ]
 
     def rows(deadline: float | None) -> Iterator[Row]:
@@ -134,10 +146,14 @@ def measure(
     repeats: int,
     steps: int,
     activations: str,
+    parts: str = "as they are",
+    memory_backend: str = "auto",
+    attention_backend: str = "auto",
 ) -> dict[str, Any]:
     """Speed and peak memory of `steps` steps, the fastest of `repeats` times; two others come first."""
     torch.set_num_threads(threads)
     sizes = {"length": length, "batch": batch, "loop": loop, "device": device, "dtype": dtype}
+    sizes |= {"parts": parts, "memory_backend": memory_backend, "attention_backend": attention_backend}
     timing = {"repeats": repeats, "steps": steps}
     try:
         return _measure(preset, **sizes, **timing, recompute=activations == "recomputed")
@@ -161,6 +177,9 @@ def _measure(
     repeats: int,
     steps: int,
     recompute: bool,
+    parts: str,
+    memory_backend: str,
+    attention_backend: str,
 ) -> dict[str, Any]:
     where = torch.device(device)
     if where.type == "cuda":
@@ -170,6 +189,10 @@ def _measure(
     with where:
         model = TitansLM(config)
     model.set_activation_checkpointing(recompute)
+    if parts == "compiled":
+        compile_parts(model)
+    asked = {"memory_backend": memory_backend, "attention_backend": attention_backend}
+    set_backends(model, **asked)
     parameters = model.num_parameters()
     step, end = _steps(model, loop, where, dtype, batch)
     tokens = torch.randint(config.vocab_size, (batch, length + 1), device=where)
@@ -190,6 +213,7 @@ def _measure(
         "peak_bytes": peak_bytes,
         "activations": "recomputed" if recompute else "kept",
         "parameters": parameters,
+        **computed_by(config, **asked, rows=batch, length=length, device=where, dtype=DTYPES[dtype]),
     }
 
 

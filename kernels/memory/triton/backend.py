@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.memory.chunk import GroupGates, GroupTrace
+from kernels.memory.chunk import GroupGates, GroupTokens, GroupTrace
+from kernels.memory.chunk_gradient import GroupGradients
 from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from kernels.memory.triton import group, group_gradient
@@ -25,8 +26,20 @@ class TritonKernels:
 
     name = "triton"
     takes_bf16 = True
-    write = staticmethod(group.write_group)
-    gradients = staticmethod(group_gradient.group_gradients)
+
+    # Triton launches on the current device, which need not be the tensors'.
+    @staticmethod
+    def write(
+        tokens: GroupTokens,
+        gates: GroupGates,
+        learned: Sequence[Tensor | None],
+        state: Sequence[Tensor],
+        options: MemoryOptions,
+        with_end: bool,
+    ) -> GroupTrace:
+        """All chunks' states and writes."""
+        with torch.cuda.device_of(tokens.k):
+            return group.write_group(tokens, gates, learned, state, options, with_end)
 
     @staticmethod
     def read(
@@ -37,7 +50,21 @@ class TritonKernels:
         options: MemoryOptions,
     ) -> Tensor:
         """The read-out y [n, N, M, D]."""
-        return group.read_group(q, gates, learned, trace, options)[-1]
+        with torch.cuda.device_of(q):
+            return group.read_group(q, gates, learned, trace, options)[-1]
+
+    @staticmethod
+    def gradients(
+        tokens: GroupTokens,
+        learned: Sequence[Tensor | None],
+        state: Sequence[Tensor],
+        options: MemoryOptions,
+        d_y: Tensor,
+        d_end: Sequence[Tensor] | None,
+    ) -> GroupGradients:
+        """Recomputes a group and goes back through it."""
+        with torch.cuda.device_of(tokens.k):
+            return group_gradient.group_gradients(tokens, learned, state, options, d_y, d_end)
 
 
 def refusal(problem: Problem) -> str | None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from triton.errors import TritonError
 
 from kernels.memory.backend import DualForm, GroupBackend
 from kernels.memory.chunk import GroupGates, GroupTokens, group_gates
@@ -68,7 +67,8 @@ def _first_difference(problem: Problem) -> str | None:
         for name, expected in exact:
             try:
                 _, result = next(found)
-            except (TritonError, RuntimeError) as error:
+            # Whatever Triton or the compiler under it throws: the dual form serves.
+            except Exception as error:  # noqa: BLE001
                 return f"{name}: {type(error).__name__}: {error}"
             distance = (result.double() - expected).norm() / expected.norm().clamp_min(1e-30)
             if not distance <= tolerance:  # also when it is NaN

@@ -67,8 +67,8 @@ CASES = {
         (32, 32), 16, 20, options={"objective": "dot", "forget_to": "zero", "activation": "softmax"}
     ),
     "linear, dot, bound, rows": Case((16, 16), 8, 20, 3, rows=2, options={"objective": "dot", "step_bound": 2.0}),
-    "linear, no momentum, no end": Case(
-        (64, 64), 16, 24, momentum=False, end_gradient=False, options={"forget_to": "zero", "step_bound": 1.0}
+    "linear, no momentum, whole chunks, no end": Case(
+        (64, 64), 16, 32, momentum=False, end_gradient=False, options={"forget_to": "zero", "step_bound": 1.0}
     ),
     "deep, all that models use, state": Case(
         (16, 32, 16), 16, 29, 21, options={"step_bound": 1.5, "activation_scale": 1.3}

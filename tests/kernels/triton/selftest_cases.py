@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -109,13 +110,24 @@ def test_wrong_kernels_are_named_and_the_dual_form_goes_on(
         assert part in record.message
 
 
-def test_a_kernel_that_does_not_run_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no kernel image"),
+        ValueError("no kernel image"),
+        AssertionError("no kernel image"),
+        subprocess.CalledProcessError(1, "no kernel image"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_kernel_that_does_not_run_is_a_failure(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_, **__):
-        raise RuntimeError("no kernel image")
+        raise error
 
     monkeypatch.setattr(TritonKernels, "write", staticmethod(broken))
     chosen = choice.choose(problem(), "triton")
-    assert chosen.backend.name == "dual" and "no kernel image" in chosen.reason
+    assert chosen.backend.name == "dual"
+    assert type(error).__name__ in chosen.reason and "no kernel image" in chosen.reason
 
 
 def test_a_result_that_is_not_a_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

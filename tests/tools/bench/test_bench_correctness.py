@@ -45,6 +45,13 @@ def test_what_is_not_a_number_fails() -> None:
     assert row["outcome"] == "failed"
 
 
+@pytest.mark.parametrize("errors", [(0.5, 9.1e-06), (9.1e-06, 0.5)])
+def test_the_worst_error_is_named(errors) -> None:
+    found = dict(zip(("output_error", "gradient_error"), errors, strict=True))
+    (row,) = correctness.judged([{**found, "state_error": None, "limit": 3e-3}])
+    assert row["why"] == "an error of 5.0e-01 is beyond the limit of 3.0e-03"
+
+
 def test_what_could_not_run_stays_as_it_was() -> None:
     row = {"outcome": "failed", "why": "no such kernel"}
     assert correctness.judged([row]) == [row]

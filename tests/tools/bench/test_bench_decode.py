@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 
@@ -45,6 +47,19 @@ def test_a_row_says_speed_and_bytes() -> None:
     made = decode.measure(preset="transformer-tiny", context=64, batch=2, state="made", **options)
     assert made["state_bytes_per_row"] == read["state_bytes_per_row"]
     assert made["prefill_tokens_per_second"] is None
+
+
+def test_the_backends_reach_the_model() -> None:
+    options = {"tokens": 1, "device": "cpu", "dtype": "fp32", "threads": 1, "repeats": 1, "state": "made"}
+    sizes = {"preset": "mag-tiny", "context": 8, "batch": 1}
+    for name, said in (("memory_backend", "triton"), ("attention_backend", "varlen")):
+        with pytest.raises(ValueError, match=f"backend '{said}' does not take"):
+            decode.measure(**sizes, **options, **{name: said})
+    parser = argparse.ArgumentParser()
+    decode.add_arguments(parser)
+    asked = parser.parse_args(["--device", "cpu", "--memory-backend", "dual", "--attention-backend", "math"])
+    settings = decode.prepare(asked).settings
+    assert (settings["memory_backend"], settings["attention_backend"]) == ("dual", "math")
 
 
 def test_models_stand_beside_the_transformer_of_their_size() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 
@@ -23,8 +24,8 @@ class Script(Part):
         return [sys.executable, "-c", self.arguments[0]]
 
 
-def script(name: str, line: str, minutes: float = 1.0) -> Script:
-    return Script(name, minutes, (line,), (line,), "a script")
+def script(name: str, line: str, share: float = 1.0) -> Script:
+    return Script(name, share, (line,), (line,), "a script")
 
 
 def arguments(tmp_path, minutes: float = 1.0) -> argparse.Namespace:
@@ -38,19 +39,23 @@ def quick(monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.3)
 
 
-def test_a_dry_run_lists_every_part_with_its_minutes(capsys) -> None:
-    assert main(["gpu", "--dry-run"]) == 0
+def test_a_dry_run_lists_every_part_with_its_share(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "missing", lambda part: None)
+    assert main(["gpu", "--dry-run", "--minutes", "5"]) == 0
     shown = capsys.readouterr().out
     for part in PARTS:
         assert part.name in shown and part.purpose in shown
-    assert "about 2.4 min, at most" in shown and "budget of 9 min" in shown
+    limits = [float(limit) for limit in re.findall(r"at most ([\d.]+) min", shown)]
+    assert limits == [pytest.approx(share / 60, abs=0.051) for share in shares_of(PARTS, 292)]
+    assert "budget of 5 min" in shown and "about" not in shown, "nobody has measured how long a part takes"
 
 
-def test_the_parts_fit_into_the_budget() -> None:
-    assert sum(part.minutes for part in PARTS) < 9
-    shares = shares_of(PARTS, 532)
-    assert sum(shares) == pytest.approx(532)
-    assert all(share >= 60 * part.minutes for part, share in zip(PARTS, shares, strict=True) if share)
+def test_the_parts_share_the_budget_in_proportion(monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "missing", lambda part: "not here" if part.name == "against" else None)
+    shares = dict(zip((part.name for part in PARTS), shares_of(PARTS, 532), strict=True))
+    assert sum(shares.values()) == pytest.approx(532) and shares.pop("against") == 0
+    first, *others = [share / part.share for part, share in zip(PARTS, shares.values(), strict=False)]
+    assert others == [pytest.approx(first)] * len(others)
 
 
 @pytest.mark.parametrize("small", [False, True])

@@ -43,6 +43,20 @@ def stand_in(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--against", RIVAL, "--backends", "dual"], "--backends: not with --against"),
+        (["--exact-lengths", "16"], "--exact-lengths: belongs to --against"),
+        (["--exact-lengths"], "--exact-lengths: belongs to --against"),
+        (["--rounds", "2"], "--rounds: belongs to --against"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_an_error(words, said, stand_in, capsys) -> None:
+    assert main(["memory", "--device", "cpu", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_both_are_measured_in_turns_and_compared(stand_in, tmp_path, capsys) -> None:
     output = tmp_path / "record.json"
     sizes = ["--heads", "2", "--head-dim", "8", "--expansion", "2", "--chunk-size", "16", "--lengths", "32"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 
 import pytest
 import torch
 
 from model import TitansLM
+from model.attention import AttentionLayer
+from model.compiled import PARTS
 from model.flops import flops_per_token
+from model.memory import MemoryCore
 from pretrain.optimizer import OptimizerConfig, build_optimizer
 from tests.model_cases import build_model, random_tokens
 from tools.bench import train
@@ -65,6 +69,39 @@ def test_a_row_says_speed_memory_and_operations() -> None:
     assert found["mfu"] is None and found["mfu_without_memory"] is None, "no peak is known for a CPU"
     assert found["activations"] == "recomputed"
     assert found["peak_bytes"] > 1e8 and found["parameters"] == TitansLM(config).num_parameters()
+
+
+def test_a_row_says_what_computed() -> None:
+    sizes = {"length": 8, "batch": 1, "loop": "plain", "dtype": "fp32", "activations": "kept"}
+    found = train.measure(preset="mag-tiny", **sizes, **OPTIONS, attention_backend="math")
+    assert (found["memory_backend"], found["attention_backend"]) == ("dual", "math")
+    found = train.measure(preset="transformer-tiny", **sizes, **OPTIONS)
+    assert (found["memory_backend"], found["attention_backend"]) == (None, "sdpa")
+    with pytest.raises(ValueError, match="backend 'triton' does not take this memory"):
+        train.measure(preset="mag-tiny", **sizes, **OPTIONS, memory_backend="triton")
+
+
+@pytest.mark.parametrize("words", [[], ["--memory-backend", "dual", "--attention-backend", "math", "--compile"]])
+def test_the_options_reach_the_model(words, monkeypatch) -> None:
+    seen = []
+
+    def took(model, *_) -> None:
+        layers = [m for m in model.modules() if isinstance(m, AttentionLayer | MemoryCore)]
+        parts = {hasattr(m.forward, "_torchdynamo_orig_callable") for m in model.modules() if isinstance(m, PARTS)}
+        seen.append(({m.backend for m in layers}, parts))
+        raise RuntimeError("enough")
+
+    def run(function, cases, settings, **_) -> list:
+        with pytest.raises(RuntimeError, match="enough"):
+            train.measure(**cases[0], **settings)
+        return []
+
+    monkeypatch.setattr(train, "_steps", took)
+    monkeypatch.setattr(train, "run_cases", run)
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    list(train.prepare(parser.parse_args(["--device", "cpu", "--loop", "plain", *words])).rows(None))
+    assert seen == [({"dual", "math"}, {True}) if words else ({"auto"}, {False})]
 
 
 def test_mfu_is_shown_with_and_without_inner_updates(monkeypatch) -> None:
