@@ -29,7 +29,7 @@ _FIELDS = ("name", "date", "command", "commit", "hardware", "versions", "setting
 def _git(*arguments: str) -> str | None:
     """Output of a git command in the project's folder; None outside a checkout or without git."""
     try:
-        result = subprocess.run(["git", *arguments], cwd=RECORDS, capture_output=True, text=True, check=True)
+        result = subprocess.run(["git", *arguments], cwd=RECORDS.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()
