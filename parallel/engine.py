@@ -145,6 +145,8 @@ class Engine:
         # Left behind by an earlier engine of this process; with them set, the next one takes that engine's groups.
         deepspeed.utils.groups.mpu = None
         deepspeed.utils.groups.mesh_device = None
+        if deepspeed.utils.groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_group_ranks:
+            deepspeed.utils.groups._WORLD_GROUP = None  # of a world that was shut down
         settings = deepspeed_config(
             config,
             micro_batch_size=micro_batch_size,

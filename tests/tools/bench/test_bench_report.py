@@ -122,9 +122,10 @@ def test_a_marker_of_an_unknown_record_is_an_error(records, tmp_path, capsys) ->
 
 def test_the_committed_records_render_and_the_results_show_them(tmp_path) -> None:
     committed = [read_record(path) for path in sorted(Path(RECORDS).glob("*.json"))]
-    if committed:
-        report.write_report(committed, html=tmp_path / "page.html", markdown=None)
-        assert (tmp_path / "page.html").read_text().count("image/svg+xml") >= 1
+    if not committed:
+        pytest.skip("nothing was measured yet")
+    report.write_report(committed, html=tmp_path / "page.html", markdown=None)
+    assert (tmp_path / "page.html").read_text().count("image/svg+xml") >= 1
     assert new_results(RESULTS, committed) == RESULTS.read_text(), (
         "run python -m tools.bench report --results tools/bench/RESULTS.md"
     )
