@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.bench.__main__ import BENCHMARKS, main
+from tools.bench.record import RECORDS
 
 
 def test_memory_writes_a_record_of_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +57,17 @@ def test_what_was_measured_is_written_before_the_end(tmp_path, monkeypatch) -> N
     output = tmp_path / "record.json"
     assert main(["memory", "--device", "cpu", "--record", str(output)]) == 130
     assert len(json.loads(output.read_text())["results"]) == 1
+
+
+def test_the_committed_record_shows_time_linear_in_length() -> None:
+    """1K to 64K tokens, at the sizes that the footprint is promised for."""
+    record = json.loads((RECORDS / "memory-cpu.json").read_text())
+    rows = record["results"]
+    assert all({**row, "heads": 4, "head_dim": 64, "depth": 2, "expansion": 4, "batch": 1} == row for row in rows)
+    per_token = {row["length"]: row["us_per_token"] for row in rows}
+    assert min(per_token) == 1024 and max(per_token) == 65536
+    assert per_token[65536] < 1.2 * per_token[1024]
+    assert not record["uncommitted_changes"]
 
 
 @pytest.mark.parametrize(
