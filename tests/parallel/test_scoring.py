@@ -194,5 +194,8 @@ def test_a_window_that_cannot_be_is_refused(preset: str, window: int, context: i
         require_reset_window(ModelConfig.preset(preset), window, context, "--reset")
 
 
-def test_a_window_that_fits_is_not() -> None:
-    require_reset_window(ModelConfig.preset("mac-tiny", segment=128), 256, 257, "--reset")
+def test_a_window_fits_from_a_row_on_that_is_a_token_longer() -> None:
+    model = ModelConfig.preset("mac-tiny", segment=128)
+    with pytest.raises(ValueError, match="resets nothing in rows of 256 tokens"):
+        require_reset_window(model, 256, 256, "--reset")
+    assert require_reset_window(model, 256, 257, "--reset") is None
