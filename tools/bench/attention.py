@@ -13,7 +13,7 @@ from tools.bench.benchmark import Benchmark
 from tools.bench.cases import Row, grid, run_cases
 from tools.bench.clock import DTYPES, add_device_arguments, device_settings, forward_and_backward
 from tools.bench.roofline import attention_bytes, attention_flops, rates, visible_pairs
-from tools.bench.tables import Column, Presentation, digits, megabytes, milliseconds, percent, whole
+from tools.bench.tables import HEADS, PEAK, RATES, TIMES, Column, Presentation, whole
 from tools.command import not_negative_int, positive_int
 
 FULL = 0
@@ -27,18 +27,12 @@ PRESENTATION = Presentation(
         Column("window", "window", lambda window: "all" if window == FULL else whole(window)),
         Column("backend", "backend"),
         Column("persistent tokens", "prefix"),
-        Column("batch", "batch"),
-        Column("heads", "heads"),
-        Column("head width", "head_dim"),
+        *HEADS,
     ),
     found=(
-        Column("forward ms", "forward_s", milliseconds),
-        Column("backward ms", "backward_s", milliseconds),
-        Column("us a token", "us_per_token", digits),
-        Column("TFLOP/s", "tflops", digits),
-        Column("of peak", "of_peak", percent),
-        Column("of roofline", "of_roofline", percent),
-        Column("peak MB over inputs", "peak_bytes", megabytes),
+        *TIMES,
+        *RATES,
+        PEAK,
     ),
     note="TFLOP/s counts the pairs of tokens that see each other, backward twice the forward. Roofline: the least time "
     "that the device's peaks allow for these operations, and for reading and writing the inputs, the output and their "

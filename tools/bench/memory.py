@@ -20,7 +20,7 @@ from tools.bench.clock import DTYPES, add_device_arguments, device_settings, for
 from tools.bench.memory_inputs import inputs_of
 from tools.bench.record import RIVAL
 from tools.bench.roofline import memory_bytes, memory_config, memory_flops, rates
-from tools.bench.tables import Column, Presentation, digits, megabytes, milliseconds, percent, times, whole
+from tools.bench.tables import HEADS, MEMORIES, PEAK, RATES, TIMES, Column, Presentation, digits, times, whole
 from tools.command import positive_int
 
 LENGTHS = [1024, 4096, 16384, 65536]
@@ -31,21 +31,13 @@ PRESENTATION = Presentation(
     case=(
         Column("tokens", "length", whole),
         Column("backend", "backend"),
-        Column("batch", "batch"),
-        Column("heads", "heads"),
-        Column("head width", "head_dim"),
-        Column("depth", "depth"),
-        Column("expansion", "expansion"),
-        Column("chunk", "chunk_size"),
+        *HEADS,
+        *MEMORIES,
     ),
     found=(
-        Column("forward ms", "forward_s", milliseconds),
-        Column("backward ms", "backward_s", milliseconds),
-        Column("us a token", "us_per_token", digits),
-        Column("TFLOP/s", "tflops", digits),
-        Column("of peak", "of_peak", percent),
-        Column("of roofline", "of_roofline", percent),
-        Column("peak MB over inputs", "peak_bytes", megabytes),
+        *TIMES,
+        *RATES,
+        PEAK,
         Column("KB a token", "kb_per_token", digits),
         Column("speed over dual", "speed_over_dual", times),
         Column("memory over dual", "memory_over_dual", times),

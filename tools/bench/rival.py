@@ -20,7 +20,7 @@ from tools.bench.clock import DTYPES, forward_and_backward
 from tools.bench.memory_inputs import inputs_of
 from tools.bench.record import RIVAL
 from tools.bench.roofline import memory_config
-from tools.bench.tables import Column, Presentation, digits, megabytes, milliseconds, times, whole
+from tools.bench.tables import HEADS, MEMORIES, PEAK, TIMES, Column, Presentation, times, whole
 from tools.command import positive_int
 
 LAYER = "mnemosyne, layer"
@@ -32,18 +32,12 @@ PRESENTATION = Presentation(
         Column("implementation", "implementation"),
         Column("tokens", "length", whole),
         Column(f"chunk of {RIVAL}", "rival_chunk_size"),
-        Column("batch", "batch"),
-        Column("heads", "heads"),
-        Column("head width", "head_dim"),
-        Column("depth", "depth"),
-        Column("expansion", "expansion"),
-        Column("chunk", "chunk_size"),
+        *HEADS,
+        *MEMORIES,
     ),
     found=(
-        Column("forward ms", "forward_s", milliseconds),
-        Column("backward ms", "backward_s", milliseconds),
-        Column("us a token", "us_per_token", digits),
-        Column("peak MB over inputs", "peak_bytes", megabytes),
+        *TIMES,
+        PEAK,
         Column(f"speed over {RIVAL}", "speed_over_rival", times),
         Column(f"memory over {RIVAL}", "memory_over_rival", times),
     ),

@@ -107,3 +107,27 @@ def percent(value: float) -> str:
 def times(value: float) -> str:
     """A ratio."""
     return f"{digits(value)} x"
+
+
+TIMES = (
+    Column("forward ms", "forward_s", milliseconds),
+    Column("backward ms", "backward_s", milliseconds),
+    Column("us a token", "us_per_token", digits),
+)
+"""What `clock.forward_and_backward` times, and the two together a token."""
+
+RATES = (
+    Column("TFLOP/s", "tflops", digits),
+    Column("of peak", "of_peak", percent),
+    Column("of roofline", "of_roofline", percent),
+)
+"""What `roofline.rates` makes of it."""
+
+PEAK = Column("peak MB over inputs", "peak_bytes", megabytes)
+"""The growth of memory in a forward and backward."""
+
+HEADS = (Column("batch", "batch"), Column("heads", "heads"), Column("head width", "head_dim"))
+"""Sizes of attention and memories."""
+
+MEMORIES = (Column("depth", "depth"), Column("expansion", "expansion"), Column("chunk", "chunk_size"))
+"""Sizes of memories alone."""
