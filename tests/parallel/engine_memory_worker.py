@@ -11,7 +11,7 @@ import torch
 from model import ModelConfig, TitansLM
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
-from parallel.process import World, exit_now, initialize
+from parallel.process import World, exit_now, initialize, shutdown
 from pretrain.data import Batch
 
 
@@ -47,6 +47,9 @@ def measure(world: World, stage: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    alone = initialize("cpu")
-    print(json.dumps([measure(alone, int(stage)) for stage in sys.argv[1:]]))
+    rows = []
+    for stage in map(int, sys.argv[1:]):  # each in a world of its own
+        rows.append(measure(initialize("cpu"), stage))
+        shutdown()
+    print(json.dumps(rows))
     exit_now(0)

@@ -13,7 +13,9 @@ STAGES = (0, 1, 2, 3)
 
 @pytest.fixture(scope="module")
 def measured() -> dict[int, dict[str, int]]:
-    """By stage; in a process of its own, whose tensors are the engines' alone."""
+    """By stage; in a process of its own, whose tensors are the engines' alone, each in a world that was not there for
+    the one before.
+    """
     words = ["tests/parallel/engine_memory_worker.py", *map(str, STAGES)]
     (output,) = run_ranks(words, ranks=1, timeout=300).outputs
     return {row["stage"]: row for row in json.loads(output.splitlines()[-1])}
