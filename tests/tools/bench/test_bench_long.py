@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.bench.__main__ import main
+from tools.bench.record import RECORDS
 
 SMALL = ["--segment-length", "32", "--dim", "16", "--heads", "1", "--layers", "1", "--chunk-size", "8", "--window", "8"]
 
@@ -35,3 +36,14 @@ def test_a_step_is_measured_for_each_model_gradient_and_length(tmp_path: Path, c
 def test_a_length_that_segments_do_not_divide_is_named(capsys) -> None:
     assert main(["long", *SMALL, "--lengths", "48"]) == 2
     assert "--lengths 48: not a multiple of --segment-length 32" in capsys.readouterr().err
+
+
+def test_the_committed_record_shows_two_million_tokens_in_flat_memory_and_time() -> None:
+    record = json.loads((RECORDS / "long-cpu.json").read_text())
+    assert not record["uncommitted_changes"]
+    assert record["settings"]["boundary_states"] == "disk"
+    exact = {(row["variant"], row["length"]): row for row in record["results"] if row["gradient"] == "exact"}
+    for variant in ("mac", "mag", "lmm"):
+        short, long = exact[variant, 65_536], exact[variant, 2_097_152]
+        assert long["peak_bytes"] <= 1.5 * short["peak_bytes"]
+        assert long["seconds"] / long["length"] <= 1.3 * short["seconds"] / short["length"]
