@@ -43,8 +43,8 @@ class TrainingConfig(BaseModel):
 
     segment_length: Tokens | None = None
     """Tokens that are run forward and backward at a time, the memory carried on: a divisor of sequence_length, so that
-    a row takes the memory of a segment. None: rows are run whole. With parallel.zero_stage 2 or 3, whose ranks keep a
-    share of the gradients only, these are reduced after every segment instead of once a step."""
+    a row takes the memory of a segment. None: rows are run whole. With parallel.zero_stage 2 or 3, which would keep a
+    share of the gradients only, they wait whole for the step's one reduction (parallel.reduce_gradients)."""
 
     gradient: Literal["exact", "truncated"] = "exact"
     """How far gradients flow back through segments: exact, through the whole row, whatever segment_length is; or

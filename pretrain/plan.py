@@ -57,12 +57,16 @@ def estimate_memory(recipe: Recipe, parameters: int, ranks: int) -> MemoryEstima
     copies = 2 if parallel.zero_stage == 0 else 3
     return MemoryEstimate(
         parameters=width * parameters // share(3),
-        gradients=4 * parameters // share(2),
+        gradients=4 * parameters // (1 if _keeps_gradients_whole(recipe, ranks) else ranks),
         optimizer=4 * copies * parameters // share(1),
         activations=_activation_bytes(recipe, width),
         boundary_states=boundary_bytes(recipe) if recipe.training.boundary_states == "device" else 0,
         carried_states=carried_bytes(recipe, recipe.training.batch_tokens // recipe.training.sequence_length // ranks),
     )
+
+
+def _keeps_gradients_whole(recipe: Recipe, ranks: int) -> bool:
+    return recipe.parallel.keeps_gradients_whole(recipe.batches(ranks).accumulation * recipe.training.num_segments)
 
 
 def carried_bytes(recipe: Recipe, rows: int) -> int:
@@ -251,12 +255,15 @@ def _data_lines(recipe: Recipe, data: Data | None, batches: Batches) -> list[str
 
 
 def _rank_lines(recipe: Recipe, ranks: int) -> list[str]:
-    kept = ("nothing", "optimizer", "optimizer, gradients", "optimizer, gradients, parameters")
     stage = recipe.parallel.zero_stage
+    kept = [("optimizer", 1), ("gradients", 2), ("parameters", 3)]
+    shared = [name for name, first in kept if stage >= first]
+    if "gradients" in shared and _keeps_gradients_whole(recipe, ranks):
+        shared.remove("gradients")
     return [
         f"ranks               {ranks}, all data-parallel; ZeRO {stage}, {recipe.parallel.precision}",
         f"  rank r            rows {recipe.training.micro_batch_size} x ({ranks} m + r) and on for micro-batch m; "
-        f"holds 1/{ranks} of: {kept[stage]}",
+        f"holds 1/{ranks} of: {', '.join(shared) or 'nothing'}",
     ]
 
 
