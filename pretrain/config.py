@@ -392,10 +392,10 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     raw = read_recipe_file(path)
     if raw.get("phases") is not None:
         raise UserError(f"recipe {path}: lists phases, and what reads it here takes a run of one: remove phases")
-    if raw.get("start_phase") is not None:
-        raise UserError(f"recipe {path}: start_phase is {raw['start_phase']}, but it lists no phases: remove it")
     for name, text in overrides:
         put_override(raw, name, text)
+    if raw.get("start_phase") is not None:
+        raise UserError(f"recipe {path}: start_phase is {raw['start_phase']}, but it lists no phases: remove it")
     raw.pop("phases", None)
     apply_preset(raw)
     try:

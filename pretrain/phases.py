@@ -309,10 +309,10 @@ def _without_effect(
     raw: dict[str, Any], changes: list[dict[str, Any]], left_out: list[str], name: str, text: str
 ) -> list[str]:
     """An override outside the phases that each of them puts a value of its own over, and one of a phase left out."""
-    if name.split(".")[0] == "phases":
-        which = name.split(".")[1]
+    section, *inside = name.split(".")
+    if section == "phases":
         numbers = [str(number) for number in range(1, len(left_out) + 1)]
-        unused = which in (*left_out, *numbers)
+        unused = inside and inside[0] in (*left_out, *numbers)
         return [f"  --{name}: has no effect, as start_phase leaves that phase out; drop it"] if unused else []
     found = []
     for leaf in _leaves(tuple(name.split(".")), parse_override(name, text)):
