@@ -70,7 +70,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def later_phases(data: Path, folder: Path, source: Path) -> list[Path]:
     """A recipe of three phases that begins with the second, and one that lists the last two alone."""
-    training = {"sequence_length": 64, "segment_length": 32}
+    training = {"sequence_length": 64, "segment_length": 32, "micro_batch_size": 1}
     listed = [
         {"name": "first", "training": {"batch_tokens": 256}},
         {"name": "second", "training": training, "data": {"seed": 1}},
