@@ -4,10 +4,10 @@ A device that is not listed has no share of a peak, never a guessed one.
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
-import psutil
 import torch
 
 # Dense peak in FLOP/s, without sparsity, from the makers' data sheets: (bf16 on tensor cores, fp32 outside them).
@@ -52,7 +52,7 @@ def available_host_bytes(groups: Path = Path("/proc/self/cgroup"), mount: Path =
     """What all processes of this node could still take of its memory, without swapping: of the machine's, or of the
     control group's (a container's, a Slurm job's) where that leaves less. File caches count as free.
     """
-    least = psutil.virtual_memory().available
+    least = _available_in_machine()
     lines = groups.read_text().splitlines() if groups.exists() else []
     for line in lines:
         _, controllers, path = line.split(":", 2)
@@ -69,6 +69,14 @@ def available_host_bytes(groups: Path = Path("/proc/self/cgroup"), mount: Path =
             if folder == root:
                 break
     return max(least, 0)
+
+
+def _available_in_machine(memory: Path = Path("/proc/meminfo")) -> int:
+    lines = memory.read_text().splitlines() if memory.exists() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all of it, where nothing says what is free
 
 
 def _left_in_group(folder: Path, limit: str, usage: str, cache: str) -> int | None:
