@@ -28,10 +28,11 @@ class ShardsConfig(SourceConfig):
     """Folder of the validation shards, made with the same tokenizer; none: no held-out evaluation."""
 
     verify: Verify = "hashes"
-    """What is checked at the start: `hashes` (sha256 of every shard, so that no altered token is trained on) or `sizes`
-    (only that every shard is there with its bytes). Hashing reads all shards once on every node, whose ranks share the
-    work: about a second for a gigabyte, or what the disk takes. Where that is too long, `tools.shards verify` can check
-    a set once, and `sizes` skips it at every start."""
+    """What is checked at the start, of all phases that are left: `hashes` (sha256 of every shard, so that no altered
+    token is trained on) or `sizes` (only that every shard is there with its bytes). Hashing reads all shards once on
+    every node, whose ranks share the work: about a second for a gigabyte, or what the disk takes; a start says how many
+    bytes that is. Where it is too long, `tools.shards verify` can check a set once, and `sizes` skips it at every
+    start."""
 
     order: Order = "rows"
     """`rows`: documents are permuted and packed, and the packed rows permuted too, so that a batch does not come from
@@ -104,6 +105,11 @@ class ShardsConfig(SourceConfig):
     def missing(self) -> Path | None:
         """The folder of the training shards, if it is not there."""
         return None if self.train.exists() else self.train
+
+    def to_verify(self) -> dict[str, int]:
+        """The sets, unless sizes are enough."""
+        sets = open_shards(self) if self.verify == "hashes" else ()
+        return {str(shards.folder): sum(shard.bytes for shard in shards.manifest.shards) for shards in sets if shards}
 
     def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
         """See `open_shards`."""
