@@ -58,7 +58,7 @@ def estimate_memory(recipe: Recipe, parameters: int, ranks: int) -> MemoryEstima
     copies = 2 if parallel.zero_stage == 0 else 3
     return MemoryEstimate(
         parameters=width * parameters // share(3),
-        gradients=4 * parameters // (1 if _keeps_gradients_whole(recipe, ranks) else ranks),
+        gradients=_gradient_bytes(recipe, parameters, ranks),
         optimizer=4 * copies * parameters // share(1),
         activations=_activation_bytes(recipe, width),
         boundary_states=boundary_bytes(recipe) if recipe.training.boundary_states in ("auto", "device") else 0,
@@ -67,7 +67,17 @@ def estimate_memory(recipe: Recipe, parameters: int, ranks: int) -> MemoryEstima
 
 
 def _keeps_gradients_whole(recipe: Recipe, ranks: int) -> bool:
-    return recipe.parallel.keeps_gradients_whole(recipe.batches(ranks).accumulation * recipe.training.num_segments)
+    training = recipe.training
+    rounds = training.batch_tokens // (training.sequence_length * training.micro_batch_size * ranks)
+    return recipe.parallel.keeps_gradients_whole(rounds * training.num_segments)
+
+
+def _gradient_bytes(recipe: Recipe, parameters: int, ranks: int) -> int:
+    whole, share = 4 * parameters, 4 * parameters // ranks
+    if not _keeps_gradients_whole(recipe, ranks):
+        return share
+    # Stage 3 holds the memory of its share all the time.
+    return whole + share if recipe.parallel.zero_stage == 3 else whole
 
 
 def carried_bytes(recipe: Recipe, rows: int) -> int:
