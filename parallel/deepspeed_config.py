@@ -32,7 +32,7 @@ def deepspeed_config(
     whole = config.keeps_gradients_whole(accumulation)
     # Gradients that wait whole for one reduction are what stage 1 is.
     stage = 1 if config.zero_stage == 2 and whole else config.zero_stage
-    # Where it overlaps, stage 1 reduces what the last backward pass reaches, and loses what only others did.
+    # Where it overlaps, stage 1 reduces what the last backward pass reaches, and would lose what only others did.
     overlap = on_gpu and stage > 0 and not (stage == 1 and accumulation > 1)
     if stage == 3 and whole:
         accumulation = 1  # to it all backward passes within `reduced_once` are one
