@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.memory.chunk import GroupGates, GroupTokens, GroupTrace
+from kernels.memory.chunk import GroupTokens, GroupTrace
 from kernels.memory.chunk_gradient import GroupGradients
+from kernels.memory.gates import GroupGates
 from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from kernels.memory.triton import group, group_gradient
