@@ -8,8 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.memory import chunk, chunk_gradient
-from kernels.memory.chunk import GroupGates, GroupTokens, GroupTrace
+from kernels.memory.chunk import GroupTokens, GroupTrace
 from kernels.memory.chunk_gradient import GroupGradients
+from kernels.memory.gates import GroupGates
 from kernels.memory.options import MemoryOptions
 
 

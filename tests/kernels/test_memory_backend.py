@@ -20,7 +20,7 @@ from tests.model_cases import build_model
 pytest.importorskip("triton")
 
 from kernels.memory.triton import group, group_gradient
-from kernels.memory.triton.backend import TritonKernels, refusal
+from kernels.memory.triton.backend import MAX_TILE, MAX_TILE_ELSEWHERE, TritonKernels, refusal, refusal_of_shape
 
 CUDA = torch.device("cuda", 0)
 
@@ -68,6 +68,11 @@ def test_what_fits_hopper_only_is_refused_elsewhere(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(ValueError, match="chunks of 64 tokens of 128 dimensions do not fit"):
         choose(wide, "triton")
+    assert refusal_of_shape(problem(chunk_size=64), MAX_TILE_ELSEWHERE) is None
+    for dims, chunk in (((64, 128, 64), 64), ((64, 64), 128)):
+        of_fp32 = problem(dims, torch.float32, chunk_size=chunk)
+        assert "do not fit" in refusal_of_shape(of_fp32, MAX_TILE_ELSEWHERE)
+        assert refusal_of_shape(of_fp32, MAX_TILE) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert refusal(wide) is None
     with pytest.raises(ValueError, match="chunks of 128 tokens of 128 dimensions do not fit"):

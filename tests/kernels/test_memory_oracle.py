@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.memory import MemoryState, neural_memory, neural_memory_reference
-from kernels.memory.decay import decay_matrix
+from kernels.memory.gates import GatesForGradient, GroupGates, decay_matrices
 from tests.kernels.memory_cases import GATES, HEADS, leaves, make_inputs, make_weights, relative_error
 
 NAMES = ("q", "k", "v", *GATES)
@@ -135,17 +135,40 @@ def test_gradcheck(step_bound: float | None) -> None:
     assert torch.autograd.gradcheck(function, leaves([*inputs, *weights, *flat]))
 
 
-def test_decay_matrix_is_the_product_of_gates() -> None:
-    gate = torch.tensor([0.5, 0.0, 0.25, 1.0], dtype=torch.float64, requires_grad=True)
-    expected = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0.25, 1, 0], [0, 0.25, 1, 1]]
-    assert decay_matrix(gate).tolist() == expected
-    assert torch.autograd.gradcheck(decay_matrix, torch.rand(3, 6, dtype=torch.float64, requires_grad=True))
+def products_by_definition(alpha: Tensor, eta: Tensor) -> GroupGates:
+    """P, the last row of H, a, e and p for gates [C], entry by entry; differentiable."""
+    keep, size = 1 - alpha, alpha.shape[0]
+
+    def between(gate: Tensor) -> Tensor:
+        # The product of no gates is 1; above the diagonal stands 0.
+        rows = [[gate[i + 1 : t + 1].prod() * (i <= t) for i in range(size)] for t in range(size)]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    decays, momenta = between(keep), between(eta)
+    a, e = (torch.stack([gate[: t + 1].prod() for t in range(size)]) for gate in (keep, eta))
+    return GroupGates(decays @ momenta, momenta[-1], a, e, decays @ e)
 
 
-def test_decay_matrix_keeps_its_precision_over_strong_decay() -> None:
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_products_of_gates_and_their_gradients_are_those_of_the_definition(size: int) -> None:
+    alpha, eta = torch.rand(2, 1, 1, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    alpha[..., 2::3], eta[..., 3::4], eta[..., 1::5] = 1.0, 0.0, 1.0
+    found, sources = GatesForGradient.of(alpha, eta), leaves([alpha, eta])
+    expected = products_by_definition(*(x.flatten() for x in sources))
+    generator = torch.Generator().manual_seed(9)
+    projections = [torch.randn(x.shape, dtype=torch.float64, generator=generator) for x in expected]
+    for name, these, those in zip(GroupGates._fields, found.gates, expected, strict=True):
+        assert torch.allclose(these.view(those.shape), those, rtol=1e-12, atol=0), name
+    gradients = torch.autograd.grad(sum((x * y).sum() for x, y in zip(expected, projections, strict=True)), sources)
+    d_gates = GroupGates(*(x.view(y.shape) for x, y in zip(projections, found.gates, strict=True)))
+    for these, those in zip(found.gradients(d_gates), gradients, strict=True):
+        assert torch.allclose(these, those, rtol=1e-11, atol=1e-14)
+
+
+def test_products_of_gates_keep_their_precision_over_strong_decay() -> None:
     gate = torch.full((256,), 1e-6)
     gate[128:] = 0.999
-    assert decay_matrix(gate)[255, 128].item() == pytest.approx(0.999**127, rel=1e-5)
+    assert decay_matrices(gate)[128, 255].item() == pytest.approx(0.999**127, rel=1e-5)
 
 
 def test_surprise_is_the_norm_of_the_inner_gradient() -> None:

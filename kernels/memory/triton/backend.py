@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.memory.chunk import GroupGates, GroupTokens, GroupTrace
+from kernels.memory.chunk import GroupTokens, GroupTrace
 from kernels.memory.chunk_gradient import GroupGradients
+from kernels.memory.gates import GroupGates
 from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from kernels.memory.triton import group, group_gradient
@@ -98,6 +99,9 @@ def refusal_of_shape(problem: Problem, max_tile: int) -> str | None:
         return f"the hidden width is {problem.dims[1]}, the kernels take multiples of {MIN_TILE}"
     if options.chunk_size > MAX_CHUNK:
         return f"a chunk has {options.chunk_size} tokens, the kernels take up to {MAX_CHUNK}"
-    if depth == 2 and dim * padded(options.chunk_size) > max_tile:
+    # fp32 takes twice the room, in registers for deep memories and in AMD's shared memory for linear ones.
+    is_wide = problem.dtype == torch.float32 and max_tile < MAX_TILE
+    tile = dim * padded(options.chunk_size) * (2 if is_wide else 1)
+    if (depth == 2 and tile > max_tile) or (is_wide and tile > 2 * max_tile):
         return f"chunks of {options.chunk_size} tokens of {dim} dimensions do not fit the kernels' registers"
     return None

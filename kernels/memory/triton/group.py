@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.memory.chunk import GroupGates, GroupTokens, GroupTrace, LayerWrites, step_scale
+from kernels.memory.chunk import GroupTokens, GroupTrace, LayerWrites, step_scale
+from kernels.memory.gates import GroupGates
 from kernels.memory.options import MemoryOptions
 from kernels.memory.triton.launch import Tiles, block_of, packed
 from kernels.memory.triton.read import read_layer

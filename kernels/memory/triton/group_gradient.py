@@ -8,14 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.memory.chunk import GroupGates, GroupTokens, GroupTrace, group_gates, step_scale
-from kernels.memory.chunk_gradient import BoundGradient, GroupGradients, LayerGradients, step_gradients
+from kernels.memory.chunk import GroupTokens, GroupTrace, own_products, step_scale
+from kernels.memory.chunk_gradient import BoundGradient, GroupGradients, step_gradients
+from kernels.memory.gates import GatesForGradient, GroupGates
 from kernels.memory.options import MemoryOptions
 from kernels.memory.triton.end_gradient import end_inputs_gradient, end_products
 from kernels.memory.triton.group import read_group, write_group
 from kernels.memory.triton.launch import Tiles, block_of, packed
 from kernels.memory.triton.read_gradient import read_inputs_gradient, read_states_gradient
 from kernels.memory.triton.write_gradient import write_one_layer_gradient, write_two_layers_gradient
+
+
+class LayerGradients(NamedTuple):
+    """Gradients that one layer of a group has received so far; added to in place."""
+
+    states: Tensor  # [n + 1, N, 2 * i, o], of the state at each chunk's start and at the end
+    inputs: Tensor  # [n, N, C, i], of X
+    gradients: Tensor  # [n, N, C, o], of D
+    steps: Tensor  # [n, N, C], of theta
+    learned: Tensor | None  # [N, i, o], of W_0; None when the memory forgets to zero
 
 
 class _Pass(NamedTuple):
@@ -53,10 +64,8 @@ def group_gradients(
     """`chunk_gradient.group_gradients` of one or two layers."""
     tokens, (d_y,) = GroupTokens(*packed(tokens)), packed([d_y])
     learned = [None if w is None else packed([w])[0] for w in learned]
-    with torch.enable_grad():
-        leaves = tokens.alpha.detach().requires_grad_(), tokens.eta.detach().requires_grad_()
-        graph = group_gates(*leaves)
-    gates = GroupGates(*packed(x.detach() for x in graph))
+    products = GatesForGradient.of(tokens.alpha, tokens.eta)
+    gates = GroupGates(*packed(products.gates))
     d_gates = GroupGates(*(torch.zeros_like(x) for x in gates))
     trace = write_group(tokens, gates, learned, state, options, with_end=False, for_gradient=True)
     group = _Pass(gates, d_gates, learned, trace, options, Tiles.of(tokens.k.dtype, options.chunk_size))
@@ -72,7 +81,8 @@ def group_gradients(
     bounds = None
     if options.step_bound is not None:
         scale = step_scale(tokens.theta, tokens.eta)
-        bounds = [BoundGradient.of(w.inputs.float(), tokens.theta, scale, options.step_bound) for w in trace.writes]
+        overlaps = (own_products(writes.inputs.float()) for writes in trace.writes)
+        bounds = [BoundGradient.of(x, tokens.theta, scale, options.step_bound) for x in overlaps]
     d_v = _write_gradients(group, layers, bounds)
     d_k = layers[0].inputs
     if bounds is not None:
@@ -80,8 +90,8 @@ def group_gradients(
         d_k.view(-1, *d_k.shape[2:]).baddbmm_(d_products, tokens.k.float().flatten(0, 1))
     for index, layer in enumerate(layers):
         _end_gradients(group, index, layer, reads[index], d_outputs[index + 1])
-    d_theta, d_eta_of_steps = step_gradients(tokens, layers, bounds)
-    d_alpha, d_eta = torch.autograd.grad(graph, leaves, d_gates)
+    d_theta, d_eta_of_steps = step_gradients(tokens, [layer.steps for layer in layers], bounds)
+    d_alpha, d_eta = products.gradients(d_gates)
     d_tokens = GroupTokens(d_outputs[0], d_k, d_v, d_alpha, d_eta + d_eta_of_steps, d_theta)
     # Copies: a view would keep all chunks' gradients alive through the next group.
     d_state = [layer.states[0].clone() for layer in layers]

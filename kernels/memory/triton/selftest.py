@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kernels.memory.backend import DualForm, GroupBackend
-from kernels.memory.chunk import GroupGates, GroupTokens, group_gates
+from kernels.memory.chunk import GroupTokens
+from kernels.memory.gates import GroupGates, group_gates
 from kernels.memory.options import MemoryOptions
 from kernels.memory.problem import Problem
 from kernels.memory.triton.backend import TritonKernels

@@ -58,8 +58,8 @@ class Report(NamedTuple):
     def odd_layouts(self) -> list[str]:
         """Lines where a tile of a `#linear` layout feeds a product: what Hopper's compiler has got wrong.
 
-        A single row or column, of factors on their way through shared memory, feeds none: products have 16 terms or
-        more.
+        A single row or column feeds none, since products have 16 terms or more. For sm_100 there are columns of factors
+        that go through shared memory: they are loaded back to registers, and scale there what a product then takes.
         """
         uses = re.compile(r"local_alloc|dot_op|local_store")
         single = re.compile(r"tensor<(\d+x1|1x\d+)x")

