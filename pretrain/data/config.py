@@ -10,28 +10,31 @@ from pretrain.data.packing import LongDocuments, Order, Selection
 from pretrain.data.shard_source import HeldOutShards, ShardSource
 from pretrain.data.shards import ShardSet, Verify
 from pretrain.data.source import Data, Share, SourceConfig
+from pretrain.data.stores import Location, StoreConfig
 from pretrain.data.synthetic.config import SyntheticConfig
 from pretrain.errors import UserError
 from pretrain.quantities import Tokens
 
 
-class ShardsConfig(SourceConfig):
+class ShardsConfig(SourceConfig, StoreConfig):
     """Tokenised text: which shards are read, how they are checked, and in what order."""
 
     kind: Literal["shards"] = "shards"
     """Tokenised text made by tools.shards; the kind where none is given."""
 
-    train: Path
-    """Folder of the training shards (the one that holds manifest.json; `tools.shards build` writes OUTPUT/train)."""
+    train: Location
+    """Folder of the training shards (the one that holds manifest.json; `tools.shards build` writes OUTPUT/train), or
+    its URL: http(s)://, s3:// or gs://, with credentials from the environment (AWS_*, GOOGLE_*)."""
 
-    validation: Path | None = None
-    """Folder of the validation shards, made with the same tokenizer; none: no held-out evaluation."""
+    validation: Location | None = None
+    """Folder or URL of the validation shards, made with the same tokenizer; none: no held-out evaluation."""
 
     verify: Verify = "hashes"
     """What is checked at the start: `hashes` (sha256 of every shard, so that no altered token is trained on) or `sizes`
     (only that every shard is there with its bytes). Hashing reads all shards once on every node, whose ranks share the
     work: about a second for a gigabyte, or what the disk takes. Where that is too long, `tools.shards verify` can check
-    a set once, and `sizes` skips it at every start."""
+    a set once, and `sizes` skips it at every start. Shards at URLs are hashed when they come into the cache, whatever
+    is given here; with `hashes` those that are read past it, by byte ranges, are read through once more for it."""
 
     order: Order = "rows"
     """`rows`: documents are permuted and packed, and the packed rows permuted too, so that a batch does not come from
@@ -103,7 +106,7 @@ class ShardsConfig(SourceConfig):
 
     def missing(self) -> Path | None:
         """The folder of the training shards, if it is not there."""
-        return None if self.train.exists() else self.train
+        return None if isinstance(self.train, str) or self.train.exists() else self.train
 
     def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
         """See `open_shards`."""
@@ -133,10 +136,10 @@ def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[Shard
     Raises UserError for a missing or damaged set, and when the two were not made with the same tokenizer.
     """
     verify, share = ("sizes", Share(0, 1)) if share is None else (config.verify, share)
-    train = ShardSet.open(config.train, verify, *share)
+    train = ShardSet.open(config.train, verify, *share, config)
     if config.validation is None:
         return train, None
-    validation = ShardSet.open(config.validation, verify, *share)
+    validation = ShardSet.open(config.validation, verify, *share, config)
     if train.tokenizer.sha256 != validation.tokenizer.sha256:
         raise UserError(
             f"data.validation {config.validation}: made with another tokenizer than data.train {config.train}: sha256 "

@@ -2,8 +2,10 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable
 from threading import Lock
+
+from pretrain.data.stores import NoRoomError
 
 
 class OpenFiles:
@@ -13,8 +15,9 @@ class OpenFiles:
     A descriptor in use is never closed: its number could be given to another file while a read is under way.
     """
 
-    def __init__(self, paths: Sequence[str], limit: int = 128) -> None:
-        self._paths = paths
+    def __init__(self, open_file: Callable[[int], int], limit: int = 128) -> None:
+        """`open_file`: gives a descriptor of a file by its number; several threads may be in it."""
+        self._open_file = open_file
         self._limit = limit
         self._lock = Lock()
         self._users: dict[int, int] = {}
@@ -25,7 +28,9 @@ class OpenFiles:
         return len(self._descriptors)
 
     def read(self, number: int, size: int, offset: int) -> bytes:
-        """`size` bytes of file `number` from `offset`, fewer only at the file's end; raises OSError."""
+        """`size` bytes of file `number` from `offset`, fewer only at the file's end. Raises OSError, and what opening
+        the file raises.
+        """
         descriptor = self._acquire(number)
         try:
             data = os.pread(descriptor, size, offset)
@@ -43,14 +48,28 @@ class OpenFiles:
 
     def _acquire(self, number: int) -> int:
         with self._lock:
-            descriptor = self._descriptors.get(number)
-            if descriptor is None:
-                descriptor = self._descriptors[number] = os.open(self._paths[number], os.O_RDONLY)
-                self._users[number] = 0
+            if number in self._descriptors:
+                return self._used(number)
+        # Opening may take minutes where it fetches the file: others go on reading meanwhile.
+        descriptor = self._opened(number)
+        with self._lock:
+            if number in self._descriptors:  # another thread was first
+                os.close(descriptor)
             else:
-                self._descriptors.move_to_end(number)
-            self._users[number] += 1
-            return descriptor
+                self._descriptors[number], self._users[number] = descriptor, 0
+            return self._used(number)
+
+    def _used(self, number: int) -> int:
+        self._descriptors.move_to_end(number)
+        self._users[number] += 1
+        return self._descriptors[number]
+
+    def _opened(self, number: int) -> int:
+        try:
+            return self._open_file(number)
+        except NoRoomError:
+            self.close()  # files that are open and idle may be what takes the room
+            return self._open_file(number)
 
     def _release(self, number: int) -> None:
         with self._lock:

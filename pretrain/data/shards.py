@@ -1,5 +1,7 @@
 """One folder of tokenised shards, opened and checked: documents by number, tokens by position."""
 
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -7,16 +9,20 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pretrain.data.files import OpenFiles
-from pretrain.data.format import DTYPES, INDEX_DTYPE, FileEntry, Manifest
-from pretrain.durable import file_sha256
+from pretrain.data.format import DTYPES, INDEX_DTYPE, MANIFEST_NAME, Manifest, no_manifest
+from pretrain.data.stores import LocalStore, NoRoomError, Store, StoreConfig, open_store
 from pretrain.errors import UserError
 
 Verify = Literal["sizes", "hashes"]
+REQUESTS_AT_A_TIME = 16
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer that made a shard set; `path` is the copy inside the set's folder."""
+    """The tokenizer that made a shard set; `path` is the copy beside the shards, or of a remote set the one that the
+    cache keeps while the set is open."""
 
     path: Path
     sha256: str
@@ -39,8 +45,13 @@ class Record(NamedTuple):
 class ShardSet:
     """A shard set (format: `pretrain.data.format`). Reading is thread-safe; open with `ShardSet.open`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, index: np.ndarray, token_bytes: np.ndarray) -> None:
-        self.folder = folder
+    def __init__(
+        self, store: Store, manifest: Manifest, index: np.ndarray, token_bytes: np.ndarray, tokenizer: Path
+    ) -> None:
+        self.store = store
+        """Where the shards lie."""
+        self.folder: Path | str = store.folder if isinstance(store, LocalStore) else store.place
+        """The set's folder; of a remote one its URL, as text."""
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
         self.document_tokens: np.ndarray = index["tokens"].astype(np.int64)
@@ -49,34 +60,46 @@ class ShardSet:
         """int64 [vocab_size]: UTF-8 bytes of text that each token stands for."""
         entry = manifest.tokenizer
         self.tokenizer = TokenizerInfo(
-            folder / entry.name, entry.sha256, entry.vocab_size, entry.unk_id, entry.bos_id, entry.eos_id, entry.pad_id
+            tokenizer, entry.sha256, entry.vocab_size, entry.unk_id, entry.bos_id, entry.eos_id, entry.pad_id
         )
         # The view skips np.memmap's own indexing, which takes longer than reading a short document.
         self._index = index.view(np.ndarray)
         self._dtype = DTYPES[manifest.dtype]
-        self._files = OpenFiles([str(folder / shard.name) for shard in manifest.shards])
+        self._files = OpenFiles(lambda number: store.open_file(manifest.shards[number]), store.max_open_files)
+        self._told_no_room = False
 
     @classmethod
-    def open(cls, folder: str | Path, verify: Verify = "sizes", share: int = 0, shares: int = 1) -> "ShardSet":
-        """Opens `folder` and checks it.
+    def open(
+        cls,
+        location: str | Path,
+        verify: Verify = "sizes",
+        share: int = 0,
+        shares: int = 1,
+        config: StoreConfig | None = None,
+    ) -> "ShardSet":
+        """Opens the set at a folder or URL (`config`: how URLs are read) and checks it.
 
         Always checked: the manifest against its fingerprint; the index, token_bytes and tokenizer against their sha256;
         presence and bytes of each shard; the index against the manifest. With verify="hashes", each shard's sha256 too:
-        of every `shares`-th shard from the `share`-th on, so that processes can divide the reading.
+        of every `shares`-th shard from the `share`-th on, so that processes can divide the reading. Of remote shards
+        those of the share alone are asked for, and hashes are checked when a shard is fetched.
         Raises UserError naming the file, what was expected and what was found.
         """
-        folder = Path(folder)
-        manifest = Manifest.read(folder)
-        for entry in (manifest.index, manifest.token_bytes, manifest.tokenizer):
-            check_file(folder, entry, hashes=True)
-        for number, shard in enumerate(manifest.shards):
-            check_file(folder, shard, hashes=verify == "hashes" and number % shares == share)
-        index = np.load(folder / manifest.index.name, mmap_mode="r", allow_pickle=False)
-        _check_index(folder, manifest, index)
-        token_bytes = np.load(folder / manifest.token_bytes.name, allow_pickle=False).astype(np.int64)
-        if token_bytes.shape != (manifest.tokenizer.vocab_size,):
-            raise UserError(f"{folder / manifest.token_bytes.name}: shape {token_bytes.shape}, not one number a token")
-        return cls(folder, manifest, index, token_bytes)
+        store = open_store(location, config, hashes=verify == "hashes")
+        try:
+            manifest = read_manifest(store)
+            paths = [store.keep(entry) for entry in (manifest.index, manifest.token_bytes, manifest.tokenizer)]
+            _check_shards(store, manifest, verify, share, shares)
+            index = np.load(paths[0], mmap_mode="r", allow_pickle=False)
+            _check_index(store, manifest, index)
+            token_bytes = np.load(paths[1], allow_pickle=False).astype(np.int64)
+            if token_bytes.shape != (manifest.tokenizer.vocab_size,):
+                where = store.locate(manifest.token_bytes.name)
+                raise UserError(f"{where}: shape {token_bytes.shape}, not one number a token")
+        except BaseException:
+            store.close()
+            raise
+        return cls(store, manifest, index, token_bytes, paths[2])
 
     @property
     def documents(self) -> int:
@@ -114,7 +137,7 @@ class ShardSet:
         tokens = np.frombuffer(data, self._dtype)
         # An id out of range would surface as a device-side assertion of the embedding, far from its cause.
         if tokens.size and int(tokens.max()) >= self.tokenizer.vocab_size:
-            path = self.folder / self.manifest.shards[record.shard].name
+            path = self.store.locate(self.manifest.shards[record.shard].name)
             raise UserError(
                 f"{path}: damaged: document {document} holds token {int(tokens.max())}, the vocabulary has "
                 f"{self.tokenizer.vocab_size}; find all damage with `python -m tools.shards verify {self.folder}`"
@@ -122,45 +145,58 @@ class ShardSet:
         return tokens
 
     def close(self) -> None:
-        """Closes the open files; reading again opens them again."""
+        """Closes the open files; reading again opens them again. What a cache keeps of a remote set may go then."""
         self._files.close()
+        self.store.close()
 
     def _pread(self, number: int, size: int, offset: int) -> bytes:
+        shard = self.manifest.shards[number]
+        path = self.store.locate(shard.name)
         try:
             data = self._files.read(number, size, offset)
+        except NoRoomError as error:
+            if not self._told_no_room:
+                self._told_no_room = True
+                log.warning("%s: read by byte ranges, since it cannot be kept: %s", self.folder, error)
+            return self.store.read_range(shard, offset, size)
         except OSError as error:
-            path = self.folder / self.manifest.shards[number].name
             raise UserError(f"{path}: cannot be read: {error.strerror}; restore the shard and resume") from error
         if len(data) < size:
-            shard = self.manifest.shards[number]
             raise UserError(
-                f"{self.folder / shard.name}: was cut while in use: {size} bytes expected at offset {offset}, found "
-                f"{len(data)}; the whole file should have {shard.bytes}; restore the shard and resume"
+                f"{path}: was cut while in use: {size} bytes expected at offset {offset}, found {len(data)}; the whole "
+                f"file should have {shard.bytes}; restore the shard and resume"
             )
         return data
 
 
-def check_file(folder: Path, entry: FileEntry, *, hashes: bool) -> None:
-    """Checks presence and bytes of a file of a set, and its sha256 if asked; raises UserError naming what differs."""
-    path = folder / entry.name
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of the set in a store; raises UserError when it is missing, damaged or was changed."""
+    path = store.locate(MANIFEST_NAME)
     try:
-        found = path.stat().st_size
+        data = store.read(MANIFEST_NAME)
     except OSError as error:
-        raise UserError(f"{path}: missing ({error.strerror}): expected {entry.bytes} bytes; restore the file") from None
-    if found != entry.bytes:
-        raise UserError(f"{path}: damaged: expected {entry.bytes} bytes, found {found}; restore the file")
-    if not hashes:
+        raise UserError(f"{path}: cannot be read ({error}); build the shards again") from None
+    if data is not None:
+        return Manifest.parse(data, path)
+    if isinstance(store, LocalStore):
+        raise UserError(no_manifest(store.folder))
+    raise UserError(f"{path}: no such file; give the URL of a shard set, the folder that holds its {MANIFEST_NAME}")
+
+
+def _check_shards(store: Store, manifest: Manifest, verify: Verify, share: int, shares: int) -> None:
+    """Presence and bytes of every shard, of remote ones of the share; hashes of the share if asked."""
+    own = manifest.shards[share::shares]
+    if isinstance(store, LocalStore):
+        for number, shard in enumerate(manifest.shards):
+            store.check(shard, hashes=verify == "hashes" and number % shares == share)
         return
-    try:
-        digest = file_sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; restore the file") from error
-    if digest != entry.sha256:
-        raise UserError(f"{path}: damaged: expected sha256 {entry.sha256}, found {digest}; restore the file")
+    with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as pool:
+        for _ in pool.map(lambda shard: store.check(shard, hashes=verify == "hashes"), own):
+            pass
 
 
-def _check_index(folder: Path, manifest: Manifest, index: np.ndarray) -> None:
-    path = folder / manifest.index.name
+def _check_index(store: Store, manifest: Manifest, index: np.ndarray) -> None:
+    path = store.locate(manifest.index.name)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.documents,):
         raise UserError(f"{path}: {index.dtype} {index.shape}, expected {manifest.documents} records of {INDEX_DTYPE}")
     numbers = np.arange(len(manifest.shards))

@@ -183,7 +183,7 @@ def test_open_files_are_bounded_and_never_closed_in_use(tmp_path):
     paths = [tmp_path / str(number) for number in range(20)]
     for path in paths:
         path.write_text(path.name)
-    files = OpenFiles([str(path) for path in paths], limit=3)
+    files = OpenFiles(lambda number: os.open(paths[number], os.O_RDONLY), limit=3)
     held = files._acquire(0)
     for number in [*range(1, 20)] * 2:
         assert files.read(number, 9, 0) == str(number).encode()

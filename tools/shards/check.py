@@ -7,7 +7,8 @@ from typing import BinaryIO
 import numpy as np
 
 from pretrain.data.format import MANIFEST_NAME, TOKENS_SUFFIX, Manifest
-from pretrain.data.shards import ShardSet, check_file
+from pretrain.data.shards import ShardSet, read_manifest
+from pretrain.data.stores import LocalStore
 from pretrain.errors import UserError
 
 
@@ -17,14 +18,15 @@ def verify_set(folder: Path) -> list[str]:
     Reads all of it: sizes and sha256 of each file, each tar's members against the index, token ids against the
     vocabulary, EOS at each document's end.
     """
+    store = LocalStore(folder)
     try:
-        manifest = Manifest.read(folder)
+        manifest = read_manifest(store)
     except UserError as error:
         return [str(error)]
     problems = []
     for entry in (manifest.index, manifest.token_bytes, manifest.tokenizer, *manifest.shards):
         try:
-            check_file(folder, entry, hashes=True)
+            store.check(entry, hashes=True)
         except UserError as error:
             problems.append(str(error))
     if problems:
