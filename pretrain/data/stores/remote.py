@@ -235,16 +235,20 @@ class RemoteStore(Store):
             checking = self._checking.setdefault(entry.name, Lock())
         with checking:
             if self._hashes and entry.name not in self._checked:
-                digest = hashlib.sha256()
-                for piece in self._objects.pieces(entry.name, entry.bytes):
-                    digest.update(piece)
-                if digest.hexdigest() != entry.sha256:
-                    raise DamagedError(
-                        f"{self.locate(entry.name)}: damaged: expected sha256 {entry.sha256}, found "
-                        f"{digest.hexdigest()}; restore the file"
-                    )
+                self.check_through(entry)
                 self._checked.add(entry.name)
         return self._objects.read_range(entry.name, start, size, entry.bytes)
+
+    def check_through(self, entry: FileEntry) -> None:
+        """Reads all of a file past the cache. Raises DamagedError where its bytes or sha256 are others."""
+        digest = hashlib.sha256()
+        for piece in self._objects.pieces(entry.name, entry.bytes):
+            digest.update(piece)
+        if digest.hexdigest() != entry.sha256:
+            raise DamagedError(
+                f"{self.locate(entry.name)}: damaged: expected sha256 {entry.sha256}, found {digest.hexdigest()}; "
+                "restore the file"
+            )
 
     def close(self) -> None:
         """See `Store.close`."""
