@@ -30,11 +30,14 @@ TOKEN_BYTES_NAME = "token_bytes.npy"
 TOKENIZER_NAME = "tokenizer.model"
 TOKENS_SUFFIX = ".tokens"
 PARTS = ("train", "validation")
+EOS_SEPARATOR = "eos-after-document"
+NO_SEPARATOR = "none"
 
 # shard: position in Manifest.shards; offset: of the first token, in bytes from the tar's start; text_bytes: UTF-8.
 INDEX_DTYPE = np.dtype([("shard", "<i8"), ("offset", "<i8"), ("tokens", "<i8"), ("text_bytes", "<i8")])
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+# Signed numbers in the tars of others are read as unsigned ones: a negative one is then outside every vocabulary.
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "uint64": np.dtype("<u8")}
 
 
 class _Entry(BaseModel):
@@ -79,12 +82,13 @@ class Manifest(_Entry):
 
     format: Literal["mnemosyne-shards"] = FORMAT
     version: Literal[1] = VERSION
-    dtype: Literal["uint16", "uint32"]
+    dtype: Literal["uint16", "uint32", "uint64"]
     tokenizer: TokenizerEntry
     encoding: Literal["whole-document"] = "whole-document"
     """How text became tokens. `whole-document`: the tokens are those of the document encoded in one call."""
-    separator: Literal["eos-after-document"] = "eos-after-document"
-    """What stands between documents: every document ends with EOS, and nothing stands before it."""
+    separator: Literal["eos-after-document", "none"] = EOS_SEPARATOR
+    """What stands between documents: every document ends with EOS, and nothing stands before it; `none`: nothing, in
+    tars of others."""
     split: SplitEntry
     documents: PositiveInt
     tokens: PositiveInt
