@@ -1,11 +1,14 @@
 """A bounded set of open files for positioned reads from several threads."""
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
 
 from pretrain.data.stores import NoRoomError
+
+NO_ROOM_SECONDS = 60.0
 
 
 class OpenFiles:
@@ -20,6 +23,7 @@ class OpenFiles:
         self._open_file = open_file
         self._limit = limit
         self._lock = Lock()
+        self._no_room: dict[int, tuple[float, str]] = {}  # until when room is not asked for again, and why
         self._users: dict[int, int] = {}
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # least recently used first
 
@@ -65,11 +69,18 @@ class OpenFiles:
         return self._descriptors[number]
 
     def _opened(self, number: int) -> int:
+        until, why = self._no_room.get(number, (0.0, ""))
+        if time.monotonic() < until:
+            raise NoRoomError(why)
         try:
             return self._open_file(number)
         except NoRoomError:
             self.close()  # files that are open and idle may be what takes the room
+        try:
             return self._open_file(number)
+        except NoRoomError as error:
+            self._no_room[number] = (time.monotonic() + NO_ROOM_SECONDS, str(error))
+            raise
 
     def _release(self, number: int) -> None:
         with self._lock:

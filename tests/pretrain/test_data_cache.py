@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pretrain.data import ShardSet
+from pretrain.data.files import OpenFiles
 from pretrain.data.format import FileEntry
 from pretrain.data.stores import DamagedError, NoRoomError, StoreConfig
 from pretrain.data.stores.cache import Cache
@@ -307,3 +308,38 @@ def test_a_disk_smaller_than_the_limit_bounds_the_cache(small_disk):
         assert os.pread(descriptor, 60_000, 0) == content(number, 60_000)
         os.close(descriptor)
     assert 1 < len(names(cache)) < 5
+
+
+def test_open_files_that_nobody_reads_make_room(tmp_path, local, caplog):
+    manifest = local.manifest
+    beside = sum(item.bytes for item in (manifest.index, manifest.token_bytes, manifest.tokenizer))
+    limit = beside + 2 * max(shard.bytes for shard in manifest.shards)
+    assert len(manifest.shards) > 2
+    config = StoreConfig(cache_folder=tmp_path / "cache", cache_gigabytes=limit / 1e9, store_timeout_seconds=10)
+    with served(local.folder) as site:
+        shards = ShardSet.open(site.url, config=config)
+        for number in range(local.documents):
+            assert np.array_equal(shards.read(number), local.read(number))
+        kept = [path.stat().st_size for path in (tmp_path / "cache" / "objects").iterdir()]
+        assert sum(kept) <= limit and len(kept) >= 4
+        assert all(site.ranges(shard.name) == [None] for shard in manifest.shards)
+    assert "byte ranges" not in caplog.text
+
+
+def test_room_that_is_not_there_is_not_asked_for_at_every_read(monkeypatch):
+    asked = []
+
+    def refuse(number):
+        asked.append(number)
+        raise NoRoomError("full")
+
+    files = OpenFiles(refuse)
+    for _ in range(3):
+        with pytest.raises(NoRoomError, match="full"):
+            files.read(0, 1, 0)
+    assert asked == [0, 0]  # once more after closing what is idle
+    monkeypatch.setattr("pretrain.data.files.NO_ROOM_SECONDS", -1.0)
+    for _ in range(2):
+        with pytest.raises(NoRoomError, match="full"):
+            files.read(1, 1, 0)
+    assert asked == [0, 0, 1, 1, 1, 1]

@@ -21,6 +21,7 @@ from pathlib import Path
 from pretrain.data.format import FileEntry
 from pretrain.data.stores.config import default_cache_folder
 from pretrain.data.stores.errors import DamagedError
+from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
 PARTIAL = ".partial"
@@ -78,9 +79,18 @@ class Cache:
         """Where the file is while a descriptor of it is open."""
         return self._objects / entry.sha256
 
-    def discard(self, entry: FileEntry) -> None:
-        """Removes a file; who has it open goes on reading what it was."""
-        self.path(entry).unlink(missing_ok=True)
+    def discard_damaged(self, entry: FileEntry) -> None:
+        """Removes the file if it is there and no longer has its sha256; who has it open goes on reading it."""
+        path = self.path(entry)
+        try:
+            found = file_sha256(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            found = f"none ({error.strerror})"
+        if found != entry.sha256:
+            log.warning("%s: expected sha256 %s, found %s: removed, and fetched again", path, entry.sha256, found)
+            path.unlink(missing_ok=True)
 
     def _open_kept(self, entry: FileEntry) -> int | None:
         path = self.path(entry)

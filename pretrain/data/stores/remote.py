@@ -25,7 +25,6 @@ from pretrain.data.stores.cache import Cache, NoRoomError
 from pretrain.data.stores.config import StoreConfig
 from pretrain.data.stores.errors import DamagedError, UnreachableError
 from pretrain.data.stores.store import Store
-from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
@@ -205,21 +204,17 @@ class RemoteStore(Store):
             raise DamagedError(f"{place}: missing: expected {entry.bytes} bytes; restore the file")
         if found != entry.bytes:
             raise DamagedError(f"{place}: damaged: expected {entry.bytes} bytes, found {found}; restore the file")
-        kept = self._cache.path(entry)
-        if hashes and kept.exists() and (digest := file_sha256(kept)) != entry.sha256:
-            log.warning("%s: expected sha256 %s, found %s: removed, and fetched again", kept, entry.sha256, digest)
-            self._cache.discard(entry)
+        if hashes:
+            self._cache.discard_damaged(entry)
 
     def keep(self, entry: FileEntry) -> Path:
         """See `Store.keep`. The index and its like are kept beside the shards even where the cache has no room."""
+        self._cache.discard_damaged(entry)
         try:
             self._kept.append(self._cache.open(entry, self._fetch(entry), place=self.locate(entry.name), bounded=False))
         except NoRoomError as error:
             raise UserError(f"{self.locate(entry.name)}: {error}") from error
-        path = self._cache.path(entry)
-        if (digest := file_sha256(path)) != entry.sha256:
-            raise DamagedError(f"{path}: damaged: expected sha256 {entry.sha256}, found {digest}; remove it")
-        return path
+        return self._cache.path(entry)
 
     def open_file(self, entry: FileEntry) -> int:
         """See `Store.open_file`."""
