@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pretrain.data.format import FileEntry
 from pretrain.data.stores.config import default_cache_folder
-from pretrain.data.stores.errors import DamagedError
+from pretrain.data.stores.errors import other_hash
 from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
@@ -201,9 +201,7 @@ def _write_checked(descriptor: int, entry: FileEntry, fetch: Fetch, place: str) 
             digest.hexdigest(),
             "" if attempt else ": fetched again",
         )
-    raise DamagedError(
-        f"{place}: damaged: expected sha256 {entry.sha256}, found {digest.hexdigest()}; restore the file"
-    )
+    raise other_hash(place, entry.sha256, digest.hexdigest())
 
 
 def _written(descriptor: int, piece: bytes, offset: int) -> int:

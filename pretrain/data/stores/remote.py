@@ -23,7 +23,7 @@ from obstore.store import from_url
 from pretrain.data.format import FileEntry
 from pretrain.data.stores.cache import Cache, NoRoomError
 from pretrain.data.stores.config import StoreConfig
-from pretrain.data.stores.errors import DamagedError, UnreachableError
+from pretrain.data.stores.errors import DamagedError, UnreachableError, missing, other_hash, other_size
 from pretrain.data.stores.store import Store
 from pretrain.errors import UserError
 
@@ -92,9 +92,10 @@ class Objects:
         try:
             data = self._tried(name, get)
         except FileNotFoundError:
-            raise self._missing(name, expected) from None
+            raise missing(self.locate(name), expected) from None
         if len(data) != size:
-            raise DamagedError(f"{self.locate(name)}: {size} bytes expected from {start}, found {len(data)}")
+            place = self.locate(name)
+            raise DamagedError(f"{place}: {size} bytes expected from {start}, found {len(data)}", f"{len(data)} bytes")
         return data
 
     def pieces(self, name: str, expected: int | None = None) -> Iterator[bytes]:
@@ -118,9 +119,10 @@ class Objects:
                     return
                 raise exceptions.GenericError(f"the body ended after {offset} of {size} bytes")
             except FileNotFoundError:
-                raise self._missing(name, size) from None
+                raise missing(self.locate(name), size) from None
             except exceptions.PreconditionError:
-                raise DamagedError(f"{self.locate(name)}: was replaced while it was read; start again") from None
+                message = f"{self.locate(name)}: was replaced while it was read; restore the file, or start again"
+                raise DamagedError(message, "another file") from None
             except (exceptions.BaseError, OSError) as error:
                 failures = self._failed(name, error, 1 if offset > before else failures + 1)
 
@@ -164,13 +166,7 @@ class Objects:
 
     def _require_size(self, name: str, expected: int | None, found: int) -> None:
         if expected is not None and found != expected:
-            raise DamagedError(
-                f"{self.locate(name)}: damaged: expected {expected} bytes, found {found}; restore the file"
-            )
-
-    def _missing(self, name: str, expected: int | None) -> DamagedError:
-        size = "" if expected is None else f": expected {expected} bytes"
-        return DamagedError(f"{self.locate(name)}: missing{size}; restore the file")
+            raise other_size(self.locate(name), expected, found)
 
 
 class RemoteStore(Store):
@@ -201,9 +197,9 @@ class RemoteStore(Store):
         place = self.locate(entry.name)
         found = self._objects.size(entry.name)
         if found is None:
-            raise DamagedError(f"{place}: missing: expected {entry.bytes} bytes; restore the file")
+            raise missing(place, entry.bytes)
         if found != entry.bytes:
-            raise DamagedError(f"{place}: damaged: expected {entry.bytes} bytes, found {found}; restore the file")
+            raise other_size(place, entry.bytes, found)
         if hashes:
             self._cache.discard_damaged(entry)
 
@@ -240,10 +236,7 @@ class RemoteStore(Store):
         for piece in self._objects.pieces(entry.name, entry.bytes):
             digest.update(piece)
         if digest.hexdigest() != entry.sha256:
-            raise DamagedError(
-                f"{self.locate(entry.name)}: damaged: expected sha256 {entry.sha256}, found {digest.hexdigest()}; "
-                "restore the file"
-            )
+            raise other_hash(self.locate(entry.name), entry.sha256, digest.hexdigest())
 
     def close(self) -> None:
         """See `Store.close`."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain.data.format import FileEntry
 from pretrain.data.stores.config import StoreConfig, is_remote, parse_location
-from pretrain.data.stores.errors import DamagedError
+from pretrain.data.stores.errors import missing, other_hash, other_size
 from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
@@ -77,11 +77,9 @@ class LocalStore(Store):
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise DamagedError(
-                f"{path}: missing ({error.strerror}): expected {entry.bytes} bytes; restore the file"
-            ) from None
+            raise missing(str(path), entry.bytes, str(error.strerror)) from None
         if found != entry.bytes:
-            raise DamagedError(f"{path}: damaged: expected {entry.bytes} bytes, found {found}; restore the file")
+            raise other_size(str(path), entry.bytes, found)
         if not hashes:
             return
         try:
@@ -89,7 +87,7 @@ class LocalStore(Store):
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; restore the file") from error
         if digest != entry.sha256:
-            raise DamagedError(f"{path}: damaged: expected sha256 {entry.sha256}, found {digest}; restore the file")
+            raise other_hash(str(path), entry.sha256, digest)
 
     def keep(self, entry: FileEntry) -> Path:
         """See `Store.keep`."""
