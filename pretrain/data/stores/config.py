@@ -6,19 +6,21 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PlainValidator, PositiveFloat
 
 SCHEMES = ("http", "https", "s3", "gs")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
-def parse_location(value: Any) -> Any:
-    """A folder's Path, or a URL as text without slashes at its end; anything but text as it is.
+def parse_location(value: Any) -> Path | str:
+    """A folder's Path, or a URL as text without slashes at its end, from a Path or text.
 
-    Raises ValueError for a URL of another scheme, without a host or bucket, or with a query.
+    Raises ValueError for a URL of another scheme, without a host or bucket, or with a query, and for other values.
     """
-    if not isinstance(value, str):
+    if isinstance(value, Path):
         return value
+    if not isinstance(value, str):
+        raise ValueError("write a folder's path, or its URL")
     match = _URL.fullmatch(value)
     if match is None:
         return Path(value)
@@ -34,7 +36,7 @@ def parse_location(value: Any) -> Any:
     return f"{scheme}://{rest}"
 
 
-Location = Annotated[Path | str, BeforeValidator(parse_location)]
+Location = Annotated[Path | str, PlainValidator(parse_location)]
 """A folder's path, or the URL of a folder: http(s)://, s3://, gs://."""
 
 

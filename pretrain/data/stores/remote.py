@@ -28,7 +28,7 @@ from pretrain.data.stores.store import Store
 from pretrain.errors import UserError
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 16
 # What trying again does not mend: the request itself is refused.
 REFUSED = (
     exceptions.PermissionDeniedError,
