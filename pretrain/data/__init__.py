@@ -2,9 +2,9 @@
 
 A training row is a pure function of (seed, global sample), and for streams of the rows a step: the same for any world
 size and any number of workers, so a run resumes exactly from a small cursor. What a run asks of any kind of data is in
-`source`, the division over ranks in `loader`. Tokenised shards: the folder's format is described in `format`, documents
-end to end in `stream`, the order of rows in `packing`. Rows that are drawn, with questions that have an answer:
-`synthetic`.
+`source`, the division over ranks in `loader`. Tokenised shards: the folder's format is described in `format`, folders
+and URLs where they lie in `stores`, documents end to end in `stream`, the order of rows in `packing`. Rows that are
+drawn, with questions that have an answer: `synthetic`.
 """
 
 from pretrain.data.config import DataConfig, ShardsConfig, open_shards
