@@ -168,7 +168,9 @@ class DocumentReader:
 
 
 def _unpacked(file: InputFile, raw: BinaryIO) -> BinaryIO:
-    """The file's lines, out of gzip or zstd by its name."""
+    """The file's lines, out of gzip or zstd by its name. Raises UserError for one of no bytes, which neither writes."""
+    if not file.bytes and file.name.endswith((".gz", ".zst")):
+        raise UserError(f"{file.location}: damaged: is empty, which no compressed file is; fetch it again")
     if file.name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     if file.name.endswith(".zst"):

@@ -1,6 +1,7 @@
 """Building by several processes, after a kill, and without duplicates: always the same bytes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,18 @@ def test_an_encoding_process_that_is_killed_is_named_and_the_build_can_go_on(tmp
     assert not (tmp_path / "out").exists()
     assert main(words) == 0
     assert contents(tmp_path / "out") == whole
+
+
+def test_progress_says_tokens_a_second_and_the_time_left(tmp_path, source, model, monkeypatch, capsys):
+    monkeypatch.setattr("tools.command.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("tools.shards.build.BATCH_BYTES", 1 << 15)
+    assert main(arguments(source, model, tmp_path / "out", "--workers", "1")) == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert re.fullmatch(r" *\d+ %  [\d.]+ [kM]? ?tokens, [\d.]+ [kM]? ?tokens/s, \d+ s left", lines[2])
+    percents = [int(line.partition("%")[0]) for line in lines]
+    assert percents == sorted(percents) and percents[-1] == 100
+    assert re.search(r"\d+ s, [\d.]+ [kM]? ?tokens/s", captured.out)
 
 
 def test_documents_with_the_same_text_are_kept_once(tmp_path, source, model, capsys):
