@@ -241,6 +241,8 @@ def _begun(
     journal = Journal(folder)
     finished = journal.read(description, folder / SHARDS)
     if finished is None:
+        if journal.has_shards:
+            print(f"{folder}: removed: a build of other input, tokenizer or options left it", file=sys.stderr)
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         journal.begin(description)
@@ -302,7 +304,9 @@ def _building(output: Path) -> Iterator[Path]:
             try:
                 yield folder
             except BaseException:
-                if not Journal(folder).has_shards:
+                if Journal(folder).has_shards:
+                    print(f"{folder}: holds finished shards, from which the same command goes on", file=sys.stderr)
+                else:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
         finally:

@@ -53,7 +53,7 @@ def default_cache_folder() -> Path:
 class StoreConfig(BaseModel):
     """How data at URLs is fetched and kept; local folders need none of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     cache_folder: Path | None = None
     """Folder on the node's own disk where what comes from URLs is kept, shared by its processes and by later runs;
