@@ -155,8 +155,9 @@ class Objects:
             ) from None
         if failures > self._config.store_retries:
             raise UnreachableError(
-                f"{place}: not read, tried {failures} times in a row: {_short(error)}; check the server and the "
-                "network, or raise data.store_retries or data.store_timeout_seconds"
+                f"{place}: not read, tried {failures} times in a row: {_short(error)}; check the server, the "
+                "network and the credentials in the environment, or raise data.store_retries or "
+                "data.store_timeout_seconds"
             ) from None
         # Drawn, so that the ranks of a run do not all come back in the same moment.
         wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)
