@@ -36,6 +36,8 @@ class Site:
     url: str = ""
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     always: dict[str, Fault] = field(default_factory=dict)
+    ranges_answered: bool = True
+    """Whether a Range header is heeded; else all of the file is sent."""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
 
     def ranges(self, name: str) -> list[str | None]:
@@ -69,6 +71,7 @@ def served(folder: Path):
         def answer(self, name, fault):
             wanted = self.headers.get("Range")
             site.requests.append((self.command, name, wanted))
+            wanted = wanted if site.ranges_answered else None
             path = folder / name
             if fault.status != 200 or not path.is_file():
                 self.send_response(fault.status if fault.status != 200 else 404)

@@ -117,6 +117,18 @@ def test_a_cut_body_goes_on_where_it_ended(tmp_path, config):
     assert starts[0] + 300_000 < starts[1] <= starts[0] + 600_000
 
 
+def test_a_server_without_byte_ranges_serves_whole_files_alone(site, config, local):
+    site.ranges_answered = False
+    data = os.urandom(1_000_000)
+    (site.folder / "big").write_bytes(data)
+    site.faults["big"] = [Fault(cut=600_000), Fault(), Fault(cut=800_000)]
+    assert b"".join(remote_module.Objects(site.url, config).pieces("big", len(data))) == data
+    assert [wanted is None for wanted in site.ranges("big")] == [True, False, True, True]
+    assert_same(opened(site, config), local)
+    with pytest.raises(UnreachableError, match=r"Range request not supported .* give data\.cache_gigabytes room"):
+        read_all(opened(site, config.model_copy(update={"cache_gigabytes": 0.0})))
+
+
 @pytest.mark.parametrize("fault", [Fault(status=503), Fault(stall=100), Fault(cut=100)], ids=["503", "stall", "cut"])
 def test_what_does_not_pass_is_named_in_time(site, config, fault):
     site.always[SHARD] = fault

@@ -34,7 +34,6 @@ REFUSED = (
     exceptions.PermissionDeniedError,
     exceptions.UnauthenticatedError,
     exceptions.InvalidPathError,
-    exceptions.NotSupportedError,
     exceptions.UnknownConfigurationKeyError,
 )
 
@@ -100,21 +99,25 @@ class Objects:
 
     def pieces(self, name: str, expected: int | None = None) -> Iterator[bytes]:
         """All of a file, piece by piece; of `expected` bytes, if that is known. A body that ends early goes on where it
-        ended. Raises DamagedError for a file that is missing, of another size, or replaced meanwhile.
+        ended, by a byte range, or where the server has none by reading past what is there already. Raises DamagedError
+        for a file that is missing, of another size, or replaced meanwhile.
         """
-        offset, size, tag, failures = 0, expected, None, 0
+        offset, size, tag, failures, has_ranges = 0, expected, None, 0, True
         while size is None or offset < size:
             before = offset
             try:
-                options: dict[str, Any] = {} if not offset else {"range": {"offset": offset}}
-                if tag is not None:
+                options: dict[str, Any] = {"range": {"offset": offset}} if offset and has_ranges else {}
+                if tag is not None and not tag.startswith("W/"):  # a weak tag never matches
                     options["if_match"] = tag
                 result = obstore.get(self._client, name, options=options)
                 self._require_size(name, size, result.meta["size"])
                 size, tag = result.meta["size"], result.meta["e_tag"]
+                past = 0 if has_ranges else offset
                 for piece in result.stream(min_chunk_size=PIECE_BYTES):
-                    offset += len(piece)
-                    yield bytes(piece)
+                    new = bytes(piece)[past:]
+                    past = max(0, past - len(piece))
+                    offset += len(new)
+                    yield new
                 if offset == size:
                     return
                 raise exceptions.GenericError(f"the body ended after {offset} of {size} bytes")
@@ -124,7 +127,10 @@ class Objects:
                 message = f"{self.locate(name)}: was replaced while it was read; restore the file, or start again"
                 raise DamagedError(message, "another file") from None
             except (exceptions.BaseError, OSError) as error:
-                failures = self._failed(name, error, 1 if offset > before else failures + 1)
+                if isinstance(error, exceptions.NotSupportedError) and has_ranges and offset:
+                    has_ranges = False
+                else:
+                    failures = self._failed(name, error, 1 if offset > before else failures + 1)
 
     def names(self, prefix: str) -> list[tuple[str, int]]:
         """Names under a prefix with their bytes, in order. Not over http, which has no listing."""
@@ -149,6 +155,10 @@ class Objects:
     def _failed(self, name: str, error: Exception, failures: int) -> int:
         """Waits before the next try; raises UnreachableError where there is none. Returns `failures`."""
         place = self.locate(name)
+        if isinstance(error, exceptions.NotSupportedError):
+            raise UnreachableError(
+                f"{place}: {_short(error)}; give data.cache_gigabytes room, or a server that answers byte ranges"
+            ) from None
         if isinstance(error, REFUSED):
             raise UnreachableError(
                 f"{place}: refused: {_short(error)}; check the URL, and the credentials in the environment"
