@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,8 @@ State = dict[str, Tensor]
 """A state as flat tensors under their paths: what a model hands from one segment to the next."""
 
 Place = Literal["device", "host", "disk"]
+PLACES: tuple[Place, ...] = get_args(Place)
+"""From the fastest to the roomiest."""
 
 _FOLDER_PREFIX = "boundary-states-"
 

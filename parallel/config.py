@@ -48,6 +48,13 @@ class ParallelConfig(BaseModel):
     rounding alone.
     """
 
+    reduce_gradients: Literal["step", "backward"] = "step"
+    """ZeRO 2 and 3, where a step has several backward passes (micro-batches, and segments of each): when gradients are
+    summed over ranks. step: once, behind the last pass; until then every rank holds the whole gradient in fp32, 4 bytes
+    for each parameter of the model, so that ZeRO 2 holds what 1 does. backward: behind every pass, and each rank holds
+    its share alone: less memory for as many times the traffic.
+    """
+
     bucket_elements: int = Field(default=100_000_000, ge=1)
     """Gradients are reduced in buckets of this many elements; larger ones use the network better and take more
     memory.
@@ -77,6 +84,15 @@ class ParallelConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _shares_of_gradients_begin_at_stage_2(self) -> ParallelConfig:
+        if self.reduce_gradients == "backward" and self.zero_stage < 2:
+            raise ValueError(
+                f"reduce_gradients is backward, but zero_stage {self.zero_stage} keeps gradients whole and sums them "
+                "once a step; remove it, or use zero_stage 2 or 3"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gathering_belongs_to_stage_3(self) -> ParallelConfig:
         for name in ("gather_ahead_elements", "keep_gathered_below"):
             value, default = getattr(self, name), type(self).model_fields[name].default
@@ -86,3 +102,7 @@ class ParallelConfig(BaseModel):
                     f"{self.zero_stage}; remove it"
                 )
         return self
+
+    def keeps_gradients_whole(self, backward_passes: int) -> bool:
+        """Whether each rank holds the gradients of all parameters through a step of so many backward passes."""
+        return self.zero_stage < 2 or (self.reduce_gradients == "step" and backward_passes > 1)

@@ -29,21 +29,28 @@ def deepspeed_config(
         num_parameters: bounds the buckets, which are allocated whole.
         on_gpu: overlap communication with the backward pass (needs streams).
     """
+    whole = config.keeps_gradients_whole(accumulation)
+    # Gradients that wait whole for one reduction are what stage 1 is.
+    stage = 1 if config.zero_stage == 2 and whole else config.zero_stage
+    # Where it overlaps, stage 1 reduces what the last backward pass reaches, and would lose what only others did.
+    overlap = on_gpu and stage > 0 and not (stage == 1 and accumulation > 1)
+    if stage == 3 and whole:
+        accumulation = 1  # to it all backward passes within `reduced_once` are one
     bucket = min(config.bucket_elements, num_parameters)
     bucket += bucket % 2  # ZeRO 1 and 2 refuse odd ones
     ahead = min(config.gather_ahead_elements, num_parameters)
     # Without ZeRO in fp32 DeepSpeed reports no gradient norm: the engine clips by itself there.
     clip_inside = gradient_clip if config.zero_stage > 0 else 0.0
     zero: dict[str, Any] = {
-        "stage": config.zero_stage,
+        "stage": stage,
         "reduce_scatter": True,
         "contiguous_gradients": True,
-        "overlap_comm": on_gpu and config.zero_stage > 0,
+        "overlap_comm": overlap,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "round_robin_gradients": False,
     }
-    if config.zero_stage == 3:
+    if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": ahead,
             "stage3_max_live_parameters": 2 * ahead,

@@ -27,6 +27,7 @@ from parallel.deepspeed_import import import_deepspeed
 from parallel.fragments import Fragment, fragments, make_optimizer_state, optimizer_step, spread_masters
 from parallel.loss_module import FlatState, LossModule, flattened, unflattened
 from parallel.process import World, gather_objects
+from parallel.reduction import reduced_once, sum_in_fp32
 from parallel.scoring import IGNORED, Batch, PieceScores, Scored, score
 from parallel.segments import Segments, run_segments
 from parallel.state_files import (
@@ -147,10 +148,12 @@ class Engine:
         deepspeed.utils.groups.mesh_device = None
         if deepspeed.utils.groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_group_ranks:
             deepspeed.utils.groups._WORLD_GROUP = None  # of a world that was shut down
+        passes = accumulation * (1 if segments is None else segments.count)
+        self._reduces_at_end = config.zero_stage == 3 and config.keeps_gradients_whole(passes)
         settings = deepspeed_config(
             config,
             micro_batch_size=micro_batch_size,
-            accumulation=accumulation * (1 if segments is None else segments.count),
+            accumulation=passes,
             data_ranks=world.size,
             gradient_clip=gradient_clip,
             num_parameters=self.num_parameters,
@@ -160,6 +163,9 @@ class Engine:
         """The model. Under ZeRO 3 its parameters are empty outside its forward."""
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
             self._engine, *_ = deepspeed.initialize(model=LossModule(self.module), optimizer=optimizer, config=settings)
+        self._backward_passes, self._passes_left = passes, 0
+        if self._reduces_at_end:
+            sum_in_fp32(self.module.parameters())
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, *, with_stats: bool = False) -> StepResult:
         """One optimizer step over this rank's micro-batches. Every rank calls it.
@@ -184,10 +190,13 @@ class Engine:
         stats: list[dict[str, Tensor]] | None = None
         if self._ungraded is None and optimizer_step(self._optimizer) == 0:
             self._hooks = self._watch_gradients()
-        for index, rows in enumerate(moved):
-            of_last = with_stats and index == len(moved) - 1
-            loss, stats = self._forward_and_backward(index, rows, scale, of_last)
-            losses.append(loss)
+        self._passes_left = self._backward_passes
+        with reduced_once(self._engine) if self._reduces_at_end else contextlib.nullcontext():
+            for index, rows in enumerate(moved):
+                of_last = with_stats and index == len(moved) - 1
+                loss, stats = self._forward_and_backward(index, rows, scale, of_last)
+                losses.append(loss)
+        self._optimizer_step()
         loss_sum = sum(losses, start=torch.zeros((), dtype=torch.float32, device=self.world.device))
         dist.all_reduce(loss_sum)
         mended = Mended([], []) if self._guard is None else self._guard.after_step([resets for *_, resets in moved])
@@ -371,23 +380,25 @@ class Engine:
         return result.loss_sum, stats, flattened(result.state)
 
     def _backward(self, loss: Tensor) -> None:
-        """One of the step's backward passes; behind the last one the optimizer steps."""
+        """One of the step's backward passes."""
         self._finite = self._finite * torch.isfinite(loss.detach())
-        last = self._engine.is_gradient_accumulation_boundary()
-        if last:
+        self._passes_left -= 1
+        if self._passes_left == 0:
             # DeepSpeed leaves out a step whose gradient is not finite, and does not look at the loss.
             dist.all_reduce(self._finite, op=dist.ReduceOp.MIN)
             loss = loss * torch.where(self._finite > 0, 1.0, torch.nan)
         # The convention already divides by the whole step's tokens, so DeepSpeed must not divide by the
         # accumulation again.
         self._engine.backward(loss, scale_wrt_gas=False)
-        if last:
-            self._norm = self._clip_without_zero()
-            self._require_gradients()
+        if self._passes_left > 0 and not self._reduces_at_end:
+            self._engine.step()  # counts the pass
+
+    def _optimizer_step(self) -> None:
+        self._norm = self._clip_without_zero()
+        self._require_gradients()
         self._engine.step()
-        if last:
-            applied = self._engine.was_step_applied() if self._norm is None else bool(self._norm.isfinite())
-            self._skipped = not applied
+        applied = self._engine.was_step_applied() if self._norm is None else bool(self._norm.isfinite())
+        self._skipped = not applied
 
     def _fragments(self) -> list[Fragment]:
         return list(fragments(self.module, self._engine.optimizer, self.config.zero_stage, self.world.rank))

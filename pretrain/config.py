@@ -43,8 +43,8 @@ class TrainingConfig(BaseModel):
 
     segment_length: Tokens | None = None
     """Tokens that are run forward and backward at a time, the memory carried on: a divisor of sequence_length, so that
-    a row takes the memory of a segment. None: rows are run whole. With parallel.zero_stage 2 or 3, whose ranks keep a
-    share of the gradients only, these are reduced after every segment instead of once a step."""
+    a row takes the memory of a segment. None: rows are run whole. With parallel.zero_stage 2 or 3, which would keep a
+    share of the gradients only, they wait whole for the step's one reduction (parallel.reduce_gradients)."""
 
     gradient: Literal["exact", "truncated"] = "exact"
     """How far gradients flow back through segments: exact, through the whole row, whatever segment_length is; or
@@ -53,9 +53,12 @@ class TrainingConfig(BaseModel):
     truncate_every: int | None = Field(default=None, ge=1)
     """Segments that a truncated gradient flows through: it stops between them and those before."""
 
-    boundary_states: Place = "device"
+    boundary_states: Literal["auto", Place] = "auto"
     """Where the states between segments wait for the backward pass: on the device, in the host's memory, or on the
-    disk of the run's folder."""
+    disk of the run's folder. auto: the first of them where those of a micro-batch take no more than half of what is
+    free there when the phase begins, weights, gradients, optimizer and activations set aside; what was chosen is
+    printed, and in the events that begin a run and a phase. --dry-run says how large they are. It changes speed
+    and memory, not what is learned."""
 
     on_bad_state: OnBadState = "reset"
     """With data.order streams, what a row does whose carried state is not finite: reset, begin anew; rollback, go on
@@ -96,7 +99,7 @@ class TrainingConfig(BaseModel):
                 "gradient is truncated, but truncate_every is not set: give the number of segments that a gradient "
                 "flows through"
             )
-        if self.boundary_states != "device" and 1 in (self.truncate_every, self.num_segments):
+        if self.boundary_states in ("host", "disk") and 1 in (self.truncate_every, self.num_segments):
             raise ValueError(
                 f"boundary_states is {self.boundary_states}, but gradients flow through one segment only, and no state "
                 "waits for them: remove it"
@@ -206,6 +209,10 @@ class Recipe(BaseModel):
     the same model (model.rope_base may differ) and tokenizer. The optimizer and the step numbers begin anew. Once the
     run has a checkpoint it goes on from that."""
 
+    start_phase: str | None = None
+    """Name of the phase to begin with, from the weights of initialize_from: the phases before it are left out, as what
+    those weights have behind them. None: the first phase. It stays the same for all of a run."""
+
     model: ModelConfig
     """The model: `preset` (such as mac-340m) and any field to change."""
 
@@ -232,6 +239,15 @@ class Recipe(BaseModel):
 
     logging: LoggingConfig = LoggingConfig()
     """Logs."""
+
+    @model_validator(mode="after")
+    def _a_later_phase_has_weights(self) -> Recipe:
+        if self.start_phase is not None and self.initialize_from is None:
+            raise ValueError(
+                f"start_phase is {self.start_phase}, but nothing says which weights it goes on from: set "
+                "initialize_from to an exported model or a checkpoint, or remove start_phase"
+            )
+        return self
 
     @model_validator(mode="after")
     def _phases_of_the_schedule_fit(self) -> Recipe:
@@ -320,8 +336,12 @@ class Recipe(BaseModel):
         """The seed of the data's order, or of its draws."""
         return self.seed if self.data.seed is None else self.data.seed
 
-    def segments(self) -> Segments | None:
-        """How the engine cuts rows; None: it runs them whole."""
+    def segments(self, boundary_states: Place) -> Segments | None:
+        """How the engine cuts rows; None: it runs them whole.
+
+        Args:
+            boundary_states: where those between segments wait; see `pretrain.boundary_place`.
+        """
         training = self.training
         if training.segment_length is None:
             return None
@@ -329,7 +349,7 @@ class Recipe(BaseModel):
             length=training.segment_length,
             count=training.num_segments,
             truncate_every=training.truncate_every,
-            boundary_states=training.boundary_states,
+            boundary_states=boundary_states,
             folder=self.folder,
         )
 
@@ -374,6 +394,8 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
         raise UserError(f"recipe {path}: lists phases, and what reads it here takes a run of one: remove phases")
     for name, text in overrides:
         put_override(raw, name, text)
+    if raw.get("start_phase") is not None:
+        raise UserError(f"recipe {path}: start_phase is {raw['start_phase']}, but it lists no phases: remove it")
     raw.pop("phases", None)
     apply_preset(raw)
     try:

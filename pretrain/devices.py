@@ -1,9 +1,10 @@
-"""Peak arithmetic rates, for the share of them that a run uses. A device that is not listed has no share, never a
-guessed one.
+"""Peak arithmetic rates, for the share of them that a run uses, and memory: the most that was held, and what is free.
+A device that is not listed has no share of a peak, never a guessed one.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -39,6 +40,52 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident_bytes()
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """What this process could still take on a GPU: what the driver has free, and what torch keeps without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def available_host_bytes(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """What all processes of this node could still take of its memory, without swapping: of the machine's, or of the
+    control group's (a container's, a Slurm job's) where that leaves less. File caches count as free.
+    """
+    least = _available_in_machine()
+    lines = groups.read_text().splitlines() if groups.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":  # version 1
+            names, root = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), mount / "memory"
+        elif not controllers:  # version 2
+            names, root = ("memory.max", "memory.current", "inactive_file"), mount
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            left = _left_in_group(folder, *names)
+            least = least if left is None else min(least, left)
+            if folder == root:
+                break
+    return max(least, 0)
+
+
+def _available_in_machine(memory: Path = Path("/proc/meminfo")) -> int:
+    lines = memory.read_text().splitlines() if memory.exists() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all of it, where nothing says what is free
+
+
+def _left_in_group(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:  # not this version's, or not to be seen from inside the container
+        return None
+    return None if most == "max" else int(most) - used + int(fields.get(cache, 0))
 
 
 def peak_resident_bytes(status: Path = Path("/proc/self/status")) -> int:

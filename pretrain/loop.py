@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -21,6 +21,7 @@ from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_s
 from parallel.engine import Engine, StepResult
 from parallel.process import World
 from pretrain.agreement import agreed
+from pretrain.boundary_place import BoundaryPlace, choose_boundary_place
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
 from pretrain.data import Data, Division, Loader, Share, Source, TokenizerInfo
@@ -32,7 +33,7 @@ from pretrain.guard import counted, end_of_run, guard_curves, report, too_many
 from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.optimizer import build_optimizer
-from pretrain.phase_data import check_data
+from pretrain.phase_data import check_data, verify_data
 from pretrain.phases import Phase, Phases
 from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore, write_checkpoint
 from pretrain.rng import seed_rank
@@ -76,13 +77,18 @@ def _train_alone(
     with ExitStack() as stack:
         with agreed():
             log = stack.enter_context(open_log(phases, world, state))
-            # Of all that is left: a backend that a later phase can't have should not be found out days later.
-            backends = [explain_backends(phase, world) for phase in phases.phases[len(state.done) :]]
-        announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0])
+            # Of all that is left: what a later phase can't have, or finds damaged, should not be found out days later.
+            left = phases.phases[len(state.done) :]
+            backends = [explain_backends(phase, world) for phase in left]
+            verify_data(left, Share(world.local_rank, world.local_size), log.say)
+        place = choose_boundary_place(left[0].recipe, world)
+        announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
         checkpoint = start_from
-        for phase in phases.phases[len(state.done) :]:
+        for phase in left:
+            if phase is not left[0]:
+                place = choose_boundary_place(phase.recipe, world)
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
-            state, checkpoint = run_phase(phases, phase, world, checkpoints, log, state, checkpoint)
+            state, checkpoint = run_phase(phases, phase, world, checkpoints, log, state, checkpoint, place)
             state = state.moved_on(phases)
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
             if world.device.type == "cuda":
@@ -97,6 +103,7 @@ def run_phase(
     log: RunLog,
     state: TrainerState,
     checkpoint: Path | None,
+    place: BoundaryPlace | None,
 ) -> tuple[TrainerState, Path | None]:
     """A phase from where `state` stands in it to its end: the state there, and its checkpoint.
 
@@ -104,12 +111,12 @@ def run_phase(
 
     Args:
         checkpoint: holds weights, optimizer and generators; None: they begin here.
+        place: of the states between segments, where there are any.
     """
     recipe, batches = phase.recipe, phase.batches(world.size)
     with agreed(), phase.named_in_errors():
-        share = Share(world.local_rank, world.local_size)
-        data = recipe.data.open(recipe.data_seed(), share, grid=recipe.model.grid)
-    engine = build_engine(recipe, batches, world)
+        data = recipe.data.open(recipe.data_seed(), grid=recipe.model.grid)
+    engine = build_engine(recipe, batches, world, place)
     if checkpoint is not None:
         restore(checkpoint, engine, state, recipe.seed, world)
     else:
@@ -122,17 +129,22 @@ def run_phase(
             loader = stack.enter_context(open_training_data(recipe, batches, world, data.train, state))
         if len(phases) > 1:
             backends = explain_backends(phase, world)
-            log.event(
-                "phase", step=state.step, tokens=state.tokens, phase=phase.name, number=phase.number, backends=backends
-            )
+            where = {"step": state.step, "tokens": state.tokens, "phase": phase.name, "number": phase.number}
+            log.event("phase", **where, backends=backends, **_placed(place))
             log.say(f"{phase.title}: {batches.steps} steps of {recipe.training.batch_tokens:,} tokens")
+        if place is not None:
+            log.say(f"states between segments: {place}")
         run = Run(phases, phase, world, batches, engine, data, checkpoints, log)
         reached = run.steps(loader, state, checkpoint)
     engine.destroy()
     return reached
 
 
-def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
+def _placed(place: BoundaryPlace | None) -> dict[str, Any]:
+    return {} if place is None else {"boundary_states": place.fields()}
+
+
+def build_engine(recipe: Recipe, batches: Batches, world: World, place: BoundaryPlace | None = None) -> Engine:
     """The model with its initial weights (from the seed alone, whatever the layout), its optimizer, and the engine."""
     torch.manual_seed(recipe.seed)
     model = TitansLM(recipe.model)
@@ -149,7 +161,7 @@ def build_engine(recipe: Recipe, batches: Batches, world: World) -> Engine:
         micro_batch_size=recipe.training.micro_batch_size,
         accumulation=batches.accumulation,
         gradient_clip=recipe.optimizer.gradient_clip,
-        segments=recipe.segments(),
+        segments=recipe.segments("device" if place is None else place.place),
         carry_state=recipe.data.carries_state,
         on_bad_state=recipe.training.on_bad_state,
     )
@@ -224,9 +236,10 @@ def announce(
     state: TrainerState,
     warnings: list[str],
     backends: dict[str, str],
+    place: BoundaryPlace | None,
 ) -> None:
-    """Write and print how the run begins, by which backends it computes, and what was wrong with the checkpoints that
-    it does not begin from.
+    """Write and print how the run begins, by which backends it computes, where states between segments wait, and what
+    was wrong with the checkpoints that it does not begin from.
     """
     for warning in warnings:
         log.event("damaged", message=warning)
@@ -234,7 +247,7 @@ def announce(
             loud(warning)
     name, steps = phases.run.name, state.total_steps(phases, world.size)
     where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps, "data": data}
-    where["backends"] = backends
+    where |= {"backends": backends, **_placed(place)}
     if start_from is None:
         log.event("start", **where, recipe=phases.fields())
         batch = f" of {phases.run.training.batch_tokens:,} tokens" if len(phases) == 1 else f" in {len(phases)} phases"

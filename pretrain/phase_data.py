@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from pretrain.config import Batches, Recipe
-from pretrain.data import Source, TokenizerInfo
+from pretrain.data import Share, Source, TokenizerInfo
 from pretrain.errors import UserError
-from pretrain.phases import Phases
+from pretrain.phases import Phase, Phases
+from pretrain.quantities import size_text
 
 
 def check_data(phases: Phases, ranks: int) -> tuple[TokenizerInfo | None, list[str]]:
@@ -23,6 +26,33 @@ def check_data(phases: Phases, ranks: int) -> tuple[TokenizerInfo | None, list[s
             require_same_tokenizer(sources[0], sources[-1])
             descriptions.append(describe_data(phase.recipe, phase.batches(ranks), sources[-1]))
     return sources[0].tokenizer, descriptions
+
+
+def verify_data(phases: Sequence[Phase], share: Share, say: Callable[[str], None]) -> None:
+    """Read through the content of these phases' data, as far as they ask for that, each place once: what a later phase
+    would find damaged should not be found days later.
+
+    Args:
+        share: this process's part of the reading.
+        say: told what is read, before it is.
+
+    Raises UserError for damaged content.
+    """
+    found: dict[str, int] = {}
+    reading = []
+    for phase in phases:
+        with phase.named_in_errors():
+            places = phase.recipe.data.to_verify()
+        if places.keys() - found.keys():
+            reading.append(phase)
+            found |= places
+    if found:
+        say(
+            f"checking the sha256 of {size_text(sum(found.values()))} in {', '.join(found)}; data.verify sizes skips it"
+        )
+    for phase in reading:
+        with phase.named_in_errors():
+            phase.recipe.data.open(phase.recipe.data_seed(), share, grid=phase.recipe.model.grid)
 
 
 def describe_data(recipe: Recipe, batches: Batches, source: Source) -> str:

@@ -145,7 +145,8 @@ def load_phases(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
 
     Raises:
         UserError: as `load_recipe` does, with all that is wrong in any phase; a phase that changes what it cannot; an
-            override outside the phases that each of them has a value of its own for.
+            override outside the phases that each of them has a value of its own for, or of a phase that start_phase
+            leaves out; a start_phase that is not there.
     """
     raw = read_recipe_file(path)
     for name, text in overrides:
@@ -160,13 +161,26 @@ def load_phases(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     elif not isinstance(listed, list) or not listed:
         raise UserError(f"recipe {path}: phases: list at least one, each with a name, or remove it")
     names, changes, problems = _read_phases(listed)
+    first = _first_phase(raw, names, problems)
     for name, text in overrides:
-        problems += _without_effect(raw, changes, name, text)
+        problems += _without_effect(raw, changes[first:], names[:first], name, text)
+    # Those before the first count: the seeds of their data are not used again.
     recipes, wrong = _validated(names, _resolved(raw, changes))
     if problems or wrong:
         raise UserError("\n".join([f"recipe {path}:", *problems, *wrong]))
-    numbered = zip(range(1, len(names) + 1), names, recipes, strict=True)
-    return Phases(tuple(Phase(number, len(names), name, recipe) for number, name, recipe in numbered))
+    kept = list(zip(names, recipes, strict=True))[first:]
+    return Phases(tuple(Phase(number, len(kept), name, recipe) for number, (name, recipe) in enumerate(kept, start=1)))
+
+
+def _first_phase(raw: dict[str, Any], names: list[str], problems: list[str]) -> int:
+    """The index of start_phase, 0 where there is none."""
+    start = raw.get("start_phase")
+    if not isinstance(start, str):  # anything else but null is refused as it stands
+        return 0
+    if start not in names:
+        problems.append(f"  start_phase: there is no phase {start}: {suggest(start, names)}")
+        return 0
+    return names.index(start)
 
 
 def _put_in_phase(raw: dict[str, Any], name: str, text: str) -> None:
@@ -291,10 +305,15 @@ def _changes(base: Any, fields: Any) -> dict[str, Any]:
     return found
 
 
-def _without_effect(raw: dict[str, Any], changes: list[dict[str, Any]], name: str, text: str) -> list[str]:
-    """An override outside the phases that each of them puts a value of its own over."""
-    if name.split(".")[0] == "phases":
-        return []
+def _without_effect(
+    raw: dict[str, Any], changes: list[dict[str, Any]], left_out: list[str], name: str, text: str
+) -> list[str]:
+    """An override outside the phases that each of them puts a value of its own over, and one of a phase left out."""
+    section, *inside = name.split(".")
+    if section == "phases":
+        numbers = [str(number) for number in range(1, len(left_out) + 1)]
+        unused = inside and inside[0] in (*left_out, *numbers)
+        return [f"  --{name}: has no effect, as start_phase leaves that phase out; drop it"] if unused else []
     found = []
     for leaf in _leaves(tuple(name.split(".")), parse_override(name, text)):
         mark = object()

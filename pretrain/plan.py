@@ -14,6 +14,7 @@ from pretrain.data import Data, Source
 from pretrain.initialization import check_initial_weights
 from pretrain.phase_data import check_vocabulary, describe_data, require_same_tokenizer
 from pretrain.phases import Phases
+from pretrain.quantities import size_text
 
 _LOSS_CHUNK_TOKENS = 1024  # rows of logits that the chunked cross-entropy holds at a time
 
@@ -29,7 +30,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     boundary_states: int
-    """Those that wait on the device."""
+    """Those that wait on the device; with auto, which is to choose by them, those that would."""
     carried_states: int
     """Those that rows carry from step to step."""
 
@@ -57,12 +58,26 @@ def estimate_memory(recipe: Recipe, parameters: int, ranks: int) -> MemoryEstima
     copies = 2 if parallel.zero_stage == 0 else 3
     return MemoryEstimate(
         parameters=width * parameters // share(3),
-        gradients=4 * parameters // share(2),
+        gradients=_gradient_bytes(recipe, parameters, ranks),
         optimizer=4 * copies * parameters // share(1),
         activations=_activation_bytes(recipe, width),
-        boundary_states=boundary_bytes(recipe) if recipe.training.boundary_states == "device" else 0,
+        boundary_states=boundary_bytes(recipe) if recipe.training.boundary_states in ("auto", "device") else 0,
         carried_states=carried_bytes(recipe, recipe.training.batch_tokens // recipe.training.sequence_length // ranks),
     )
+
+
+def _keeps_gradients_whole(recipe: Recipe, ranks: int) -> bool:
+    training = recipe.training
+    rounds = training.batch_tokens // (training.sequence_length * training.micro_batch_size * ranks)
+    return recipe.parallel.keeps_gradients_whole(rounds * training.num_segments)
+
+
+def _gradient_bytes(recipe: Recipe, parameters: int, ranks: int) -> int:
+    whole, share = 4 * parameters, 4 * parameters // ranks
+    if not _keeps_gradients_whole(recipe, ranks):
+        return share
+    # Stage 3 holds the memory of its share all the time.
+    return whole + share if recipe.parallel.zero_stage == 3 else whole
 
 
 def carried_bytes(recipe: Recipe, rows: int) -> int:
@@ -144,7 +159,7 @@ def describe(phases: Phases, ranks: int) -> str:
         lines += ["", *_total_lines(phases, parameters, ranks)]
     lines += _initialization_lines(phases.run, sources)
     stays = "" if len(phases) == 1 else ", and the last of each phase"
-    lines.append(f"a checkpoint        {_size(12 * parameters)}; {phases.run.checkpoint.keep} are kept{stays}")
+    lines.append(f"a checkpoint        {size_text(12 * parameters)}; {phases.run.checkpoint.keep} are kept{stays}")
     return phases.to_yaml() + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 
@@ -165,15 +180,20 @@ def _phase_lines(recipe: Recipe, batches: Batches, data: Data | None, parameters
         f"FLOPs in all        {flops.total * batches.total_tokens:.3g}",
         *_data_lines(recipe, data, batches),
         *_rank_lines(recipe, ranks),
-        f"memory of a rank    {_size(memory.total)} (estimate)",
-        f"  parameters        {_size(memory.parameters)}",
-        f"  gradients         {_size(memory.gradients)}",
-        f"  optimizer         {_size(memory.optimizer)}",
-        f"  activations       {_size(memory.activations)}, {'one micro-batch' if whole else 'a segment of one'}, "
+        f"memory of a rank    {size_text(memory.total)} (estimate)",
+        f"  parameters        {size_text(memory.parameters)}",
+        f"  gradients         {size_text(memory.gradients)}",
+        f"  optimizer         {size_text(memory.optimizer)}",
+        f"  activations       {size_text(memory.activations)}, {'one micro-batch' if whole else 'a segment of one'}, "
         "estimated from the shapes",
-        *([] if whole else [f"  boundary states   {_size(memory.boundary_states)}, estimated from the shapes"]),
-        *([f"  carried states    {_size(memory.carried_states)}, estimated from the shapes"] if carries else []),
+        *([] if whole else [f"  boundary states   {_boundary_text(recipe, memory)}"]),
+        *([f"  carried states    {size_text(memory.carried_states)}, estimated from the shapes"] if carries else []),
     ]
+
+
+def _boundary_text(recipe: Recipe, memory: MemoryEstimate) -> str:
+    elsewhere = ", where they wait on the device" if recipe.training.boundary_states == "auto" else ""
+    return f"{size_text(memory.boundary_states)}{elsewhere}, estimated from the shapes"
 
 
 def _total_lines(phases: Phases, parameters: int, ranks: int) -> list[str]:
@@ -189,7 +209,7 @@ def _total_lines(phases: Phases, parameters: int, ranks: int) -> list[str]:
         "all phases",
         f"  tokens              {sum(tokens):,} in {sum(each.steps for each in batches):,} steps",
         f"  FLOPs               {sum(flops):.3g}",
-        f"  memory of a rank    {_size(memory)} at the most (estimate)",
+        f"  memory of a rank    {size_text(memory)} at the most (estimate)",
     ]
 
 
@@ -213,7 +233,7 @@ def _initialization_lines(run: Recipe, sources: list[Source]) -> list[str]:
 def _carried_lines(recipe: Recipe, batches: Batches) -> list[str]:
     if not recipe.data.carries_state:
         return []
-    size = _size(carried_bytes(recipe, batches.rows))
+    size = size_text(carried_bytes(recipe, batches.rows))
     return [f"  carried states    {batches.rows} rows that go on from step to step: {size} over all ranks"]
 
 
@@ -224,11 +244,16 @@ def _segment_lines(recipe: Recipe) -> list[str]:
     gradient = "exact: through the whole row"
     if training.gradient == "truncated":
         gradient = f"truncated: it stops every {training.truncate_every} segment(s)"
-    places = {"device": "on the device", "host": "in the host's memory", "disk": "on disk, in the run's folder"}
+    places = {
+        "auto": "on the device, in the host's memory or on disk, by the room there when the phase begins",
+        "device": "on the device",
+        "host": "in the host's memory",
+        "disk": "on disk, in the run's folder",
+    }
     return [
         f"a row               {training.num_segments} segment(s) of {training.segment_length:,} tokens",
         f"  gradient          {gradient}",
-        f"  boundary states   {_size(boundary_bytes(recipe))} at a time, {places[training.boundary_states]}",
+        f"  boundary states   {size_text(boundary_bytes(recipe))} at a time, {places[training.boundary_states]}",
     ]
 
 
@@ -251,18 +276,13 @@ def _data_lines(recipe: Recipe, data: Data | None, batches: Batches) -> list[str
 
 
 def _rank_lines(recipe: Recipe, ranks: int) -> list[str]:
-    kept = ("nothing", "optimizer", "optimizer, gradients", "optimizer, gradients, parameters")
     stage = recipe.parallel.zero_stage
+    kept = [("optimizer", 1), ("gradients", 2), ("parameters", 3)]
+    shared = [name for name, first in kept if stage >= first]
+    if "gradients" in shared and _keeps_gradients_whole(recipe, ranks):
+        shared.remove("gradients")
     return [
         f"ranks               {ranks}, all data-parallel; ZeRO {stage}, {recipe.parallel.precision}",
         f"  rank r            rows {recipe.training.micro_batch_size} x ({ranks} m + r) and on for micro-batch m; "
-        f"holds 1/{ranks} of: {kept[stage]}",
+        f"holds 1/{ranks} of: {', '.join(shared) or 'nothing'}",
     ]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -1,4 +1,4 @@
-"""Kinds of numbers in recipes: tokens as people write them (15B, 0.5M, 1_000_000, 4Ki), and seeds."""
+"""Kinds of numbers: in recipes tokens as people write them (15B, 0.5M, 1_000_000, 4Ki) and seeds; sizes as text."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
 
 TokensOrZero = Annotated[int, BeforeValidator(parse_tokens), Field(ge=0)]
 """A number of tokens that may be 0."""
+
+
+def size_text(count: float) -> str:
+    """A number of bytes as text: 950 B, 12.3 kB, 4.6 MB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.1f} TB"

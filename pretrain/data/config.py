@@ -30,11 +30,12 @@ class ShardsConfig(SourceConfig, StoreConfig):
     """Folder or URL of the validation shards, made with the same tokenizer; none: no held-out evaluation."""
 
     verify: Verify = "hashes"
-    """What is checked at the start: `hashes` (sha256 of every shard, so that no altered token is trained on) or `sizes`
-    (only that every shard is there with its bytes). Hashing reads all shards once on every node, whose ranks share the
-    work: about a second for a gigabyte, or what the disk takes. Where that is too long, `tools.shards verify` can check
-    a set once, and `sizes` skips it at every start. Shards at URLs are hashed when they come into the cache, whatever
-    is given here; with `hashes` those that are read past it, by byte ranges, are read through once more for it."""
+    """What is checked at the start, of all phases that are left: `hashes` (sha256 of every shard, so that no altered
+    token is trained on) or `sizes` (only that every shard is there with its bytes). Hashing reads all shards once on
+    every node, whose ranks share the work: about a second for a gigabyte, or what the disk takes; a start says how many
+    bytes that is. Where it is too long, `tools.shards verify` can check a set once, and `sizes` skips it at every
+    start. Shards at URLs are hashed when they come into the cache, whatever is given here; with `hashes` also what the
+    cache holds already, and what is read past it, by byte ranges, is read through once more for it."""
 
     order: Order = "rows"
     """`rows`: documents are permuted and packed, and the packed rows permuted too, so that a batch does not come from
@@ -107,6 +108,11 @@ class ShardsConfig(SourceConfig, StoreConfig):
     def missing(self) -> Path | None:
         """The folder of the training shards, if it is not there."""
         return None if isinstance(self.train, str) or self.train.exists() else self.train
+
+    def to_verify(self) -> dict[str, int]:
+        """The sets, unless sizes are enough."""
+        sets = open_shards(self) if self.verify == "hashes" else ()
+        return {str(shards.folder): sum(shard.bytes for shard in shards.manifest.shards) for shards in sets if shards}
 
     def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
         """See `open_shards`."""

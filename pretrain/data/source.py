@@ -125,6 +125,12 @@ class SourceConfig(BaseModel, ABC):
     def missing(self) -> Path | None:
         """A folder that the section names and that is not there."""
 
+    def to_verify(self) -> dict[str, int]:
+        """The places whose content `open` reads through where it is given a share, with their bytes. Raises
+        UserError.
+        """
+        return {}
+
     @abstractmethod
     def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
         """Opens and checks the data; `seed` is the one to use (see Recipe.data_seed). Raises UserError.

@@ -99,7 +99,7 @@ def test_long_recipes_go_from_4k_to_2m_by_exact_gradients(path):
         # A segment takes no more memory than the first phase's micro-batch does.
         first = phases.run.training
         assert (recipe.training.segment_length or 0) <= first.micro_batch_size * first.sequence_length
-    assert phases[4].recipe.training.boundary_states == "disk"
+    assert phases[4].recipe.training.boundary_states == ("disk" if path.stem == "long-tiny" else "auto")
 
 
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])

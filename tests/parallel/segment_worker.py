@@ -7,8 +7,6 @@ Arguments: OUTPUT.pt TRIAL..., a trial being the fields of `Trial` in order, joi
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.boundary_states import Place
 from parallel.config import ParallelConfig
@@ -27,6 +26,8 @@ from tests.model_cases import build_model, random_tokens
 
 ROWS, LENGTH, STEPS, CLIP = 4, 16, 2, 0.5
 BETA = 0.5
+SUMS = {"allreduce_", "reduce_", "_reduce_scatter_base_"}
+OTHERS = {"_allgather_base_", "allgather_", "broadcast_", "barrier"}
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,17 @@ class Trial:
     """Activation checkpointing."""
     precision: str = "fp32"
     place: Place = "device"
+    reduce: str = "step"
+    """`ParallelConfig.reduce_gradients`."""
 
     def __str__(self) -> str:
         return ",".join(str(int(value) if isinstance(value, bool) else value) for value in vars(self).values())
 
     @classmethod
     def parse(cls, text: str) -> Trial:
-        case, stage, segments, every, accumulation, recompute, precision, place = text.split(",")
+        case, stage, segments, every, accumulation, recompute, precision, place, reduce = text.split(",")
         numbers = (int(stage), int(segments), int(every), int(accumulation))
-        return cls(case, *numbers, bool(int(recompute)), precision, place)
+        return cls(case, *numbers, bool(int(recompute)), precision, place, reduce)
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,17 @@ def build(trial: Trial, world: World, folder: Path) -> Engine:
     if trial.segments:
         length = LENGTH // trial.segments
         segments = Segments(length, trial.segments, trial.truncate_every or None, trial.place, folder)
-    gathered = {"keep_gathered_below": 20} if trial.stage == 3 else {}
+    options = {"keep_gathered_below": 20} if trial.stage == 3 else {}
     return Engine(
         model,
         torch.optim.AdamW(model.parameters(), lr=0.0, betas=(BETA, 0.95), weight_decay=0.1),
-        ParallelConfig(zero_stage=trial.stage, precision=trial.precision, device="cpu", **gathered),
+        ParallelConfig(
+            zero_stage=trial.stage,
+            precision=trial.precision,
+            device="cpu",
+            reduce_gradients=trial.reduce,
+            **options,
+        ),
         world,
         micro_batch_size=ROWS // trial.accumulation // world.size,
         accumulation=trial.accumulation,
@@ -107,21 +116,23 @@ def first_gradients(engine: Engine, world: World, folder: Path) -> dict[str, Ten
         }
 
 
-@contextmanager
-def counted_reductions() -> Iterator[list[int]]:
-    """Yields the numbers of elements of the tensors that all ranks sum from now on."""
-    sizes: list[int] = []
-    all_reduce = dist.all_reduce
+class Reductions(TorchDispatchMode):
+    """While it is active: the numbers of elements of the tensors that ranks sum, whatever calls it. Counters, losses
+    and norms are among them, with an element each.
+    """
 
-    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        sizes.append(tensor.numel())
-        return all_reduce(tensor, *arguments, **options)
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
 
-    dist.all_reduce = counted
-    try:
-        yield sizes
-    finally:
-        dist.all_reduce = all_reduce
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.split("::")[1]
+            assert name in SUMS or name in OTHERS, f"a collective that the test does not know: {name}"
+            if name in SUMS:
+                tensors = args[1] if name == "_reduce_scatter_base_" else args[0]
+                self.sizes += [t.numel() for t in ([tensors] if isinstance(tensors, Tensor) else tensors)]
+        return func(*args, **(kwargs or {}))
 
 
 def run(trial: Trial, world: World, folder: Path) -> dict[str, object]:
@@ -129,7 +140,7 @@ def run(trial: Trial, world: World, folder: Path) -> dict[str, object]:
     results = []
     for step in range(STEPS):
         rows = own_rows(world, step, trial.accumulation)
-        with counted_reductions() as reductions:
+        with Reductions() as reductions:
             results.append(engine.train_step(rows, 3e-3, with_stats=step == STEPS - 1))
         if step == 0:
             gradients = first_gradients(engine, world, folder / str(trial))
@@ -139,7 +150,7 @@ def run(trial: Trial, world: World, folder: Path) -> dict[str, object]:
         "losses": [float(result.loss) for result in results],
         "norms": [float(result.grad_norm) for result in results],
         "gradients": gradients,
-        "reduced": sum(reductions) / engine.num_parameters,
+        "reduced": sum(reductions.sizes) / engine.num_parameters,
         "tokens": [int(result.tokens) for result in results],
         "stats": [{name: float(value) for name, value in layer.items()} for layer in results[-1].stats or []],
         "evaluated": scored.nats,

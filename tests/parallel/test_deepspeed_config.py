@@ -14,15 +14,22 @@ from parallel.config import ParallelConfig
 from parallel.deepspeed_config import deepspeed_config
 
 
-def settings(config: ParallelConfig, clip: float = 0.7, num_parameters: int = 1000) -> dict[str, Any]:
+def settings(
+    config: ParallelConfig,
+    clip: float = 0.7,
+    num_parameters: int = 1000,
+    *,
+    accumulation: int = 3,
+    on_gpu: bool = False,
+) -> dict[str, Any]:
     return deepspeed_config(
         config,
         micro_batch_size=2,
-        accumulation=3,
+        accumulation=accumulation,
         data_ranks=4,
         gradient_clip=clip,
         num_parameters=num_parameters,
-        on_gpu=False,
+        on_gpu=on_gpu,
     )
 
 
@@ -44,10 +51,43 @@ def test_gradients_are_summed_in_fp32() -> None:
 
 
 def test_the_batch_is_derived_and_buckets_are_no_larger_than_the_model() -> None:
-    made = settings(ParallelConfig(zero_stage=3))
+    made = settings(ParallelConfig(zero_stage=3, reduce_gradients="backward"))
     assert made["train_batch_size"] == 24
     assert made["zero_optimization"]["reduce_bucket_size"] == 1000
     assert made["zero_optimization"]["stage3_max_live_parameters"] == 2000
+
+
+def test_gradients_that_wait_whole_for_one_reduction_are_stage_1s() -> None:
+    stages = {
+        (config.reduce_gradients, accumulation): settings(config, accumulation=accumulation)["zero_optimization"][
+            "stage"
+        ]
+        for config in (ParallelConfig(zero_stage=2), ParallelConfig(zero_stage=2, reduce_gradients="backward"))
+        for accumulation in (1, 3)
+    }
+    assert stages == {("step", 1): 2, ("step", 3): 1, ("backward", 1): 2, ("backward", 3): 2}
+
+
+def test_to_stage_3_the_passes_that_it_reduces_at_once_are_one() -> None:
+    made = settings(ParallelConfig(zero_stage=3))
+    assert made["gradient_accumulation_steps"] == 1
+    assert made["train_batch_size"] == 8
+    assert made["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "overlaps"), [(1, 1, True), (1, 3, False), (2, 3, False), (3, 3, True)]
+)
+def test_stage_1_overlaps_where_one_backward_pass_reaches_all_gradients(
+    stage: int, accumulation: int, overlaps: bool
+) -> None:
+    made = settings(ParallelConfig(zero_stage=stage), accumulation=accumulation, on_gpu=True)
+    assert made["zero_optimization"]["overlap_comm"] == overlaps
+
+
+def test_every_pass_is_reduced_by_itself_only_where_ranks_keep_shares() -> None:
+    with pytest.raises(ValidationError, match="zero_stage 1 keeps gradients whole .*; remove it"):
+        ParallelConfig(zero_stage=1, reduce_gradients="backward")
 
 
 def test_buckets_are_even_for_a_model_with_an_odd_number_of_parameters() -> None:

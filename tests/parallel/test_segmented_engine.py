@@ -4,6 +4,7 @@ processes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ TRUNCATED = [
 ]
 TRUNCATED_ALONE = {"mac": Trial("mac", 0, 4, truncate_every=2), "lmm-softmax": Trial("lmm-softmax", 0, 4, 1)}
 BF16 = [Trial("lmm", stage, 4, accumulation=2, precision="bf16") for stage in (1, 2, 3)]
+EVERY_PASS = [
+    Trial("lmm", 2, 4, accumulation=2, reduce="backward"),
+    Trial("mac", 3, 4, reduce="backward"),
+    replace(BF16[-1], reduce="backward"),
+]
 
 Seen = dict[str, dict[str, Any]]
 
@@ -57,7 +63,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    trials = [*WHOLE.values(), WHOLE_BF16, *EXACT, *TRUNCATED, *BF16]
+    trials = [*WHOLE.values(), WHOLE_BF16, *EXACT, *TRUNCATED, *BF16, *EVERY_PASS]
     return launch(tmp_path_factory.mktemp("two"), trials, 2)
 
 
@@ -105,11 +111,25 @@ def test_clipping_is_exercised_and_steps_count(seen: Seen) -> None:
     assert abs(whole["losses"][0] - whole["losses"][-1]) > 1e-3
 
 
-@pytest.mark.parametrize("trial", [trial for trial in [*EXACT, *BF16] if trial.stage < 3], ids=str)
-def test_gradients_are_reduced_once_a_step_where_ranks_keep_them_whole(seen: Seen, trial: Trial) -> None:
-    """ZeRO 2, as 3, keeps a share of them only, and so reduces those of every backward pass."""
-    times = 1 if trial.stage == 1 else trial.segments * trial.accumulation
+@pytest.mark.parametrize("trial", [*EXACT, *TRUNCATED, *BF16, *EVERY_PASS], ids=str)
+def test_gradients_are_reduced_once_a_step(seen: Seen, trial: Trial) -> None:
+    """And behind every backward pass where that is asked for: the count does not always give one."""
+    times = 1 if trial.reduce == "step" else trial.segments * trial.accumulation
     assert seen[str(trial)]["reduced"] == pytest.approx(times, rel=0.05)
+
+
+@pytest.mark.parametrize("trial", EVERY_PASS[:-1], ids=str)
+def test_reduced_behind_every_pass_they_are_the_same(seen: Seen, trial: Trial) -> None:
+    assert_same_training(seen[str(trial)], seen[str(WHOLE[trial.case])])
+
+
+def test_bf16_gradients_that_wait_are_summed_in_fp32(seen: Seen) -> None:
+    """As those that are reduced behind every pass: sums in bf16 would be as far off as bf16 is coarse, 2^-9."""
+    waited, reduced = (seen[str(trial)]["gradients"] for trial in (BF16[-1], EVERY_PASS[-1]))
+    assert waited.keys() == reduced.keys() != set()
+    for name, gradient in reduced.items():
+        error = float((waited[name] - gradient).abs().max())
+        assert error <= 1e-5 * float(gradient.abs().max()), f"{name}: {error}"
 
 
 @pytest.mark.parametrize("trial", BF16, ids=str)

@@ -13,6 +13,8 @@ import yaml
 from pretrain.__main__ import main
 from pretrain.command_line import parse
 from pretrain.config import load_recipe
+from pretrain.phases import load_phases
+from pretrain.quantities import size_text
 from tests.training_cases import events, losses, make_data, pretrain, write_recipe
 
 
@@ -55,7 +57,7 @@ def test_help_has_every_field_with_its_docstring(capsys: pytest.CaptureFixture[s
     for part in ("--model.memory.chunk INT", "--parallel.zero_stage 0|1|2|3  (default: 1)", "--training.tokens TOKENS"):
         assert part in text
     assert "Largest global norm of the gradient; 0 turns clipping off." in text
-    assert "--training.boundary_states device|host|disk" in text
+    assert "--training.boundary_states auto|device|host|disk" in text
 
 
 def test_a_dry_run_prints_a_recipe_and_touches_nothing(
@@ -144,6 +146,27 @@ def test_an_altered_shard_ends_both_ranks(data: Path, tmp_path: Path) -> None:
     assert finished.codes == [2, 2]
     assert f"{shard}: damaged: expected sha256" in finished.errors[0]
     assert "error:" not in finished.errors[1]
+
+
+def test_an_altered_shard_of_a_later_phase_ends_the_run_before_its_first_step(data: Path, tmp_path: Path) -> None:
+    folder, later = tmp_path / "run", tmp_path / "shards"
+    shutil.copytree(data / "train", later)
+    shard = sorted(later.glob("*.tar"))[0]
+    flip(shard)
+    path = write_recipe(data, folder)
+    phases = [{"name": "sound"}, {"name": "damaged", "data": {"train": str(later)}}]
+    path.write_text(path.read_text() + yaml.safe_dump({"phases": phases}))
+    finished = pretrain(path, check=False)
+    assert finished.codes == [2]
+    assert f"phase damaged (2 of 2): {shard}: damaged: expected sha256" in finished.errors[0]
+    read = [data / "train", data / "validation", later]
+    total = sum(file.stat().st_size for place in read for file in place.glob("*.tar"))
+    assert f"checking the sha256 of {size_text(total)} of shards in {', '.join(map(str, read))}" in (
+        finished.outputs[0] + finished.errors[0]
+    )
+    assert [event["event"] for event in events(folder)] == ["error"]
+    phases = load_phases(path, [("data.verify", "sizes")])
+    assert not any(phase.recipe.data.to_verify() for phase in phases), "nothing is to be read through"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly(run_copy: Path) -> None:

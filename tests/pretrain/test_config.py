@@ -303,13 +303,13 @@ def test_the_division_of_a_step_is_derived(recipe_file: Path) -> None:
 
 
 def test_rows_are_cut_as_the_recipe_says(recipe_file: Path) -> None:
-    assert load_recipe(recipe_file).segments() is None
-    exact = load_recipe(recipe_file, [("training.segment_length", "8"), ("training.boundary_states", "disk")])
-    assert exact.segments() == Segments(8, 4, None, "disk", exact.folder)
+    assert load_recipe(recipe_file).segments("device") is None
+    exact = load_recipe(recipe_file, [("training.segment_length", "8")])
+    assert exact.segments("disk") == Segments(8, 4, None, "disk", exact.folder)
     assert exact.batches(1) == load_recipe(recipe_file).batches(1), "micro-batches are whole rows, however they are run"
     overrides = [("segment_length", "0.03125Ki"), ("gradient", "truncated"), ("truncate_every", "7")]
     truncated = load_recipe(recipe_file, [(f"training.{name}", value) for name, value in overrides])
-    assert truncated.segments() == Segments(32, 1, 7, "device", truncated.folder)
+    assert truncated.segments("device") == Segments(32, 1, 7, "device", truncated.folder)
 
 
 def test_every_field_has_a_docstring() -> None:

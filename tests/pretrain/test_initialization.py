@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from parallel.process import World, initialize, shutdown
@@ -62,8 +63,25 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     longer = again.rename(folder / "again-longer.yaml")
     again.write_text(longer.read_text())
     longer.write_text(longer.read_text().replace(f"tokens: {128 * STEPS}\n", f"tokens: {256 * STEPS}\n"))
-    run_ranks([WORKER, *map(str, [*recipes, again, longer])], ranks=2, timeout=300)
+    later = later_phases(data, folder, source)
+    run_ranks([WORKER, *map(str, [*recipes, again, longer, *later])], ranks=2, timeout=300)
     return folder
+
+
+def later_phases(data: Path, folder: Path, source: Path) -> list[Path]:
+    """A recipe of three phases that begins with the second, and one that lists the last two alone."""
+    training = {"sequence_length": 64, "segment_length": 32, "micro_batch_size": 1}
+    listed = [
+        {"name": "first", "training": {"batch_tokens": 256}},
+        {"name": "second", "training": training, "data": {"seed": 1}},
+        {"name": "third", "data": {"seed": 2}},
+    ]
+    recipes = []
+    for name, start, phases in (("begun-later", "start_phase: second\n", listed), ("without", "", listed[1:])):
+        path = recipe_from(data, folder / name, source)
+        path.write_text(start + path.read_text() + yaml.safe_dump({"phases": phases}))
+        recipes.append(path)
+    return recipes
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +135,16 @@ def test_a_run_with_a_checkpoint_goes_on_from_that(runs: Path) -> None:
     assert [event["step"] for event in events(runs / "again", "resume")] == [STEPS]
     assert list(losses(runs / "again")) == [1, 2, 3, 4]
     assert losses(runs / "again")[1] == losses(runs / "from-checkpoint")[1]
+
+
+def test_a_run_that_begins_with_a_later_phase_is_the_run_without_those_before(runs: Path) -> None:
+    begun, without = runs / "begun-later", runs / "without"
+    assert [event["phase"] for event in events(begun, "phase")] == ["second", "third"]
+    assert list(losses(begun)) == [1, 2, 3, 4]
+    assert losses(begun) == losses(without)
+    first, second = (read_parameters(run / "checkpoints" / checkpoint_name(4)) for run in (begun, without))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], weight) for name, weight in second.items())
 
 
 def refused(phases: Phases, tokenizer: TokenizerInfo | None) -> str:

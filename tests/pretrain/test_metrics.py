@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from parallel.process import World
-from pretrain.devices import peak_flops, peak_memory_bytes, peak_resident_bytes
+from pretrain.devices import available_host_bytes, peak_flops, peak_memory_bytes, peak_resident_bytes
 from pretrain.errors import UserError
 from pretrain.loop import open_log as open_run_log
 from pretrain.metrics import RunLog, Stopwatch, duration
@@ -178,3 +178,28 @@ def test_peak_memory_is_known_where_proc_does_not_say_it(tmp_path: Path, text: s
 def test_an_unknown_device_has_no_peak() -> None:
     assert peak_flops(torch.device("cpu"), "bf16") is None
     assert peak_memory_bytes(torch.device("cpu")) > 10**6
+
+
+def memory_group(folder: Path, names: tuple[str, str], limit: str, used: int, cached: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{cached}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_group_leaves_less_of_the_hosts_memory(tmp_path: Path, version: int) -> None:
+    """A job's limit above the process's own; file caches, which the kernel gives up, count as free."""
+    groups, mount = tmp_path / "cgroup", tmp_path / "mount"
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    cached = "inactive_file 100" if version == 2 else "total_inactive_file 100"
+    groups.write_text("0::/job/step\n" if version == 2 else "5:devices:/\n4:memory:/job/step\n")
+    root = mount if version == 2 else mount / "memory"
+    memory_group(root / "job" / "step", names, "max" if version == 2 else str(2**62), 300, cached)
+    machine = available_host_bytes(groups, mount)
+    assert machine > 10**6, "no limit: the machine's"
+    memory_group(root / "job", names, "1000", 700, cached)
+    assert available_host_bytes(groups, mount) == 1000 - 700 + 100
+    memory_group(root / "job", names, "500", 700, cached)
+    assert available_host_bytes(groups, mount) == 0
+    assert available_host_bytes(tmp_path / "absent", mount) > 10**6

@@ -205,6 +205,8 @@ def test_the_curves_are_of_one_run_and_say_the_phase(pair: Path) -> None:
         ]
     entered = [(event["phase"], event["number"], event["step"]) for event in events(pair / "untouched", "phase")]
     assert entered == [(name, number, STEPS * (number - 1)) for number, name in enumerate(NAMES, start=1)]
+    waits = [event.get("boundary_states", {}).get("place") for event in events(pair / "untouched", "phase")]
+    assert waits == [None, "device", "device", "host", "disk"]
 
 
 def test_the_last_checkpoint_of_each_phase_stays(pair: Path) -> None:

@@ -100,6 +100,36 @@ def test_no_phase_repeats_anothers_order_unless_it_is_asked_to(path: Path) -> No
     assert seeds(("phases.1.data.seed", "0"), ("seed", str(2**63 - 1))) == [0, 1, 2]
 
 
+def test_a_run_can_begin_with_a_later_phase(path: Path, tmp_path: Path) -> None:
+    """The phases are those of the whole recipe, their data's seeds included, under the numbers that are left."""
+    begun = [("start_phase", "long"), ("initialize_from", "model")]
+    later, whole = load_phases(path, begun), load_phases(path)
+    assert [phase.title for phase in later] == ["phase long (1 of 2)", "phase drawn (2 of 2)"]
+    given = {"start_phase": "long", "initialize_from": Path("model")}
+    assert [phase.recipe for phase in later] == [phase.recipe.model_copy(update=given) for phase in whole.phases[1:]]
+    again = tmp_path / "again.yaml"
+    again.write_text(later.to_yaml())
+    assert load_phases(again) == later
+    assert load_phases(path, [("start_phase", "short"), begun[1]]).run.training == whole.run.training
+
+
+def test_a_later_phase_to_begin_with_is_checked(path: Path, tmp_path: Path) -> None:
+    given = ("initialize_from", "model")
+    assert "there is no phase lnog: did you mean long?" in refused(path, ("start_phase", "lnog"), given)
+    message = refused(path, ("start_phase", "long"))
+    assert message.count("nothing says which weights it goes on from: set initialize_from") == 1
+    for name in ("phases.short.training.tokens", "phases.1.training.tokens"):
+        message = refused(path, ("start_phase", "long"), given, (name, "1024"))
+        assert f"--{name}: has no effect, as start_phase leaves that phase out" in message
+    load_phases(path, [("start_phase", "long"), given, ("phases.2.training.tokens", "1024")])
+    message = refused(path, ("start_phase", "long"), given, ("training.sequence_length", "64"))
+    assert "--training.sequence_length: has no effect, as every phase sets" in message
+    alone = write(tmp_path, None)
+    assert "there is no phase long" in refused(alone, ("start_phase", "long"), given)
+    with pytest.raises(UserError, match="lists no phases: remove it"):
+        load_recipe(alone, [("start_phase", "long"), given])
+
+
 def test_an_override_reaches_one_phase_or_those_without_a_value_of_their_own(path: Path) -> None:
     def tokens(*overrides: tuple[str, str]) -> list[int]:
         return [phase.recipe.training.tokens for phase in load_phases(path, overrides)]

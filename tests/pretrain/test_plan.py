@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from model import ModelConfig, TitansLM
+from parallel.config import ParallelConfig
 from pretrain.config import Recipe, load_recipe
 from pretrain.phases import Phases
 from pretrain.plan import (
-    _size,
     boundary_bytes,
     carried_bytes,
     describe,
@@ -19,6 +19,7 @@ from pretrain.plan import (
     num_parameters,
     state_bytes,
 )
+from pretrain.quantities import size_text
 from tests.training_cases import write_recipe
 
 
@@ -39,6 +40,10 @@ def test_a_dry_run_says_how_rows_are_cut(tmp_path: Path) -> None:
     truncated = {"segment_length": 16, "gradient": "truncated", "truncate_every": 1}
     assert "truncated: it stops every 1 segment(s)" in described(tmp_path, **truncated)
     assert "segment(s)" not in described(tmp_path)
+    by_room = described(tmp_path, segment_length=8)
+    needed = size_text(boundary_bytes(recipe_with(tmp_path, segment_length=8)))
+    assert f"{needed} at a time, on the device, in the host's memory or on disk, by the room there" in by_room
+    assert f"{needed}, where they wait on the device, estimated" in by_room
 
 
 def test_memory_is_that_of_a_segment_and_of_the_states_that_wait_on_the_device(tmp_path: Path) -> None:
@@ -49,6 +54,23 @@ def test_memory_is_that_of_a_segment_and_of_the_states_that_wait_on_the_device(t
     assert of_disk.activations == of_device.activations < of_whole.activations
     assert of_disk.boundary_states == of_whole.boundary_states == 0
     assert of_device.total == of_disk.total + boundary_bytes(on_device)
+
+
+def test_gradients_that_wait_for_one_reduction_are_whole(tmp_path: Path) -> None:
+    """Under ZeRO 2 and 3 where a step has several backward passes: its four rows are in micro-batches of two."""
+    for stage in (1, 2, 3):
+        for fields, ranks, at_once in (({}, 2, True), ({}, 1, False), ({"segment_length": 8}, 2, False)):
+            recipe = recipe_with(tmp_path, **fields)
+            once = recipe.model_copy(update={"parallel": ParallelConfig(zero_stage=stage)})
+            shared = at_once and stage > 1
+            expected = 4000 // ranks if shared else 4000 + (4000 // ranks if stage == 3 else 0)
+            assert estimate_memory(once, 1000, ranks).gradients == expected
+            text = describe(Phases.alone(once), ranks)
+            assert ("gradients" in next(line for line in text.splitlines() if " holds 1/" in line)) == shared
+            if stage > 1:
+                parallel = ParallelConfig(zero_stage=stage, reduce_gradients="backward")
+                every = recipe.model_copy(update={"parallel": parallel})
+                assert estimate_memory(every, 1000, ranks).gradients == 4000 // ranks
 
 
 def test_as_many_states_wait_as_gradients_flow_through(tmp_path: Path) -> None:
@@ -76,9 +98,9 @@ def test_memory_is_also_that_of_the_states_that_rows_carry(tmp_path: Path) -> No
             assert estimate.carried_states == states * state // ranks
             assert estimate.total - without.total == states * state // ranks
     text = describe(Phases.alone(rollback), 2)
-    assert f"# memory of a rank    {_size(estimate_memory(rollback, num_parameters(alone.model), 2).total)}" in text
-    assert f"#   carried states    {_size(4 * state)}, estimated" in text
-    assert f"#   carried states    4 rows that go on from step to step: {_size(8 * state)} over all" in text
+    assert f"# memory of a rank    {size_text(estimate_memory(rollback, num_parameters(alone.model), 2).total)}" in text
+    assert f"#   carried states    {size_text(4 * state)}, estimated" in text
+    assert f"#   carried states    4 rows that go on from step to step: {size_text(8 * state)} over all" in text
     assert "carried states" not in describe(Phases.alone(alone), 2)
 
 

@@ -79,6 +79,15 @@ def test_truncated_gradients_train_another_model(runs: Path) -> None:
     assert truncated[STEPS] < truncated[1]
 
 
+def test_a_run_says_where_the_states_wait(runs: Path) -> None:
+    (asked,) = events(runs / "exact", "start")
+    assert asked["boundary_states"]["place"] == "disk"
+    (chosen,) = events(runs / "changed", "resume")
+    assert chosen["boundary_states"]["place"] == "device", "a few kilobytes, where the recipe says nothing"
+    assert chosen["boundary_states"]["bytes"] > 0 and "free on the device" in chosen["boundary_states"]["why"]
+    assert "boundary_states" not in events(runs / "whole", "start")[0]
+
+
 def test_nothing_of_the_states_on_disk_is_left(runs: Path) -> None:
     for run in ("exact", "resumed"):
         assert sorted(path.name for path in (runs / run).iterdir() if path.is_dir()) == ["checkpoints", "tensorboard"]

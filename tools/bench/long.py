@@ -30,16 +30,24 @@ CASE_SECONDS = 6 * 3600.0
 """After which a step counts as hanging: one of millions of tokens takes long."""
 
 
-def beside_shortest(rows: Sequence[Row]) -> list[Row]:
-    """The rows with time and memory a token over those of the shortest row of the same model and gradients."""
+BASE_LENGTH = 65_536
+"""Tokens of the row that others are compared with. In the shortest ones a step's fixed costs show, and a row of one
+segment is not run forward twice."""
+
+
+def beside_base(rows: Sequence[Row]) -> list[Row]:
+    """The rows with time a token and memory over those of the row of `BASE_LENGTH` of the same model and gradients, or
+    of the shortest where that was not measured.
+    """
     result = []
     for row in rows:
         if "outcome" not in row:
             alike = [r for r in rows if (r["variant"], r["gradient"]) == (row["variant"], row["gradient"])]
-            first = min((r for r in alike if "outcome" not in r), key=lambda r: r["length"])
-            per_token, least = row["seconds"] / row["length"], first["seconds"] / first["length"]
-            ratios = {"time_ratio": per_token / least, "memory_ratio": row["peak_bytes"] / first["peak_bytes"]}
-            row = {**row, "us_per_token": per_token * 1e6, **ratios}
+            measured = sorted((r for r in alike if "outcome" not in r), key=lambda r: r["length"])
+            base = next((r for r in measured if r["length"] == BASE_LENGTH), measured[0])
+            per_token, at_base = row["seconds"] / row["length"], base["seconds"] / base["length"]
+            ratios = {"time_ratio": per_token / at_base, "memory_ratio": row["peak_bytes"] / base["peak_bytes"]}
+            row = {**row, "us_per_token": per_token * 1e6, "base": base["length"], **ratios}
         result.append(row)
     return result
 
@@ -54,13 +62,14 @@ PRESENTATION = Presentation(
     found=(
         Column("seconds", "seconds", digits),
         Column("us a token", "us_per_token", digits),
-        Column("time over shortest", "time_ratio", times),
         Column("peak MB", "peak_bytes", megabytes),
-        Column("memory over shortest", "memory_ratio", times),
+        Column("base", "base", whole),
+        Column("time over base", "time_ratio", times),
+        Column("memory over base", "memory_ratio", times),
     ),
-    note="Forward, backward and AdamW on one row, in a process of its own. Time is compared a token, with the shortest "
-    "row of the same model and gradients; peak memory is the whole process's.",
-    prepare=beside_shortest,
+    note="Forward, backward and AdamW on one row, in a process of its own. Time is compared a token, with the row of "
+    "base tokens of the same model and gradients; peak memory is the whole process's.",
+    prepare=beside_base,
 )
 
 
@@ -71,8 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("mac", "mag", "mal", "lmm", "transformer"), help="models; the transformer's attention is full",
     )  # fmt: skip
     parser.add_argument(
-        "--lengths", type=positive_int, nargs="+", default=[65_536, 2_097_152], metavar="N", help="tokens in the row"
-    )
+        "--lengths", type=positive_int, nargs="+", default=[4096, 32_768, BASE_LENGTH, 2_097_152], metavar="N",
+        help="tokens in the row",
+    )  # fmt: skip
     parser.add_argument(
         "--full-attention-up-to", type=positive_int, default=32_768, metavar="N",
         help="longest row of the transformer, whose time a token grows with it",
@@ -85,11 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--boundary-states", choices=("device", "host", "disk"), default="disk", help="where states wait for gradients"
     )
-    parser.add_argument("--dim", type=positive_int, default=64, help="width of the model")
-    parser.add_argument("--heads", type=positive_int, default=2, help="number of heads")
-    parser.add_argument("--layers", type=positive_int, default=2, help="number of layers")
-    parser.add_argument("--chunk-size", type=positive_int, default=64, help="tokens in a chunk of the memory")
-    parser.add_argument("--window", type=positive_int, default=64, help="attention window, or the MAC's segment")
+    parser.add_argument("--dim", type=positive_int, default=32, help="width of the model")
+    parser.add_argument("--heads", type=positive_int, default=1, help="number of heads")
+    parser.add_argument("--layers", type=positive_int, default=1, help="number of layers")
+    parser.add_argument("--chunk-size", type=positive_int, default=128, help="tokens in a chunk of the memory")
+    parser.add_argument("--window", type=positive_int, default=128, help="attention window, or the MAC's segment")
     parser.add_argument("--threads", type=positive_int, default=2, help="CPU threads")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.bench.__main__ import main
+from tools.bench.long import beside_base
 from tools.bench.record import RECORDS
 
 SMALL = ["--segment-length", "32", "--dim", "16", "--heads", "1", "--layers", "1", "--chunk-size", "8", "--window", "8"]
@@ -47,3 +48,18 @@ def test_the_committed_record_shows_two_million_tokens_in_flat_memory_and_time()
         short, long = exact[variant, 65_536], exact[variant, 2_097_152]
         assert long["peak_bytes"] <= 1.5 * short["peak_bytes"]
         assert long["seconds"] / long["length"] <= 1.3 * short["seconds"] / short["length"]
+
+
+def test_rows_are_compared_with_64k_or_else_with_the_shortest() -> None:
+    def row(variant: str, length: int, seconds: float, peak: int) -> dict[str, object]:
+        return {"variant": variant, "gradient": "exact", "length": length, "seconds": seconds, "peak_bytes": peak}
+
+    of_lmm = [row("lmm", 4096, 1.0, 100), row("lmm", 65_536, 32.0, 200), row("lmm", 2_097_152, 1280.0, 300)]
+    of_mac = [row("mac", 32_768, 8.0, 100), row("mac", 4096, 2.0, 50)]
+    lost = {"variant": "mac", "gradient": "exact", "length": 65_536, "outcome": "killed"}
+    found = beside_base([*of_lmm, *of_mac, lost])
+    assert [(r["base"], r["time_ratio"], r["memory_ratio"]) for r in found[:3]] == [
+        (65_536, 0.5, 0.5), (65_536, 1.0, 1.0), (65_536, 1.25, 1.5),
+    ]  # fmt: skip
+    assert [(r["base"], r["time_ratio"], r["memory_ratio"]) for r in found[3:5]] == [(4096, 0.5, 2.0), (4096, 1.0, 1.0)]
+    assert found[5] == lost
