@@ -110,9 +110,10 @@ class ShardsConfig(SourceConfig, StoreConfig):
         return None if isinstance(self.train, str) or self.train.exists() else self.train
 
     def to_verify(self) -> dict[str, int]:
-        """The sets, unless sizes are enough."""
+        """The sets, unless sizes are enough; of those at URLs what the cache holds."""
         sets = open_shards(self) if self.verify == "hashes" else ()
-        return {str(shards.folder): sum(shard.bytes for shard in shards.manifest.shards) for shards in sets if shards}
+        here = {str(shards.folder): shards.store.bytes_here(shards.manifest.shards) for shards in sets if shards}
+        return {place: size for place, size in here.items() if size}
 
     def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
         """See `open_shards`."""
@@ -141,11 +142,12 @@ def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[Shard
 
     Raises UserError for a missing or damaged set, and when the two were not made with the same tokenizer.
     """
+    hashes = config.verify == "hashes"
     verify, share = ("sizes", Share(0, 1)) if share is None else (config.verify, share)
-    train = ShardSet.open(config.train, verify, *share, config)
+    train = ShardSet.open(config.train, verify, *share, config, hashes)
     if config.validation is None:
         return train, None
-    validation = ShardSet.open(config.validation, verify, *share, config)
+    validation = ShardSet.open(config.validation, verify, *share, config, hashes)
     if train.tokenizer.sha256 != validation.tokenizer.sha256:
         raise UserError(
             f"data.validation {config.validation}: made with another tokenizer than data.train {config.train}: sha256 "

@@ -76,6 +76,7 @@ class ShardSet:
         share: int = 0,
         shares: int = 1,
         config: StoreConfig | None = None,
+        read_through: bool | None = None,
     ) -> "ShardSet":
         """Opens the set at a folder or URL (`config`: how URLs are read) and checks it.
 
@@ -83,9 +84,10 @@ class ShardSet:
         presence and bytes of each shard; the index against the manifest. With verify="hashes", each shard's sha256 too:
         of every `shares`-th shard from the `share`-th on, so that processes can divide the reading. Of remote shards
         those of the share alone are asked for, and hashes are checked when a shard is fetched.
+        `read_through`: whether a remote shard that is read by byte ranges is hashed before; None: with verify="hashes".
         Raises UserError naming the file, what was expected and what was found.
         """
-        store = open_store(location, config, hashes=verify == "hashes")
+        store = open_store(location, config, hashes=verify == "hashes" if read_through is None else read_through)
         try:
             manifest = read_manifest(store)
             paths = [store.keep(entry) for entry in (manifest.index, manifest.token_bytes, manifest.tokenizer)]

@@ -85,6 +85,26 @@ def test_the_recipe_takes_a_url_and_its_options(site, tmp_path, local):
     assert (tmp_path / "c" / "objects").is_dir()
 
 
+def test_what_a_run_checks_at_its_start_is_what_the_cache_holds(site, tmp_path, local):
+    config = ShardsConfig(train=site.url, cache_folder=tmp_path / "c")
+    assert config.to_verify() == {}
+    read_all(open_shards(config)[0])
+    assert config.to_verify() == {site.url: sum(shard.bytes for shard in local.manifest.shards)}
+    assert config.model_copy(update={"verify": "sizes"}).to_verify() == {}
+
+
+def test_a_run_finds_a_flipped_byte_that_it_reads_past_the_cache(site, tmp_path, local):
+    """Whether or not the set was opened for a start's check."""
+    data = bytearray((local.folder / SHARD).read_bytes())
+    data[700] ^= 1
+    (site.folder / SHARD).write_bytes(data)
+    config = ShardsConfig(train=site.url, cache_folder=tmp_path / "c", cache_gigabytes=0.0)
+    for share in (None, Share(0, 1)):
+        with pytest.raises(DamagedError, match=f"{SHARD}: damaged: expected sha256"):
+            read_all(open_shards(config, share)[0])
+    read_all(open_shards(config.model_copy(update={"verify": "sizes"}))[0])
+
+
 @pytest.mark.parametrize(
     "faults",
     [

@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from threading import Lock
@@ -213,6 +213,10 @@ class RemoteStore(Store):
             raise other_size(place, entry.bytes, found)
         if hashes:
             self._cache.discard_damaged(entry)
+
+    def bytes_here(self, entries: Sequence[FileEntry]) -> int:
+        """See `Store.bytes_here`: what the cache holds."""
+        return sum(entry.bytes for entry in entries if self._cache.path(entry).exists())
 
     def keep(self, entry: FileEntry) -> Path:
         """See `Store.keep`. The index and its like are kept beside the shards even where the cache has no room."""

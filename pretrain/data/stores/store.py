@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.data.format import FileEntry
@@ -34,6 +35,10 @@ class Store(ABC):
 
         A remote file's hash is checked when it is fetched, before any of it is used, not here.
         """
+
+    @abstractmethod
+    def bytes_here(self, entries: Sequence[FileEntry]) -> int:
+        """How many bytes of the files `check` reads through for their hashes."""
 
     @abstractmethod
     def keep(self, entry: FileEntry) -> Path:
@@ -88,6 +93,10 @@ class LocalStore(Store):
             raise UserError(f"{path}: cannot be read: {error.strerror}; restore the file") from error
         if digest != entry.sha256:
             raise other_hash(str(path), entry.sha256, digest)
+
+    def bytes_here(self, entries: Sequence[FileEntry]) -> int:
+        """See `Store.bytes_here`: all."""
+        return sum(entry.bytes for entry in entries)
 
     def keep(self, entry: FileEntry) -> Path:
         """See `Store.keep`."""
