@@ -47,7 +47,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    return StoreConfig(cache_folder=tmp_path / "cache", store_timeout_seconds=0.4, store_retries=3)
+    return StoreConfig(cache_folder=tmp_path / "cache", store_timeout_seconds=1.0, store_retries=3)
 
 
 def opened(site, config, **options):
@@ -156,7 +156,7 @@ def test_what_does_not_pass_is_named_in_time(site, config, fault):
     start = time.monotonic()
     with pytest.raises(UnreachableError, match=rf"{site.url}/{SHARD}: not read, tried 4 times .*data\.store_timeout"):
         read_all(shards)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 20
     assert len(site.ranges(SHARD)) == 4
 
 

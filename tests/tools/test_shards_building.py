@@ -58,7 +58,7 @@ def started(*words):
 
 
 def wait_until(process, condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
@@ -186,7 +186,7 @@ def test_an_encoding_process_that_is_killed_is_named_and_the_build_can_go_on(tmp
     process = started(*words)
     wait_until(process, lambda: len(encoders_of(process)) == 2)
     os.kill(encoders_of(process)[0], signal.SIGKILL)
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=120)
     assert process.returncode == 2, message
     assert "error: an encoding process was killed by SIGKILL (out of memory? give fewer --workers)" in message
     assert not (tmp_path / "out").exists()
