@@ -21,7 +21,7 @@ from pretrain.config import Recipe
 from pretrain.errors import UserError
 from pretrain.phases import FIELDS_OF_THE_RUN, MODEL_FIELDS, SECTIONS
 from pretrain.quantities import parse_tokens
-from pretrain.recipe_errors import kind_of, sections_in, suggest
+from pretrain.recipe_errors import kind_of, named_sections_in, sections_in, suggest
 
 _DESCRIPTION = """Train a model as a recipe says.
 
@@ -128,6 +128,10 @@ def _add_fields(section: type[BaseModel], prefix: str, lines: list[str]) -> None
     for name, field in section.model_fields.items():
         choices = sections_in(field.annotation)
         text = " ".join((field.description or "").split())
+        if entries := named_sections_in(field.annotation):
+            lines.append(f"  --{prefix}{name}.NAME.FIELD VALUE\n      {text} Each NAME has:")
+            _add_fields(entries, f"{prefix}{name}.NAME.", lines)
+            continue
         if not choices:
             lines.append(f"  --{prefix}{name} {_kind(field)}{_default(field)}")
             lines.append(f"      {text}")

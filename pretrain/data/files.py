@@ -3,7 +3,7 @@
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from threading import Lock
 
 from pretrain.data.stores import NoRoomError
@@ -42,6 +42,24 @@ class OpenFiles:
             while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
                 data += more
             return data
+        finally:
+            self._release(number)
+
+    def read_into(self, number: int, ranges: Iterable[tuple[int, int, int]], out: memoryview) -> int | None:
+        """Reads file `number` into `out`, bytes: ranges of (offset in the file, start in `out`, size).
+
+        Returns the offset of the first range that the file ends in, None where there is none. Raises OSError.
+        """
+        descriptor = self._acquire(number)
+        try:
+            for offset, start, size in ranges:
+                done = os.preadv(descriptor, [out[start : start + size]], offset)
+                while done < size:  # one call reads at most 2 GiB, and may read less when a signal comes
+                    more = os.preadv(descriptor, [out[start + done : start + size]], offset + done)
+                    if not more:
+                        return offset
+                    done += more
+            return None
         finally:
             self._release(number)
 

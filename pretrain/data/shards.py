@@ -1,20 +1,26 @@
 """One folder of tokenised shards, opened and checked: documents by number, tokens by position."""
 
+import errno
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from pretrain.data.damage import Damage, DamagedShard
 from pretrain.data.files import OpenFiles
-from pretrain.data.format import DTYPES, INDEX_DTYPE, MANIFEST_NAME, Manifest, no_manifest
-from pretrain.data.stores import LocalStore, NoRoomError, Store, StoreConfig, open_store
+from pretrain.data.format import DTYPES, INDEX_DTYPE, MANIFEST_NAME, FileEntry, Manifest, no_manifest
+from pretrain.data.stores import DamagedError, LocalStore, NoRoomError, Store, StoreConfig, open_store
+from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
 Verify = Literal["sizes", "hashes"]
+OnDamage = Literal["stop", "skip"]
 REQUESTS_AT_A_TIME = 16
+_COPIED_DOCUMENTS = 10_000_000
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +60,16 @@ class ShardSet:
         """The set's folder; of a remote one its URL, as text."""
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
-        self.document_tokens: np.ndarray = index["tokens"].astype(np.int64)
+        # A copy is three times as fast to read from; of a large index it would take more memory than it is worth.
+        lengths = index["tokens"].view(np.ndarray)
+        self.document_tokens: np.ndarray = lengths.copy() if len(lengths) <= _COPIED_DOCUMENTS else lengths
         """int64 [documents]: tokens of each document in stored order, EOS included."""
+        self.shard_documents = np.cumsum([0, *(shard.documents for shard in manifest.shards)])
+        """int64 [shards + 1]: the first document of each shard, and behind the last."""
+        self.shard_tokens = np.array([shard.tokens for shard in manifest.shards])
+        """int64 [shards]: tokens of each shard."""
+        self.skipped: dict[int, str] = {}
+        """Shards by number whose documents are left out, and what was found of each."""
         self.token_bytes = token_bytes
         """int64 [vocab_size]: UTF-8 bytes of text that each token stands for."""
         entry = manifest.tokenizer
@@ -77,13 +91,15 @@ class ShardSet:
         shares: int = 1,
         config: StoreConfig | None = None,
         read_through: bool | None = None,
+        on_damage: OnDamage = "stop",
     ) -> "ShardSet":
         """Opens the set at a folder or URL (`config`: how URLs are read) and checks it.
 
         Always checked: the manifest against its fingerprint; the index, token_bytes and tokenizer against their sha256;
         presence and bytes of each shard; the index against the manifest. With verify="hashes", each shard's sha256 too:
         of every `shares`-th shard from the `share`-th on, so that processes can divide the reading. Of remote shards
-        those of the share alone are asked for, and hashes are checked when a shard is fetched.
+        those of the share alone are asked for, and hashes are checked when a shard is fetched. With on_damage="skip",
+        shards that differ are put among the skipped ones.
         `read_through`: whether a remote shard that is read by byte ranges is hashed before; None: with verify="hashes".
         Raises UserError naming the file, what was expected and what was found.
         """
@@ -91,7 +107,7 @@ class ShardSet:
         try:
             manifest = read_manifest(store)
             paths = [store.keep(entry) for entry in (manifest.index, manifest.token_bytes, manifest.tokenizer)]
-            _check_shards(store, manifest, verify, share, shares)
+            skipped = _check_shards(store, manifest, verify, share, shares, on_damage)
             index = np.load(paths[0], mmap_mode="r", allow_pickle=False)
             _check_index(store, manifest, index)
             token_bytes = np.load(paths[1], allow_pickle=False).astype(np.int64)
@@ -101,7 +117,9 @@ class ShardSet:
         except BaseException:
             store.close()
             raise
-        return cls(store, manifest, index, token_bytes, paths[2])
+        shards = cls(store, manifest, index, token_bytes, paths[2])
+        shards.skipped.update(skipped)
+        return shards
 
     @property
     def documents(self) -> int:
@@ -137,14 +155,44 @@ class ShardSet:
         width = self._dtype.itemsize
         data = self._pread(record.shard, (stop - start) * width, record.offset + start * width)
         tokens = np.frombuffer(data, self._dtype)
-        # An id out of range would surface as a device-side assertion of the embedding, far from its cause.
         if tokens.size and int(tokens.max()) >= self.tokenizer.vocab_size:
-            path = self.store.locate(self.manifest.shards[record.shard].name)
-            raise UserError(
-                f"{path}: damaged: document {document} holds token {int(tokens.max())}, the vocabulary has "
-                f"{self.tokenizer.vocab_size}; find all damage with `python -m tools.shards verify {self.folder}`"
-            )
+            raise self._outside_vocabulary(record.shard, document, int(tokens.max()))
         return tokens
+
+    def gather(
+        self, documents: np.ndarray, firsts: np.ndarray, counts: np.ndarray, places: np.ndarray, size: int, fill: int
+    ) -> np.ndarray:
+        """Pieces of documents in one array, uint16 or uint32 [size]: of document documents[i] the tokens firsts[i] and
+        on, counts[i] of them, at places[i] and on; `fill` where there is no piece. All int64 [pieces].
+
+        Raises DamagedShard for a shard that is gone, cut, or holds ids outside the vocabulary, and UserError for one
+        that cannot be read.
+        """
+        covered = int(counts.sum()) == size
+        out = np.empty(size, self._dtype) if covered else np.full(size, fill, self._dtype)
+        if not len(documents):
+            return out
+        width = self._dtype.itemsize
+        records = self._index[documents]
+        order = np.argsort(records["shard"], kind="stable")
+        shards = records["shard"][order]
+        ranges = np.stack([records["offset"] + firsts * width, places * width, counts * width], 1)[order]
+        edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
+        view = memoryview(out.view(np.uint8))
+        for start, stop in pairwise(edges):
+            self._read_into(int(shards[start]), ranges[start:stop].tolist(), view)
+        # An id out of range would surface as a device-side assertion of the embedding, far from its cause.
+        if int(out.max()) >= self.tokenizer.vocab_size:
+            found = int(np.argmax(out))
+            piece = int(np.flatnonzero((places <= found) & (found < places + counts))[0])
+            raise self._outside_vocabulary(int(records["shard"][piece]), int(documents[piece]), int(out[found]))
+        return out
+
+    def is_skipped(self, documents: np.ndarray) -> np.ndarray | None:
+        """bool [n]: which of the documents are left out; None where none of the set is."""
+        if not self.skipped:
+            return None
+        return np.isin(np.searchsorted(self.shard_documents, documents, side="right") - 1, list(self.skipped))
 
     def close(self) -> None:
         """Closes the open files; reading again opens them again. What a cache keeps of a remote set may go then."""
@@ -152,23 +200,80 @@ class ShardSet:
         self.store.close()
 
     def _pread(self, number: int, size: int, offset: int) -> bytes:
-        shard = self.manifest.shards[number]
-        path = self.store.locate(shard.name)
         try:
             data = self._files.read(number, size, offset)
         except NoRoomError as error:
-            if not self._told_no_room:
-                self._told_no_room = True
-                log.warning("%s: read by byte ranges, since it cannot be kept: %s", self.folder, error)
-            return self.store.read_range(shard, offset, size)
+            return self._read_range(number, offset, size, error)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}; restore the shard and resume") from error
+            raise self._unreadable(number, error) from error
+        except DamagedError as error:
+            raise self._damaged(number, "", error) from error
         if len(data) < size:
-            raise UserError(
-                f"{path}: was cut while in use: {size} bytes expected at offset {offset}, found {len(data)}; the whole "
-                f"file should have {shard.bytes}; restore the shard and resume"
+            raise self._damaged(
+                number, f"was cut while in use: {size} bytes expected at offset {offset}, found {len(data)}"
             )
         return data
+
+    def _read_into(self, number: int, ranges: list[list[int]], out: memoryview) -> None:
+        """Reads ranges of (offset in the shard, start in `out`, size)."""
+        try:
+            cut = self._files.read_into(number, ranges, out)
+        except NoRoomError as error:
+            for offset, start, size in ranges:
+                out[start : start + size] = self._read_range(number, offset, size, error)
+            return
+        except OSError as error:
+            raise self._unreadable(number, error) from error
+        except DamagedError as error:
+            raise self._damaged(number, "", error) from error
+        if cut is not None:
+            raise self._damaged(number, f"was cut while in use: it ends in what was read at offset {cut}")
+
+    def _read_range(self, number: int, offset: int, size: int, why: NoRoomError) -> bytes:
+        """A piece of a remote shard that the cache has no room for."""
+        if not self._told_no_room:
+            self._told_no_room = True
+            log.warning("%s: read by byte ranges, since it cannot be kept: %s", self.folder, why)
+        return self.store.read_range(self.manifest.shards[number], offset, size)
+
+    def _unreadable(self, number: int, error: OSError) -> UserError:
+        """The error for a shard that cannot be read: its own where it is gone or its disk is broken, not where only
+        this process cannot read it.
+        """
+        if error.errno in (errno.ENOENT, errno.EIO, errno.ESTALE):
+            return self._damaged(number, f"cannot be read: {error.strerror}")
+        path = self.store.locate(self.manifest.shards[number].name)
+        return UserError(f"{path}: cannot be read: {error.strerror}; mend that and resume")
+
+    def _outside_vocabulary(self, number: int, document: int, token: int) -> DamagedShard:
+        return self._damaged(
+            number,
+            f"damaged: document {document} holds token {token}, the vocabulary has {self.tokenizer.vocab_size}; find "
+            f"all damage with `python -m tools.shards verify {self.folder}`",
+        )
+
+    def _damaged(self, number: int, what: str, error: DamagedError | None = None) -> DamagedShard:
+        """The error for a shard of which `what` is known, or which its store found damaged, `error`."""
+        shard = self.manifest.shards[number]
+        mend = "restore the shard and resume, or have it skipped by --data.on_damage skip"
+        found = found_of(self.store, shard) if error is None else str(error)
+        if error is None:
+            where = self.store.locate(shard.name)
+            what = f"{where}: {what}; expected {shard.bytes} bytes of sha256 {shard.sha256}, found {found}"
+        else:
+            what = str(error)
+        return DamagedShard(f"{what}; {mend}", Damage(str(self.folder), number, found))
+
+
+def found_of(store: Store, entry: FileEntry) -> str:
+    """What a local file is in place of what was expected: its sha256 and size, or why it has none."""
+    if not isinstance(store, LocalStore):
+        return "bytes outside the vocabulary"
+    path = store.folder / entry.name
+    try:
+        return f"{path.stat().st_size} bytes of sha256 {file_sha256(path)}"
+    except OSError as error:
+        return f"none ({error.strerror})"
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -185,32 +290,47 @@ def read_manifest(store: Store) -> Manifest:
     raise UserError(f"{path}: no such file; give the URL of a shard set, the folder that holds its {MANIFEST_NAME}")
 
 
-def _check_shards(store: Store, manifest: Manifest, verify: Verify, share: int, shares: int) -> None:
-    """Presence and bytes of every shard, of remote ones of the share; hashes of the share if asked."""
-    own = manifest.shards[share::shares]
+def _check_shards(
+    store: Store, manifest: Manifest, verify: Verify, share: int, shares: int, on_damage: OnDamage
+) -> dict[int, str]:
+    """Presence and bytes of every shard, of remote ones of the share; hashes of the share if asked. Returns those that
+    are damaged by number, with what was found, where they are to be skipped.
+    """
+
+    def check(number: int) -> str | None:
+        try:
+            store.check(manifest.shards[number], hashes=verify == "hashes" and number % shares == share)
+        except DamagedError as error:
+            if on_damage == "stop":
+                raise
+            return found_of(store, manifest.shards[number]) if isinstance(store, LocalStore) else str(error)
+        return None
+
+    numbers = range(len(manifest.shards))
     if isinstance(store, LocalStore):
-        for number, shard in enumerate(manifest.shards):
-            store.check(shard, hashes=verify == "hashes" and number % shares == share)
-        return
-    with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as pool:
-        for _ in pool.map(lambda shard: store.check(shard, hashes=verify == "hashes"), own):
-            pass
+        found = dict(zip(numbers, map(check, numbers), strict=True))
+    else:
+        own = numbers[share::shares]
+        with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as pool:
+            found = dict(zip(own, pool.map(check, own), strict=True))
+    return {number: what for number, what in found.items() if what is not None}
 
 
 def _check_index(store: Store, manifest: Manifest, index: np.ndarray) -> None:
     path = store.locate(manifest.index.name)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.documents,):
         raise UserError(f"{path}: {index.dtype} {index.shape}, expected {manifest.documents} records of {INDEX_DTYPE}")
-    numbers = np.arange(len(manifest.shards))
-    first = np.searchsorted(index["shard"], numbers)
-    last = np.searchsorted(index["shard"], numbers, side="right")
-    total = np.concatenate([[0], np.cumsum(index["tokens"])])
+    total = text_bytes = first = 0
+    # Shard by shard, as a whole column may not fit into memory.
     for number, shard in enumerate(manifest.shards):
-        documents, tokens = int(last[number] - first[number]), int(total[last[number]] - total[first[number]])
+        records = index[first : first + shard.documents].view(np.ndarray)
+        first += shard.documents
+        documents, tokens = int((records["shard"] == number).sum()), int(records["tokens"].sum())
+        total, text_bytes = total + tokens, text_bytes + int(records["text_bytes"].sum())
         if (documents, tokens) != (shard.documents, shard.tokens):
             raise UserError(
                 f"{path}: shard {shard.name} has {documents} documents and {tokens} tokens in the index, "
                 f"{shard.documents} and {shard.tokens} in the manifest; build the shards again"
             )
-    if int(total[-1]) != manifest.tokens or int(index["text_bytes"].sum()) != manifest.text_bytes:
+    if total != manifest.tokens or text_bytes != manifest.text_bytes:
         raise UserError(f"{path}: totals differ from those of the manifest; build the shards again")
