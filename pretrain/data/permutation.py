@@ -31,8 +31,8 @@ def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 def permutation(size: int, key: str) -> np.ndarray:
-    """`permute` of all of range(size)."""
-    out = np.empty(size, np.int64)
+    """`permute` of all of range(size): int32 or int64 [size]."""
+    out = np.empty(size, np.int32 if size < 2**31 else np.int64)
     network = _Network(size, key)
 
     def send(start: int) -> None:
@@ -64,7 +64,7 @@ class _Network:
         self._rows, self._columns = np.uint64(rows), np.uint64(-(-size // rows))
 
     def send(self, value: np.ndarray, out: np.ndarray) -> None:
-        """Writes where each of `value`, uint64 [n], goes into `out`, int64 [n]."""
+        """Writes where each of `value`, uint64 [n], goes into `out`, whole numbers [n]."""
         value = self._once(value)
         # The network permutes rows * columns >= size entries: those that leave the range walk on until they are back.
         outside = np.flatnonzero(value >= self._size)

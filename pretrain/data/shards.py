@@ -60,10 +60,12 @@ class ShardSet:
         """The set's folder; of a remote one its URL, as text."""
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
-        # A copy is three times as fast to read from; of a large index it would take more memory than it is worth.
+        # A copy is faster to read from; of a large index it would take more memory than it is worth.
         lengths = index["tokens"].view(np.ndarray)
-        self.document_tokens: np.ndarray = lengths.copy() if len(lengths) <= _COPIED_DOCUMENTS else lengths
-        """int64 [documents]: tokens of each document in stored order, EOS included."""
+        if len(lengths) <= _COPIED_DOCUMENTS:
+            lengths = lengths.astype(np.int32 if int(lengths.max()) < 2**30 else np.int64)
+        self.document_tokens: np.ndarray = lengths
+        """int32 or int64 [documents]: tokens of each document in stored order, EOS included."""
         self.shard_documents = np.cumsum([0, *(shard.documents for shard in manifest.shards)])
         """int64 [shards + 1]: the first document of each shard, and behind the last."""
         self.shard_tokens = np.array([shard.tokens for shard in manifest.shards])

@@ -8,9 +8,9 @@ all of its tokens but the last. Every one of its tokens is a target once, its fi
 evaluation and generation, and none from the document before. Behind them stand EOS inputs without a target, up to a
 multiple of the grid, so that every document begins on it.
 
-Up to `GROUP_DOCUMENTS` documents are permuted all together. Of more, the shards are permuted, groups of shards that
-follow each other hold about as many documents, and these are permuted within their group: two groups at a time are held
-in memory, whatever the number of documents.
+Fewer than 10 M documents are permuted all together. Of more, the shards are permuted, groups of shards that then follow
+each other hold about 2 M documents (`GROUP_DOCUMENTS`), and these are permuted within their group: two groups at a time
+are held in memory, whatever the number of documents, and a run is resumed by making one.
 """
 
 from collections import OrderedDict
@@ -25,7 +25,8 @@ from pretrain.data.pieces import Pieces
 from pretrain.data.shards import ShardSet
 from pretrain.errors import UserError
 
-GROUP_DOCUMENTS = 10_000_000
+GROUP_DOCUMENTS = 2_000_000
+_FEWEST_GROUPS = 5  # of fewer documents than these hold one permutation is quick, and mixes them better
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Stream:
         group_documents: int | None = GROUP_DOCUMENTS,
     ) -> None:
         """`at_least`: tokens (EOS included) of the documents that are read; `grid`: what they are padded to, None: not
-        at all; `name`: tells the orders of several streams of one seed apart; `group_documents`: None: one group,
-        whatever it holds.
+        at all; `name`: tells the orders of several streams of one seed apart; `group_documents`: of a group, about;
+        None: one group, whatever it holds.
 
         Raises UserError naming the recipe's `field` that `at_least` comes from when no document is long enough.
         """
@@ -146,11 +147,11 @@ class Stream:
     def _new_epoch(self, epoch: int) -> _Epoch:
         shards, limit = np.arange(len(self._shard_documents)), self._group_documents
         first = np.array([0, len(shards)])
-        if limit is not None and self.documents > limit:
+        if limit is not None and self.documents >= _FEWEST_GROUPS * limit:
             shards = permutation(len(shards), f"{self._order} {epoch} shards")
             before = np.cumsum(self._shard_documents[shards]) - self._shard_documents[shards]
             first = np.append(np.unique(before // limit, return_index=True)[1], len(shards))
-        places = np.concatenate([[0], np.cumsum(self._shard_places[shards])])
+        places = np.concatenate([[0], np.cumsum(self._shard_places[shards], dtype=np.int64)])
         return _Epoch(shards, first, places[first])
 
     def _group(self, epoch: int, number: int) -> _Group:
@@ -181,7 +182,7 @@ class Stream:
         starts = np.empty(len(documents) + 1, np.int64)
         starts[0] = 0
         np.cumsum(places, out=starts[1:])
-        return _Group(documents.astype(np.int32) if self.shards.documents < 2**31 else documents, starts)
+        return _Group(documents, starts)
 
 
 def _places(lengths: np.ndarray, grid: int | None) -> np.ndarray:

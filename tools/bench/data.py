@@ -17,7 +17,7 @@ import numpy as np
 import webdataset
 
 from pretrain.data import Cursor, Division, ShardsConfig, ShardSet
-from pretrain.data.format import INDEX_DTYPE, TOKENS_SUFFIX, ShardEntry, SplitEntry
+from pretrain.data.format import EOS_SEPARATOR, INDEX_DTYPE, TOKENS_SUFFIX, ShardEntry, SplitEntry
 from tools.bench.benchmark import Benchmark
 from tools.bench.cases import Row, run_cases
 from tools.bench.tables import Column, Presentation, megabytes, milliseconds, times, whole
@@ -125,7 +125,7 @@ def measure(
         options = {"packing": packing, "order": order}
         if what == RESUME:
             # In a process of its own, whose memory does not count.
-            writer = multiprocessing.get_context("spawn").Process(
+            writer = multiprocessing.get_context("fork").Process(
                 target=_write_index, args=(Path(folder) / "set", tokenizer.path, documents)
             )
             writer.start()
@@ -238,4 +238,6 @@ def _write_index(folder: Path, tokenizer: Path, documents: int) -> None:
             file.truncate(size)
         total = int(part["tokens"].sum())
         shards.append(ShardEntry(name=name, sha256="0" * 64, bytes=size, documents=len(part), tokens=total))
-    write_beside(folder, tokenizer, index, tuple(shards), dtype="uint16", split=SPLIT, separator="eos-after-document")
+    write_beside(
+        folder, Tokenizer.open(tokenizer), index, tuple(shards), dtype="uint16", split=SPLIT, separator=EOS_SEPARATOR
+    )
