@@ -50,7 +50,7 @@ class Ranks:
 
     def share_damage(self):
         def share(rank):
-            self.sources[rank].share_damage(partial(self._gather, rank))
+            self.sources[rank].share_damage(partial(self._gather, rank), [])
 
         list(self._pool.map(share, range(len(self.sources))))
 

@@ -13,13 +13,16 @@ from tests.training_cases import events, pretrain, recipe_fields
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two sets, of which the first has lost a shard."""
+    """Two sets, of which the first has a shard with a bit that is not what it was."""
     folder = tmp_path_factory.mktemp("data")
     tokenizer = make_tokenizer(folder)
     sets = {
         name: make_shards(folder / name, tokenizer, documents(60, seed)) for seed, name in enumerate(("web", "code"))
     }
-    (sets["web"].folder / sets["web"].manifest.shards[1].name).unlink()
+    path = sets["web"].folder / sets["web"].manifest.shards[1].name
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1
+    path.write_bytes(content)
     return sets
 
 
@@ -40,7 +43,7 @@ def write_recipe(data: dict[str, ShardSet], folder, steps, **changes):
 def test_a_mixture_with_a_damaged_shard_is_trained_on_logged_and_gone_on_with(data, tmp_path):
     folder, entry = tmp_path / "run", data["web"].manifest.shards[1]
     stopped = pretrain(write_recipe(data, folder, 4), check=False)
-    assert stopped.codes == [2] and f"{entry.name}: missing" in stopped.errors[0]
+    assert stopped.codes == [2] and f"{entry.name}: damaged: expected sha256 {entry.sha256}, found" in stopped.errors[0]
 
     finished = pretrain(write_recipe(data, folder, 4, on_damage="skip"), ranks=2)
     assert f"skipped as damaged: {entry.name} of data.sources.web" in finished.outputs[0]
