@@ -152,9 +152,9 @@ def test_lanes_of_streams_are_shared_out_by_weight_and_none_may_have_none(sets):
     text = source.describe(10**4, sequence_length=LENGTH, rows_per_step=ROWS)
     assert [part.split(" % of the rows ")[0] for part in text.split("; ")] == ["12.5", "29.2", "58.3"]
     with pytest.raises(
-        UserError, match=r"data.sources.books.weight 0.1: of 4 rows a step that is none; raise it to 0.25"
+        UserError, match=r"data.sources.books.weight 0.1: of 3 rows a step that is none; raise it to 0.33"
     ):
-        source.describe(10**4, sequence_length=LENGTH, rows_per_step=4)
+        source.describe(10**4, sequence_length=LENGTH, rows_per_step=3)
 
 
 def test_one_set_may_be_two_sources_of_different_lengths(sets):
