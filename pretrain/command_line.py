@@ -21,14 +21,15 @@ from pretrain.config import Recipe
 from pretrain.errors import UserError
 from pretrain.phases import FIELDS_OF_THE_RUN, MODEL_FIELDS, SECTIONS
 from pretrain.quantities import parse_tokens
-from pretrain.recipe_errors import kind_of, sections_in, suggest
+from pretrain.recipe_errors import kind_of, named_sections_in, sections_in, suggest
 
 _DESCRIPTION = """Train a model as a recipe says.
 
 Every field of the recipe can be set with --section.field VALUE (or --section.field=VALUE), VALUE being YAML:
 --optimizer.lr 3e-4,
---model.preset mag-340m, --data.validation null. Numbers of tokens may be written 15B, 0.5M or 4Ki. A run that was
-stopped goes on from its newest whole checkpoint when the same command is given again.
+--model.preset mag-340m, --data.validation null. A field that is true or false is set to true without a VALUE. Numbers
+of tokens may be written 15B, 0.5M or 4Ki. A run that was stopped goes on from its newest whole checkpoint when the same
+command is given again.
 
 A recipe may list phases, which are run one after another; --phases.NAME.section.field VALUE (or a number from 1
 instead of the name) sets a field in one of them, --section.field VALUE in those that have no value of their own.
@@ -100,8 +101,9 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """The words for argparse, and the overrides with their values, wherever among them they stand."""
     own: list[str] = []
     pairs: list[tuple[str, str]] = []
-    words = iter(arguments)
-    for word in words:
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not name or name in _OPTIONS:
             own.append(word)
@@ -109,12 +111,26 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         if "." not in name and name not in (*Recipe.model_fields, "phases"):
             raise UserError(f"--{name}: unknown; {suggest(name, [*_OPTIONS, *Recipe.model_fields, 'phases'])}")
         if not equals:
-            following = next(words, None)
-            if following is None or (following.startswith("--") and len(following) > 2):
+            has_value = bool(words) and not (words[0].startswith("--") and len(words[0]) > 2)
+            if _is_switch(name) and (not has_value or words[0].endswith((".yaml", ".yml"))):
+                value = "true"
+            elif has_value:
+                value = words.pop(0)
+            else:
                 raise UserError(f"{word} has no value: give --{name} VALUE")
-            value = following
         pairs.append((name, value))
     return own, pairs
+
+
+def _is_switch(name: str) -> bool:
+    """Whether a dotted name is that of a field that is true or false."""
+    parts = name.split(".")
+    sections: list[type[BaseModel]] = [Recipe]
+    fields: list[FieldInfo] = []
+    for part in parts[2:] if parts[0] == "phases" else parts:
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = [section for field in fields for section in sections_in(field.annotation)]
+    return bool(fields) and all(field.annotation is bool for field in fields)
 
 
 def fields_help() -> str:
@@ -128,6 +144,10 @@ def _add_fields(section: type[BaseModel], prefix: str, lines: list[str]) -> None
     for name, field in section.model_fields.items():
         choices = sections_in(field.annotation)
         text = " ".join((field.description or "").split())
+        if entries := named_sections_in(field.annotation):
+            lines.append(f"  --{prefix}{name}.NAME.FIELD VALUE\n      {text} Each NAME has:")
+            _add_fields(entries, f"{prefix}{name}.NAME.", lines)
+            continue
         if not choices:
             lines.append(f"  --{prefix}{name} {_kind(field)}{_default(field)}")
             lines.append(f"      {text}")

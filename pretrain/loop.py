@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,12 @@ from model.flops import flops_per_token
 from model.memory import explain_memory_backend
 from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_states
 from parallel.engine import Engine, StepResult
-from parallel.process import World
+from parallel.process import World, gather_objects
 from pretrain.agreement import agreed
 from pretrain.boundary_place import BoundaryPlace, choose_boundary_place
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
-from pretrain.data import Data, Division, Loader, Share, Source, TokenizerInfo
+from pretrain.data import Damage, Data, Division, Loader, Share, Source, TokenizerInfo
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
@@ -38,6 +38,9 @@ from pretrain.phases import Phase, Phases
 from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore, write_checkpoint
 from pretrain.rng import seed_rank
 from pretrain.schedule import learning_rate
+
+SHARE = "data/share/"
+"""Curves of the realised shares of sources begin so."""
 
 
 def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
@@ -80,7 +83,7 @@ def _train_alone(
             # Of all that is left: what a later phase can't have, or finds damaged, should not be found out days later.
             left = phases.phases[len(state.done) :]
             backends = [explain_backends(phase, world) for phase in left]
-            verify_data(left, Share(world.local_rank, world.local_size), log.say)
+            damage = verify_data(left, Share(world.local_rank, world.local_size), log.say)
         place = choose_boundary_place(left[0].recipe, world)
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
         checkpoint = start_from
@@ -88,7 +91,7 @@ def _train_alone(
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
-            state, checkpoint = run_phase(phases, phase, world, checkpoints, log, state, checkpoint, place)
+            state, checkpoint = run_phase(phases, phase, world, checkpoints, log, state, checkpoint, place, damage)
             state = state.moved_on(phases)
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
             if world.device.type == "cuda":
@@ -104,6 +107,7 @@ def run_phase(
     state: TrainerState,
     checkpoint: Path | None,
     place: BoundaryPlace | None,
+    damage: Sequence[Damage],
 ) -> tuple[TrainerState, Path | None]:
     """A phase from where `state` stands in it to its end: the state there, and its checkpoint.
 
@@ -112,10 +116,12 @@ def run_phase(
     Args:
         checkpoint: holds weights, optimizer and generators; None: they begin here.
         place: of the states between segments, where there are any.
+        damage: what this rank found when it read data through.
     """
     recipe, batches = phase.recipe, phase.batches(world.size)
     with agreed(), phase.named_in_errors():
         data = recipe.data.open(recipe.data_seed(), grid=recipe.model.grid)
+    data.train.share_damage(gather_objects, damage)
     engine = build_engine(recipe, batches, world, place)
     if checkpoint is not None:
         restore(checkpoint, engine, state, recipe.seed, world)
@@ -134,6 +140,9 @@ def run_phase(
             log.say(f"{phase.title}: {batches.steps} steps of {recipe.training.batch_tokens:,} tokens")
         if place is not None:
             log.say(f"states between segments: {place}")
+        if loader.changes:
+            log.event("data_changed", step=state.step, tokens=state.tokens, changes=loader.changes)
+            log.say("the data changed: " + "; ".join(loader.changes))
         run = Run(phases, phase, world, batches, engine, data, checkpoints, log)
         reached = run.steps(loader, state, checkpoint)
     engine.destroy()
@@ -185,7 +194,7 @@ def explain_backends(phase: Phase, world: World) -> dict[str, str]:
             field = "attention_backend"
             if model.has_attention:
                 found["attention"] = explain()
-                if recipe.data.pads_documents or recipe.data.carries_state:
+                if recipe.data.resets_at_documents or recipe.data.carries_state:
                     found["attention_over_documents"] = explain(documents=True)
             field = "memory_backend"
             if model.memory is not None:
@@ -204,7 +213,7 @@ def open_training_data(recipe: Recipe, batches: Batches, world: World, source: S
         rank=world.rank,
         world_size=world.size,
     )
-    return source.open_loader(division, state.cursor)
+    return source.open_loader(division, state.cursor, gather_objects)
 
 
 @contextmanager
@@ -287,7 +296,7 @@ class Run:
         and the newest checkpoint, `checkpoint` where no step was left.
         """
         recipe, batch_tokens = self.recipe, self.recipe.training.batch_tokens
-        watch = Stopwatch()
+        watch, waiting, skipped = Stopwatch(), Stopwatch(), 0
         while not state.is_done(self.phase):
             step, tokens = state.step + 1, state.phase_tokens + batch_tokens
             last = tokens >= recipe.training.tokens
@@ -296,17 +305,21 @@ class Run:
             watch.start()
             rate = learning_rate(recipe.schedule, recipe.optimizer.lr, tokens, self.batches.total_tokens)
             try:
-                result = self.engine.train_step(next(loader), rate, with_stats=with_stats)
+                waiting.start()
+                batches = next(loader)
+                waiting.stop()
+                result = self.engine.train_step(batches, rate, with_stats=with_stats)
             except BoundaryStatesError as error:
                 raise UserError(str(error)) from error
             watch.stop()
             update = {"step": step, "tokens": state.tokens + batch_tokens, "cursor": loader.cursor()}
             state = counted(state.model_copy(update=update | {"ranks": self.world.size}), result)
+            skipped = self.report_damage(state, skipped)
             report(self.log, state, result, recipe.training, **self.phase_field)
             if too_many(state, recipe.training):
                 self.give_up(state, result)
             if record and not result.skipped:
-                self.record(result, rate, state, watch)
+                self.record(result, rate, state, watch, loader.curves() | {"speed/data_seconds": waiting.lap()})
             if last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens):
                 self.evaluate(state)
             if last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens):
@@ -316,8 +329,24 @@ class Run:
             self.log.say(f"{recipe.name}: done, {state.tokens:,} tokens; checkpoint in {self.checkpoints.folder}")
         return state, checkpoint
 
-    def record(self, result: StepResult, rate: float, state: TrainerState, watch: Stopwatch) -> None:
-        """Write a step's loss, speed and memory, and the layers' statistics where the step took them."""
+    def report_damage(self, state: TrainerState, known: int) -> int:
+        """Write which shards are left out, where they have become more than `known`; how many they are."""
+        shards = () if state.cursor is None else state.cursor.skipped
+        for shard in shards[known:]:
+            lost = {"documents_lost": shard.documents, "tokens_lost": shard.tokens}
+            of_shard = shard.model_dump(include={"source", "shard", "expected", "found"})
+            self.log.event("damage", step=state.step, tokens=state.tokens, **of_shard, **lost)
+            self.log.say(f"skipped as damaged: {shard}")
+        return len(shards)
+
+    def record(
+        self, result: StepResult, rate: float, state: TrainerState, watch: Stopwatch, of_data: dict[str, float]
+    ) -> None:
+        """Write a step's loss, speed and memory, and the layers' statistics where the step took them.
+
+        Args:
+            of_data: curves of the data.
+        """
         watch.start()
         loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device, a part of the steps' time
         watch.stop(steps=0)
@@ -339,6 +368,7 @@ class Run:
             "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
             "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
             **guard_curves(state),
+            **of_data,
         }
         if self.phase_field:
             values["train/phase"] = float(self.phase.number)
@@ -346,6 +376,7 @@ class Run:
         if self.recipe.data.pads_documents:  # all else has a target
             padded["padded_tokens"] = self.recipe.training.batch_tokens - int(result.tokens)
             values["data/padded_tokens"] = float(padded["padded_tokens"])
+        shares = {name.removeprefix(SHARE): value for name, value in of_data.items() if name.startswith(SHARE)}
         self.log.scalars(state.step, values)
         if result.stats is not None:
             layers = [{name: float(value) for name, value in layer.items()} for layer in result.stats]
@@ -360,6 +391,7 @@ class Run:
             tokens_per_second=speed,
             **self.phase_field,
             **padded,
+            **({"shares": shares} if shares else {}),
         )
         left = -(-max(self.recipe.training.tokens - state.phase_tokens, 0) // self.recipe.training.batch_tokens)
         self.log.progress(state.step, loss, rate, speed, left * watch.mean, **self.phase_field)

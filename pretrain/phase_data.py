@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pretrain.config import Batches, Recipe
-from pretrain.data import Share, Source, TokenizerInfo
+from pretrain.data import Damage, Share, Source, TokenizerInfo
 from pretrain.errors import UserError
 from pretrain.phases import Phase, Phases
 from pretrain.quantities import size_text
@@ -28,7 +28,7 @@ def check_data(phases: Phases, ranks: int) -> tuple[TokenizerInfo | None, list[s
     return sources[0].tokenizer, descriptions
 
 
-def verify_data(phases: Sequence[Phase], share: Share, say: Callable[[str], None]) -> None:
+def verify_data(phases: Sequence[Phase], share: Share, say: Callable[[str], None]) -> list[Damage]:
     """Read through the content of these phases' data, as far as they ask for that, each place once: what a later phase
     would find damaged should not be found days later.
 
@@ -36,7 +36,7 @@ def verify_data(phases: Sequence[Phase], share: Share, say: Callable[[str], None
         share: this process's part of the reading.
         say: told what is read, before it is.
 
-    Raises UserError for damaged content.
+    Returns what was found damaged where that is left out. Raises UserError for it elsewhere.
     """
     found: dict[str, int] = {}
     reading = []
@@ -50,9 +50,12 @@ def verify_data(phases: Sequence[Phase], share: Share, say: Callable[[str], None
         say(
             f"checking the sha256 of {size_text(sum(found.values()))} in {', '.join(found)}; data.verify sizes skips it"
         )
+    damage: list[Damage] = []
     for phase in reading:
         with phase.named_in_errors():
-            phase.recipe.data.open(phase.recipe.data_seed(), share, grid=phase.recipe.model.grid)
+            data = phase.recipe.data.open(phase.recipe.data_seed(), share, grid=phase.recipe.model.grid)
+            damage += data.train.damage
+    return damage
 
 
 def describe_data(recipe: Recipe, batches: Batches, source: Source) -> str:

@@ -293,7 +293,7 @@ def _changes(base: Any, fields: Any) -> dict[str, Any]:
     """What `_merged` makes `fields` from `base` with."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        before = base[name]
+        before = base.get(name)
         if value == before:
             continue
         sections = isinstance(value, dict) and isinstance(before, dict)

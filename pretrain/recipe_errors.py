@@ -38,8 +38,15 @@ def _find(root: type[BaseModel], location: tuple[str, ...], kind: str) -> Place:
             sections.append(section)
         if section is None or not known:
             break
-        choices = sections_in(section.model_fields[name].annotation)
-        if len(choices) > 1:  # behind a section of several kinds stands the kind that was chosen
+        annotation = section.model_fields[name].annotation
+        choices = sections_in(annotation)
+        if entries := named_sections_in(annotation):  # behind them stands the name that the recipe gave
+            key = next(parts, None)
+            if key is not None:
+                names.append(key)
+                sections.append(None)
+            section = entries
+        elif len(choices) > 1:  # behind a section of several kinds stands the kind that was chosen
             chosen = next(parts, None)
             section = next((choice for choice in choices if kind_of(choice) == chosen), None)
         else:
@@ -56,6 +63,15 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [found for part in typing.get_args(annotation) for found in sections_in(part)]
     return []
+
+
+def named_sections_in(annotation: Any) -> type[BaseModel] | None:
+    """The config class of the entries that a field of this type holds by names of the recipe's own; None for a field
+    of another type.
+    """
+    if typing.get_origin(annotation) is not dict:
+        return None
+    return next(iter(sections_in(typing.get_args(annotation)[1])), None)
 
 
 def kind_of(section: type[BaseModel]) -> str:

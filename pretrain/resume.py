@@ -249,7 +249,8 @@ def _phase_of(folder: Path, state: TrainerState, phases: Phases) -> Phase:
             then_and_now["training.sequence_length"] = (cursor.sequence_length, training.sequence_length)
             then_and_now["data.seed"] = (cursor.seed, phase.recipe.data_seed())
             then_and_now["data.order"] = (cursor.order, getattr(data, "order", "drawn"))
-            then_and_now["data.reset_memory"] = (cursor.grid is not None, data.pads_documents)
+            then_and_now["data.packing"] = (cursor.packing, getattr(data, "packing", cursor.packing))
+            then_and_now["data.reset_memory"] = (cursor.grid is not None, data.resets_at_documents)
             chosen = [name for name in _SELECTING if hasattr(data, name)]
             then_and_now |= {f"data.{name}": (getattr(cursor, name), getattr(data, name)) for name in chosen}
         problems += [

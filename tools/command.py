@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import progress
+from rich.console import Console
+
 from pretrain.errors import UserError
 
+LINE_SECONDS = 10.0
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -93,15 +97,25 @@ def writing(path: Path) -> Iterator[None]:
 class Progress:
     """A line on stderr with the share done, counts, speed and time left.
 
-    Rewritten in place on a terminal, else a new line every 10 s.
+    A bar that moves on a terminal, else a new line every 10 s.
     """
 
     def __init__(self, total: int) -> None:
         """`total`: in the unit that `update` is given."""
-        self._total = total
         self._start = self._shown = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._interval = 0.2 if self._terminal else 10.0
+        self._bar = progress.Progress(
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.fields[left]}"),
+            console=Console(stderr=True),
+            transient=True,
+            speed_estimate_period=60,  # so that what was quick, such as skipping, soon no longer counts
+        )
+        self._task = self._bar.add_task("", total=max(total, 1), left="")
+        self._on_terminal = self._bar.console.is_terminal
+        if self._on_terminal:
+            self._bar.start()
 
     @property
     def seconds(self) -> float:
@@ -110,23 +124,20 @@ class Progress:
 
     def update(self, done: int, text: str) -> None:
         """Shows `text` and the time left if it is time to."""
+        task = self._bar.tasks[0]
+        seconds = task.time_remaining
+        left = f"{duration(seconds)} left" if seconds else ""
+        self._bar.update(self._task, completed=done, description=text, left=left)
         now = time.monotonic()
-        if now - self._shown < self._interval:
+        if self._on_terminal or now - self._shown < LINE_SECONDS:
             return
         self._shown = now
-        left = f", {duration((now - self._start) * (self._total - done) / done)} left" if done else ""
-        line = f"{100 * done // max(self._total, 1):3d} %  {text}{left}"
-        print(
-            f"\r{line}\x1b[K" if self._terminal else line,
-            end="" if self._terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(", ".join(x for x in (f"{int(task.percentage):3d} %  {text}", left) if x), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Clears the line on a terminal."""
-        if self._terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if self._on_terminal:
+            self._bar.stop()
 
 
 def duration(seconds: float) -> str:

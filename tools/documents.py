@@ -1,4 +1,4 @@
-"""Documents from files: txt and other text, jsonl, jsonl.gz, parquet, and folders of them.
+"""Documents from files: txt and other text, jsonl, jsonl.gz, jsonl.zst, parquet, folders of them, and URLs.
 
 Files are read in a fixed order (inputs as given, a folder's files by path), and text is taken as it stands: no newline
 translation, no normalisation, no stripping. What cannot be read as intended is an error that names the file and place.
@@ -6,21 +6,17 @@ translation, no normalisation, no stripping. What cannot be read as intended is 
 
 import argparse
 import gzip
+import io
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
+from pretrain.data.stores import parse_location
 from pretrain.errors import UserError
-
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-KNOWN_SUFFIXES = (".txt", ".md", *JSONL_SUFFIXES, ".parquet")
-# Formats that would only be noticed as invalid UTF-8, or not at all.
-UNREADABLE_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".model", ".npy", ".npz", ".arrow")
+from tools.inputs import JSONL_SUFFIXES, KNOWN_SUFFIXES, InputFile, find_files
 
 
 @dataclass(frozen=True)
@@ -65,59 +61,66 @@ class DocumentReader:
     cannot be read as intended.
     """
 
-    inputs: list[Path]
+    inputs: list[Path | str]
+    """Files, folders, and URLs as text."""
+
     options: DocumentOptions = field(default_factory=DocumentOptions)
     skipped: Skipped = field(default_factory=Skipped)
 
     def __post_init__(self) -> None:
-        self.files = [file for path in self.inputs for file in find_files(path, self.options)]
-        self.bytes_total = sum(path.stat().st_size for path in self.files)
+        options = self.options
+        self.files = [file for path in self.inputs for file in find_files(path, options.globs, options.excludes)]
+        self.bytes_total = sum(file.bytes for file in self.files)
 
     def __iter__(self) -> Iterator[Document]:
         self.skipped.empty = self.skipped.invalid_utf8 = 0
         before = 0
-        for path in self.files:
-            for document in self._read_file(path, before):
-                if document.text:
-                    yield document
-                else:
-                    self.skipped.empty += 1
-            before += path.stat().st_size
+        for file in self.files:
+            with file.local() as path:
+                for document in self._read_file(file, path, before):
+                    if document.text:
+                        yield document
+                    else:
+                        self.skipped.empty += 1
+            before += file.bytes
 
-    def _read_file(self, path: Path, before: int) -> Iterator[Document]:
+    def _read_file(self, file: InputFile, path: Path, before: int) -> Iterator[Document]:
         try:
-            if path.name.endswith(JSONL_SUFFIXES):
-                yield from self._read_jsonl(path, before)
-            elif path.name.endswith(".parquet"):
-                yield from self._read_parquet(path, before)
+            if file.name.endswith(JSONL_SUFFIXES):
+                yield from self._read_jsonl(file, path, before)
+            elif file.name.endswith(".parquet"):
+                yield from self._read_parquet(file, path, before)
             else:
-                yield from self._read_text(path, before)
+                yield from self._read_text(file, path, before)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+            raise UserError(f"{file.location}: cannot be read: {error.strerror or error}") from error
 
-    def _read_text(self, path: Path, before: int) -> Iterator[Document]:
+    def _read_text(self, file: InputFile, path: Path, before: int) -> Iterator[Document]:
         data = path.read_bytes()
-        text = self._decode(data, str(path))
+        text = self._decode(data, str(file.location))
         if text is None:
             return
         parts = text.split(self.options.separator) if self.options.separator else [text]
         # The empty piece after a last separator is no document.
         parts = parts[:-1] if len(parts) > 1 and not parts[-1].strip() else parts
         for number, part in enumerate(parts, 1):
-            source = str(path) if len(parts) == 1 else f"{path}, document {number}"
+            source = str(file.location) if len(parts) == 1 else f"{file.location}, document {number}"
             yield Document(part, source, before + len(data) * number // len(parts))
 
-    def _read_jsonl(self, path: Path, before: int) -> Iterator[Document]:
+    def _read_jsonl(self, file: InputFile, path: Path, before: int) -> Iterator[Document]:
         with open(path, "rb") as raw:
-            lines = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
             try:
-                for number, line in enumerate(lines, 1):
-                    source = f"{path}, line {number}"
+                for number, line in enumerate(_unpacked(file, raw), 1):
+                    source = f"{file.location}, line {number}"
                     text = self._decode(line, source)
                     if text is not None and not text.isspace():
                         yield Document(self._field(text, source), source, before + raw.tell())
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{path}: damaged gzip file: {error}; fetch it again") from None
+                raise UserError(f"{file.location}: damaged gzip file: {error}; fetch it again") from None
+            except OSError as error:
+                if not file.name.endswith(".zst") or error.errno is not None:
+                    raise
+                raise UserError(f"{file.location}: damaged zstd file: {error}; fetch it again") from None
 
     def _field(self, line: str, source: str) -> str:
         name = self.options.text_field
@@ -130,26 +133,26 @@ class DocumentReader:
             raise UserError(f"{source}: has no field {name!r} (found: {found}); choose one with --text-field")
         return _checked_text(record[name], f"{source}, field {name!r}")
 
-    def _read_parquet(self, path: Path, before: int) -> Iterator[Document]:
+    def _read_parquet(self, file: InputFile, path: Path, before: int) -> Iterator[Document]:
         import pyarrow
         from pyarrow import parquet
 
         name = self.options.text_field
-        size = path.stat().st_size
+        where = file.location
         try:
-            with parquet.ParquetFile(path) as file:
-                if name not in file.schema_arrow.names:
-                    found = ", ".join(file.schema_arrow.names)
-                    raise UserError(f"{path}: has no column {name!r} (found: {found}); choose one with --text-field")
-                number, rows = 0, file.metadata.num_rows
-                for batch in file.iter_batches(columns=[name], batch_size=1024):
+            with parquet.ParquetFile(path) as table:
+                if name not in table.schema_arrow.names:
+                    found = ", ".join(table.schema_arrow.names)
+                    raise UserError(f"{where}: has no column {name!r} (found: {found}); choose one with --text-field")
+                number, rows = 0, table.metadata.num_rows
+                for batch in table.iter_batches(columns=[name], batch_size=1024):
                     for value in batch.column(0).to_pylist():
                         number += 1
-                        source = f"{path}, row {number}"
+                        source = f"{where}, row {number}"
                         text = _checked_text(value, f"{source}, column {name!r}")
-                        yield Document(text, source, before + size * number // rows)
+                        yield Document(text, source, before + file.bytes * number // rows)
         except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: is not a parquet file that can be read: {error}") from None
+            raise UserError(f"{where}: is not a parquet file that can be read: {error}") from None
 
     def _decode(self, data: bytes, source: str) -> str | None:
         try:
@@ -164,39 +167,17 @@ class DocumentReader:
             ) from None
 
 
-def find_files(path: Path, options: DocumentOptions) -> list[Path]:
-    """The files of one input in their order; raises UserError when there is none."""
-    if path.is_file():
-        if path.name.endswith(UNREADABLE_SUFFIXES) and not path.name.endswith(JSONL_SUFFIXES):
-            raise UserError(f"{path}: cannot be read; inputs are text, .jsonl, .jsonl.gz, .parquet, or folders of them")
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder; give an existing path to --input")
-    files = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_unreadable_folder) for name in names]
-    found = sorted(
-        (file for file in files if _selected(file.relative_to(path), options)),
-        key=lambda file: file.relative_to(path).parts,
-    )
-    if strange := [file for file in found if not file.is_file()]:
-        raise UserError(f"{strange[0]}: is no file that can be read, or a link to nothing; leave it out with --exclude")
-    if not found:
-        wanted = options.globs or tuple(f"*{suffix}" for suffix in KNOWN_SUFFIXES)
-        raise UserError(f"{path}: holds no file that matches {', '.join(wanted)}; choose others with --glob")
-    return found
+def _unpacked(file: InputFile, raw: BinaryIO) -> BinaryIO:
+    """The file's lines, out of gzip or zstd by its name. Raises UserError for one of no bytes, which neither writes."""
+    if not file.bytes and file.name.endswith((".gz", ".zst")):
+        raise UserError(f"{file.location}: damaged: is empty, which no compressed file is; fetch it again")
+    if file.name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if file.name.endswith(".zst"):
+        import pyarrow
 
-
-def _unreadable_folder(error: OSError) -> None:
-    # os.walk leaves out what it cannot list unless it is stopped here.
-    raise UserError(f"{error.filename}: cannot be listed: {error.strerror}") from error
-
-
-def _selected(path: Path, options: DocumentOptions) -> bool:
-    def matches(pattern: str) -> bool:
-        return fnmatch(path.as_posix() if "/" in pattern else path.name, pattern)
-
-    if any(map(matches, options.excludes)):
-        return False
-    return any(map(matches, options.globs)) if options.globs else path.name.endswith(KNOWN_SUFFIXES)
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
+    return raw
 
 
 def _checked_text(value: object, source: str) -> str:
@@ -221,9 +202,10 @@ def add_document_arguments(parser: argparse.ArgumentParser, *, required: bool = 
         "--input",
         nargs="+",
         required=required,
-        type=Path,
+        type=location,
         metavar="PATH",
-        help="text files, .jsonl, .jsonl.gz, .parquet, or folders (read recursively, in the order of their paths)",
+        help="text files, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, folders (read recursively, in the order of their "
+        "paths), or URLs: http(s):// of files, s3:// and gs:// also of folders, with credentials from the environment",
     )
     group.add_argument(
         "--glob",
@@ -268,6 +250,14 @@ def changed_document_options(arguments: argparse.Namespace) -> list[str]:
         for name, value in defaults.items()
         if getattr(arguments, name) != value and name != "input"
     ]
+
+
+def location(text: str) -> Path | str:
+    """An argparse type: a path, or a URL."""
+    try:
+        return parse_location(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def reader_from_arguments(arguments: argparse.Namespace) -> DocumentReader:

@@ -75,10 +75,11 @@ class Tokenizer:
         """The tokens of a text, without BOS and EOS."""
         return self.encode_documents([text])[0]
 
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, without BOS and EOS; one call for many is faster."""
+    def encode_documents(self, texts: Sequence[str], *, threads: int = -1) -> list[list[int]]:
+        """The tokens of each text, without BOS and EOS; one call for many is faster. `threads`: -1 for all cores."""
         pieces = [self._pieces(self._prefix + text) if text else [] for text in texts]
-        encoded = iter(self._processor.encode([piece for group in pieces for piece in group if piece != SPACE_SYMBOL]))
+        runs = [piece for group in pieces for piece in group if piece != SPACE_SYMBOL]
+        encoded = iter(self._processor.encode(runs, num_threads=threads))
         return [
             [token for piece in group for token in (self._space_symbol_ids if piece == SPACE_SYMBOL else next(encoded))]
             for group in pieces

@@ -31,7 +31,13 @@ from parallel.scoring import IGNORED, Piece, PositionSums, Rows, mean_reset, rea
 from pretrain.data import ShardSet, sequential_batches
 from pretrain.errors import UserError
 from tools.command import Progress, positive_int, run_command, writing
-from tools.documents import DocumentReader, add_document_arguments, changed_document_options, reader_from_arguments
+from tools.documents import (
+    DocumentReader,
+    add_document_arguments,
+    changed_document_options,
+    location,
+    reader_from_arguments,
+)
 from tools.encoding import Tokenizer
 from tools.model_directory import LoadedModel, load_model_directory
 
@@ -122,7 +128,11 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     result = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__.splitlines()[0])
     result.add_argument("model", type=Path, help="folder made by `python -m tools.export`")
-    result.add_argument("--shards", type=Path, help="shard set made by `python -m tools.shards build`; or give --input")
+    result.add_argument(
+        "--shards",
+        type=location,
+        help="folder or URL of a shard set made by `python -m tools.shards build`; or give --input",
+    )
     add_document_arguments(result, required=False)
     result.add_argument("--context", type=positive_int, help="tokens in a row (default: the training length)")
     result.add_argument(

@@ -3,42 +3,89 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from model import ModelConfig
-from pretrain.data.packing import LongDocuments, Order, Selection
+from pretrain.data.packing import LongDocuments, Order, PackingName, Part, Selection, as_written, parts_of
 from pretrain.data.shard_source import HeldOutShards, ShardSource
-from pretrain.data.shards import ShardSet, Verify
+from pretrain.data.shards import OnDamage, ShardSet, Verify
 from pretrain.data.source import Data, Share, SourceConfig
+from pretrain.data.stores import Location, StoreConfig
 from pretrain.data.synthetic.config import SyntheticConfig
 from pretrain.errors import UserError
 from pretrain.quantities import Tokens
 
 
-class ShardsConfig(SourceConfig):
+class MixedSource(BaseModel):
+    """One of the sources of a mixture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    train: Location
+    """Folder or URL of its training shards, as data.train; two sources may read the same shards, of documents of
+    different lengths, say."""
+
+    weight: NonNegativeFloat
+    """Its share of the tokens that are read, beside the weights of the others, which need not add up to 1; 0: it is not
+    read."""
+
+    min_document_tokens: Tokens | None = None
+    """Documents of fewer tokens, EOS included, are left out; none: as data.min_document_tokens says."""
+
+    max_epochs: PositiveFloat | None = None
+    """Passes over it, padding included, after which it is read no more: what it would have had goes to the others by
+    their weights; none: any number."""
+
+
+class ShardsConfig(SourceConfig, StoreConfig):
     """Tokenised text: which shards are read, how they are checked, and in what order."""
 
     kind: Literal["shards"] = "shards"
     """Tokenised text made by tools.shards; the kind where none is given."""
 
-    train: Path
-    """Folder of the training shards (the one that holds manifest.json; `tools.shards build` writes OUTPUT/train)."""
+    train: Location | None = None
+    """Folder of the training shards (the one that holds manifest.json; `tools.shards build` writes OUTPUT/train), or
+    its URL: http(s)://, s3:// or gs://, with credentials from the environment (AWS_*, GOOGLE_*). This or sources has to
+    be given."""
 
-    validation: Path | None = None
-    """Folder of the validation shards, made with the same tokenizer; none: no held-out evaluation."""
+    sources: dict[str, MixedSource] = {}
+    """Training shards of several kinds in one mixture, instead of train: each by a name of its own, with its weight.
+    Which source a row is of depends on its number alone, and the shares are exact to a row; with order streams, each
+    row of a step is of one source for good, and shares are exact to a row of a step. Their realised shares are curves
+    (data/share/NAME, data/epochs/NAME). A phase may change any of them, `data: {sources: {code: {weight: 0.5}}}`."""
+
+    validation: Location | None = None
+    """Folder or URL of the validation shards, made with the same tokenizer; none: no held-out evaluation."""
 
     verify: Verify = "hashes"
     """What is checked at the start, of all phases that are left: `hashes` (sha256 of every shard, so that no altered
     token is trained on) or `sizes` (only that every shard is there with its bytes). Hashing reads all shards once on
     every node, whose ranks share the work: about a second for a gigabyte, or what the disk takes; a start says how many
     bytes that is. Where it is too long, `tools.shards verify` can check a set once, and `sizes` skips it at every
-    start."""
+    start. Shards at URLs are hashed when they come into the cache, whatever is given here; with `hashes` also what the
+    cache holds already, and what is read past it, by byte ranges, is read through once more for it."""
+
+    on_damage: OnDamage = "stop"
+    """What happens when a shard is missing or damaged, at the start or on the way: stop, the run ends with its name and
+    the hash that was expected and found; skip, its documents are left out by all ranks from the same step on (EOS
+    stands in their place, without a target), counted, logged, and noted in checkpoints, so that a resumed run leaves
+    out the same. Other rows stay as they are. After the start only what is missing, cut or outside the vocabulary is
+    seen."""
+
+    allow_changed: bool = False
+    """Whether a run goes on from a checkpoint of other data, or of other sources, weights or filters. It then reads
+    them from the row on that it had come to in each; what changed is written to run.jsonl (data_changed)."""
 
     order: Order = "rows"
     """`rows`: documents are permuted and packed, and the packed rows permuted too, so that a batch does not come from
     one long document. `documents`: rows follow each other as packed, so that row n+1 continues row n. `streams`: each
     row of a step goes on where the same row of the step before ended, and the model's state is carried from step to
     step, for documents longer than a row: their gradient stops at the row's start."""
+
+    packing: PackingName = "stream"
+    """How documents lie in rows. `stream`: end to end, cut where a row ends. `best_fit`: into rows of whole documents,
+    each where it leaves the least room (best-fit decreasing), so that only those longer than a row are cut; what is
+    left of a row is padding. For documents that are short beside a row; with order rows alone."""
 
     reset_memory: bool = False
     """Whether the model's state (memory, convolutions, attention, positions) begins anew at each document's start. The
@@ -51,6 +98,32 @@ class ShardsConfig(SourceConfig):
 
     long_documents: LongDocuments | None = None
     """A share of the rows that is made of long documents alone; none: all rows are of all documents."""
+
+    @model_validator(mode="after")
+    def _there_is_one_kind_of_source(self) -> "ShardsConfig":
+        if (self.train is None) == (not self.sources):
+            raise ValueError(
+                "train is missing: give --data.train FOLDER, or sources"
+                if self.train is None
+                else "train and sources are both set: remove one (in a phase by train: null)"
+            )
+        if self.sources and not any(source.weight for source in self.sources.values()):
+            raise ValueError("every weight of sources is 0: give one of them a weight")
+        if self.sources and self.long_documents is not None:
+            raise ValueError(
+                "long_documents is set beside sources: name a source of the same shards with min_document_tokens and "
+                "the weight that long documents should have"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packing_fits_the_order(self) -> "ShardsConfig":
+        if self.packing == "best_fit" and self.order != "rows":
+            raise ValueError(
+                f"packing is best_fit, whose rows hold whole documents, but order is {self.order}, in which rows go on "
+                "in others: set order to rows, or packing to stream"
+            )
+        return self
 
     @model_validator(mode="after")
     def _long_is_longer_than_any(self) -> "ShardsConfig":
@@ -75,6 +148,11 @@ class ShardsConfig(SourceConfig):
     @property
     def pads_documents(self) -> bool:
         """Whether documents are padded."""
+        return self.reset_memory or self.packing == "best_fit"
+
+    @property
+    def resets_at_documents(self) -> bool:
+        """Whether documents reset the memory."""
         return self.reset_memory
 
     def check_fits(self, *, sequence_length: int, vocab_size: int, held_out_tokens: int | None) -> None:
@@ -103,25 +181,56 @@ class ShardsConfig(SourceConfig):
             )
 
     def missing(self) -> Path | None:
-        """The folder of the training shards, if it is not there."""
-        return None if self.train.exists() else self.train
+        """The first folder of training shards that is not there."""
+        local = [place for place in self.locations if isinstance(place, Path)]
+        return next((folder for folder in local if not folder.exists()), None)
+
+    @property
+    def locations(self) -> list[Location]:
+        """Of the training shards that are read."""
+        if self.train is not None:
+            return [self.train]
+        return list(dict.fromkeys(source.train for source in self.sources.values() if source.weight))
 
     def to_verify(self) -> dict[str, int]:
-        """The sets, unless sizes are enough."""
-        sets = open_shards(self) if self.verify == "hashes" else ()
-        return {str(shards.folder): sum(shard.bytes for shard in shards.manifest.shards) for shards in sets if shards}
+        """The sets, unless sizes are enough; of those at URLs what the cache holds."""
+        sets, validation = open_shards(self) if self.verify == "hashes" else ({}, None)
+        found = [*sets.values(), *([] if validation is None else [validation])]
+        here = {str(shards.folder): shards.store.bytes_here(shards.manifest.shards) for shards in found}
+        return {place: size for place, size in here.items() if size}
 
     def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
         """See `open_shards`."""
-        train, validation = open_shards(self, share)
+        sets, validation = open_shards(self, share)
         selection = Selection(
             order=self.order,
+            packing=self.packing,
             grid=grid if self.reset_memory else None,
             min_document_tokens=self.min_document_tokens,
             long_documents=self.long_documents,
         )
-        source = ShardSource(train, seed, selection, self.num_workers)
+        source = ShardSource(
+            tuple(self._parts(sets, selection)), seed, selection, self.num_workers, self.on_damage, self.allow_changed
+        )
         return Data(source, None if validation is None else HeldOutShards(validation))
+
+    def _parts(self, sets: dict[Location, ShardSet], selection: Selection) -> list[Part]:
+        if self.train is not None:
+            return parts_of(sets[self.train], selection)
+        return [
+            Part(
+                name,
+                sets[source.train],
+                as_written(source.weight),
+                source.min_document_tokens or self.min_document_tokens,
+                f"data.sources.{name}.min_document_tokens"
+                if source.min_document_tokens
+                else "data.min_document_tokens",
+                None if source.max_epochs is None else as_written(source.max_epochs),
+            )
+            for name, source in sorted(self.sources.items())  # the order that they are listed in means nothing
+            if source.weight
+        ]
 
 
 def _shards_by_default(section: Any) -> Any:
@@ -132,20 +241,27 @@ DataConfig = Annotated[ShardsConfig | SyntheticConfig, Field(discriminator="kind
 """The data section: `kind` says which of them."""
 
 
-def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[ShardSet, ShardSet | None]:
-    """Opens the training and the validation set of `config`; `share` is the part of the hashes to check (see
-    SourceConfig.open).
+def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[dict[Location, ShardSet], ShardSet | None]:
+    """Opens the training sets, by their places, and the validation set of `config`; `share` is the part of the hashes
+    to check (see SourceConfig.open).
 
-    Raises UserError for a missing or damaged set, and when the two were not made with the same tokenizer.
+    Raises UserError for a missing or damaged set, and when they were not made with the same tokenizer.
     """
+    hashes = config.verify == "hashes"
     verify, share = ("sizes", Share(0, 1)) if share is None else (config.verify, share)
-    train = ShardSet.open(config.train, verify, *share)
-    if config.validation is None:
-        return train, None
-    validation = ShardSet.open(config.validation, verify, *share)
-    if train.tokenizer.sha256 != validation.tokenizer.sha256:
-        raise UserError(
-            f"data.validation {config.validation}: made with another tokenizer than data.train {config.train}: sha256 "
-            f"{validation.tokenizer.sha256} and {train.tokenizer.sha256}; build both with one tokenizer"
-        )
-    return train, validation
+    sets = {place: ShardSet.open(place, verify, *share, config, hashes, config.on_damage) for place in config.locations}
+    validation = None
+    if config.validation is not None:
+        validation = ShardSet.open(config.validation, verify, *share, config, hashes)
+    first = next(iter(sets.values()))
+    field = "data.train" if config.train is not None else "data.sources"
+    others = [(f"{field} {place}", shards) for place, shards in sets.items()]
+    if validation is not None:
+        others.append((f"data.validation {config.validation}", validation))
+    for place, shards in others:
+        if shards.tokenizer.sha256 != first.tokenizer.sha256:
+            raise UserError(
+                f"{place}: made with another tokenizer than {field} {first.folder}: sha256 {shards.tokenizer.sha256} "
+                f"and {first.tokenizer.sha256}; build both with one tokenizer"
+            )
+    return sets, validation

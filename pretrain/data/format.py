@@ -30,11 +30,14 @@ TOKEN_BYTES_NAME = "token_bytes.npy"
 TOKENIZER_NAME = "tokenizer.model"
 TOKENS_SUFFIX = ".tokens"
 PARTS = ("train", "validation")
+EOS_SEPARATOR = "eos-after-document"
+NO_SEPARATOR = "none"
 
 # shard: position in Manifest.shards; offset: of the first token, in bytes from the tar's start; text_bytes: UTF-8.
 INDEX_DTYPE = np.dtype([("shard", "<i8"), ("offset", "<i8"), ("tokens", "<i8"), ("text_bytes", "<i8")])
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+# Signed numbers in the tars of others are read as unsigned ones: a negative one is then outside every vocabulary.
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "uint64": np.dtype("<u8")}
 
 
 class _Entry(BaseModel):
@@ -79,12 +82,13 @@ class Manifest(_Entry):
 
     format: Literal["mnemosyne-shards"] = FORMAT
     version: Literal[1] = VERSION
-    dtype: Literal["uint16", "uint32"]
+    dtype: Literal["uint16", "uint32", "uint64"]
     tokenizer: TokenizerEntry
     encoding: Literal["whole-document"] = "whole-document"
     """How text became tokens. `whole-document`: the tokens are those of the document encoded in one call."""
-    separator: Literal["eos-after-document"] = "eos-after-document"
-    """What stands between documents: every document ends with EOS, and nothing stands before it."""
+    separator: Literal["eos-after-document", "none"] = EOS_SEPARATOR
+    """What stands between documents: every document ends with EOS, and nothing stands before it; `none`: nothing, in
+    tars of others."""
     split: SplitEntry
     documents: PositiveInt
     tokens: PositiveInt
@@ -105,15 +109,17 @@ class Manifest(_Entry):
         return json.dumps({**self.model_dump(), "fingerprint": self.fingerprint}, indent=1) + "\n"
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Reads and checks manifest.json of `folder`; raises UserError when it is missing, damaged or was changed."""
-        path = folder / MANIFEST_NAME
+    def parse(cls, data: bytes, path: str) -> "Manifest":
+        """The manifest in the bytes of a manifest.json, which messages call `path`. Raises UserError for one that is
+        damaged or was changed.
+        """
         try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(_no_manifest(folder)) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({error}); build the shards again") from None
+            content = json.loads(data)
+        except ValueError as error:
+            page = ", it is an HTML page" if data.lstrip()[:1] == b"<" else ""
+            raise UserError(
+                f"{path}: cannot be read as JSON ({error}){page}; restore it, or build the shards again"
+            ) from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(
                 f"{path}: is not a manifest of tokenised shards; give a folder made by `tools.shards build`"
@@ -151,11 +157,12 @@ def find_sets(folder: Path) -> list[Path]:
         return [folder]
     parts = [folder / part for part in PARTS if (folder / part).is_dir()]
     if not any((part / MANIFEST_NAME).is_file() for part in parts):
-        raise UserError(_no_manifest(folder))
+        raise UserError(no_manifest(folder))
     return parts
 
 
-def _no_manifest(folder: Path) -> str:
+def no_manifest(folder: Path) -> str:
+    """Why a folder is no shard set, and what to give instead."""
     if not folder.is_dir():
         return f"{folder}: no such folder; build it with `python -m tools.shards build --output ...`"
     parts = [part for part in PARTS if (folder / part / MANIFEST_NAME).is_file()]

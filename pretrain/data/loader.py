@@ -9,20 +9,26 @@ Each step is computed on its own from its number, so workers need no order among
 the same steps.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from pretrain.data.cursor import Cursor
+from pretrain.data.damage import Damage, DamagedShard
 from pretrain.data.rows import Rows
 from pretrain.errors import UserError
 
 # Enough that a worker is never idle while another's step waits to be taken.
 STEPS_AHEAD_PER_WORKER = 2
+
+Agree = Callable[[Any], list[Any]]
+"""Gathers what every rank gives, by rank, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,24 @@ class Batch:
     resets: torch.Tensor | None = None
 
 
-class RowReader(Protocol):
-    """Rows by number. Thread-safe."""
+class RowReader(ABC):
+    """Rows by number. Reading is thread-safe."""
 
+    @abstractmethod
     def read(self, samples: np.ndarray) -> Rows:
         """The rows of global samples, int64 [n]."""
+
+    def cursor_at(self, start: Cursor, position: int) -> Cursor:
+        """The cursor of a run that began at `start` and has taken the rows up to `position`."""
+        return start.model_copy(update={"position": position})
+
+    def curves_at(self, position: int) -> dict[str, float]:
+        """What is drawn of the data over the steps."""
+        return {}
+
+    def skip(self, damage: Sequence[Damage]) -> None:
+        """Leaves out what these shards hold from now on."""
+        raise NotImplementedError("rows without shards hold no damage")
 
 
 def require_positive(**sizes: int) -> None:
@@ -89,12 +108,28 @@ class Loader:
     Use it as a context manager, or call `close()`: either ends its workers. One consumer at a time.
     """
 
-    def __init__(self, rows: RowReader, start: Cursor, division: Division, num_workers: int) -> None:
-        """`rows` are of `division.sequence_length`. Raises UserError for a negative number of workers."""
+    def __init__(
+        self,
+        rows: RowReader,
+        start: Cursor,
+        division: Division,
+        num_workers: int,
+        agree: Agree | None = None,
+        changes: Sequence[str] = (),
+    ) -> None:
+        """`rows` are of `division.sequence_length`. Raises UserError for a negative number of workers.
+
+        Args:
+            agree: gathers what every rank gives, by rank, on every rank. With it a damaged shard is left out, by all
+                ranks from the same step on; without it, it is an error.
+            changes: what of the data is not as it was when the run began, which was allowed.
+        """
         if num_workers < 0:
             raise UserError(f"data.num_workers {num_workers}: must be at least 0")
+        self.changes = tuple(changes)
         self._rows = rows
         self._start = start
+        self._agree = agree
         self._layout = division.layout
         self._rank = division.rank
         self._step_samples = division.rows_per_step
@@ -111,19 +146,19 @@ class Loader:
         """The next step; raises what reading it raised, again at each call: a step is never left out."""
         if self._closed:
             raise RuntimeError("the data loader is closed")
-        if self._pool is None:
-            batches = self._read_step(self._taken)
-        else:
-            while len(self._ahead) < self._num_ahead:
-                self._ahead.append(self._pool.submit(self._read_step, self._taken + len(self._ahead)))
-            batches = self._ahead[0].result()
+        batches = self._prepared() if self._agree is None else self._agreed(self._agree)
+        if self._ahead:
             self._ahead.popleft()
         self._taken += 1
         return batches
 
     def cursor(self) -> Cursor:
         """The place after the steps handed out so far; what was only read ahead does not count."""
-        return self._start.model_copy(update={"position": self._start.position + self._taken * self._step_samples})
+        return self._rows.cursor_at(self._start, self._position)
+
+    def curves(self) -> dict[str, float]:
+        """What is drawn of the data over the steps: passes, shares of sources, shards that are left out."""
+        return self._rows.curves_at(self._position)
 
     def close(self) -> None:
         """Ends the workers and waits for them; may be called twice."""
@@ -137,6 +172,35 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def _position(self) -> int:
+        return self._start.position + self._taken * self._step_samples
+
+    def _prepared(self) -> list[Batch]:
+        """The next step, which stays the next one."""
+        if self._pool is None:
+            return self._read_step(self._taken)
+        while len(self._ahead) < self._num_ahead:
+            self._ahead.append(self._pool.submit(self._read_step, self._taken + len(self._ahead)))
+        return self._ahead[0].result()
+
+    def _agreed(self, agree: Agree) -> list[Batch]:
+        """The next step, without what is damaged for any rank."""
+        while True:
+            batches: list[Batch] = []
+            damage = None
+            try:
+                batches = self._prepared()
+            except DamagedShard as error:
+                damage = error.damage
+            found = [each for each in agree(damage) if each is not None]
+            if not found:
+                return batches
+            self._rows.skip(found)
+            for future in self._ahead:  # it was read with those shards, or failed for them
+                future.cancel()
+            self._ahead.clear()
 
     def _read_step(self, step: int) -> list[Batch]:
         first = self._start.position + step * self._step_samples

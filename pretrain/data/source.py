@@ -5,7 +5,7 @@ The loop, resume, evaluation and the dry run use these three and name no kind. A
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from model import ModelConfig
 from pretrain.data.cursor import Cursor
-from pretrain.data.loader import Batch, Division, Loader
+from pretrain.data.damage import Damage
+from pretrain.data.loader import Agree, Batch, Division, Loader
 from pretrain.data.shards import TokenizerInfo
 from pretrain.quantities import Seed
 
@@ -42,9 +43,18 @@ class Source(Protocol):
     def tokenizer(self) -> TokenizerInfo | None:
         """The tokenizer that made the tokens; None where they stand for no text."""
 
-    def open_loader(self, division: Division, cursor: Cursor | None) -> Loader:
-        """The iterator over a rank's steps, from `cursor` or from the beginning. Raises UserError for a cursor of
-        other data.
+    @property
+    def damage(self) -> list[Damage]:
+        """What is left out as damaged, so far."""
+
+    def share_damage(self, agree: Agree, known: Sequence[Damage]) -> None:
+        """Makes what this rank has found damaged, of what is `known` of any data too, known to all where damage is left
+        out; every rank calls it.
+        """
+
+    def open_loader(self, division: Division, cursor: Cursor | None, agree: Agree | None = None) -> Loader:
+        """The iterator over a rank's steps, from `cursor` or from the beginning; `agree`: see `Loader`. Raises
+        UserError for a cursor of other data.
         """
 
     def describe(self, total_tokens: int, *, sequence_length: int, rows_per_step: int) -> str:
@@ -109,7 +119,12 @@ class SourceConfig(BaseModel, ABC):
 
     @property
     def pads_documents(self) -> bool:
-        """Whether some of what is read is padding between documents, and all else has a target."""
+        """Whether some of what is read is padding behind documents, and all else has a target."""
+        return False
+
+    @property
+    def resets_at_documents(self) -> bool:
+        """Whether the model's state begins anew at documents inside of rows."""
         return False
 
     @abstractmethod

@@ -21,7 +21,7 @@ def shards(tmp_path_factory):
 
 
 def open_loader(shards, *, seed=5, order="rows", num_workers=0, cursor=None, **division) -> Loader:
-    return ShardSource(shards, seed, Selection(order=order), num_workers).open_loader(Division(**division), cursor)
+    return ShardSource.of(shards, seed, Selection(order=order), num_workers).open_loader(Division(**division), cursor)
 
 
 def load(shards, *, world_size=1, rank=0, micro=2, workers=0, cursor=None, **changes):
@@ -114,7 +114,7 @@ def test_a_far_position_is_reached_at_once(shards):
     [
         (
             {"fingerprint": "f" * 64},
-            "fingerprint ffff.* in the checkpoint, .*the data in .*shards/train changed: give",
+            "fingerprint ffff.* in the checkpoint, .*set the data of .*shards/train back",
         ),
         ({"sequence_length": 99}, "sequence_length 99 in the checkpoint, 24 now .*training.sequence_length back"),
         ({"seed": 6}, r"seed 6 in the checkpoint, 5 now \(set data.seed"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pretrain.data.packing import Packing, Selection
+from pretrain.data.packing import Packing, Selection, parts_of
 from pretrain.data.permutation import permute
 from pretrain.errors import UserError
 from tests.data_cases import documents, make_shards, make_tokenizer
@@ -17,7 +17,8 @@ def shards(tmp_path_factory):
 
 
 def pack(shards, length, *, seed=0, order="rows"):
-    return Packing(shards, sequence_length=length, seed=seed, selection=Selection(order=order), rows_per_step=1)
+    chosen = Selection(order=order)
+    return Packing(parts_of(shards, chosen), sequence_length=length, seed=seed, selection=chosen, rows_per_step=1)
 
 
 def rows_of(packing, samples):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pretrain.data import Cursor, Division, ShardSource
-from pretrain.data.packing import LongDocuments, Packing, Selection
+from pretrain.data.packing import LongDocuments, Packing, Selection, parts_of
 from pretrain.errors import UserError
 from tests.data_cases import documents, make_shards, make_tokenizer
 from tests.order_oracle import epoch_order, padded, permuted, stored_documents
@@ -22,12 +22,9 @@ def shards(tmp_path_factory):
 
 
 def pack(shards, *, rows_per_step=1, length=LENGTH, **selection):
+    chosen = Selection(**{"order": "documents", **selection})
     return Packing(
-        shards,
-        sequence_length=length,
-        seed=SEED,
-        selection=Selection(**{"order": "documents", **selection}),
-        rows_per_step=rows_per_step,
+        parts_of(shards, chosen), sequence_length=length, seed=SEED, selection=chosen, rows_per_step=rows_per_step
     )
 
 
@@ -91,7 +88,7 @@ def test_each_row_goes_on_where_it_ended_in_the_step_before(shards, grid, rows_p
 
 def open_loader(shards, *, world_size=1, rank=0, micro=2, workers=0, cursor=None, rows=12, **selection):
     division = Division(LENGTH, micro, rows // (micro * world_size), rank, world_size)
-    source = ShardSource(shards, SEED, Selection(**{"order": "streams", "grid": GRID, **selection}), workers)
+    source = ShardSource.of(shards, SEED, Selection(**{"order": "streams", "grid": GRID, **selection}), workers)
     return source.open_loader(division, cursor)
 
 
@@ -135,7 +132,7 @@ def test_steps_do_not_depend_on_ranks_micro_batch_or_workers_or_where_they_resum
         ({"rows": 6}, r"rows_per_step 12 in the checkpoint, 6 now \(with data.order streams each row goes on from one"),
         ({"grid": None}, r"grid 8 in the checkpoint, None now \(documents are padded to it: set data.reset_memory"),
         ({"min_document_tokens": 9}, "min_document_tokens 1 in the checkpoint, 9 now"),
-        ({"long_documents": LONG}, "long_documents None in the checkpoint, at_least=60 share=0.3 now"),
+        ({"long_documents": LONG}, "source long: is new, none in the checkpoint"),
         ({"order": "documents"}, "order streams in the checkpoint, documents now"),
     ],
 )
@@ -156,10 +153,15 @@ def test_a_cursor_inside_a_step_is_damaged(shards):
 
 
 def test_a_cursor_from_before_these_fields_goes_on(shards):
+    old = {"position": 24, "sequence_length": 24, "seed": 5, "order": "rows", "fingerprint": shards.fingerprint}
     with open_loader(shards, order="rows", grid=None) as loader:
-        old = {"position": 24, "sequence_length": 24, "seed": 5, "order": "rows", "fingerprint": shards.fingerprint}
-        assert loader.cursor().model_copy(update={"position": 24}) == Cursor.from_json(json.dumps(old))
-        assert next(loader)[0].resets is None
+        expected = [next(loader) for _ in range(3)]
+        cursor = loader.cursor()
+    with open_loader(shards, order="rows", grid=None, cursor=Cursor.from_json(json.dumps(old))) as loader:
+        found = next(loader)
+        assert loader.cursor() == cursor
+    assert found[0].resets is None
+    assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(found, expected[2], strict=True))
 
 
 def test_other_orders_go_on_with_another_number_of_rows(shards):
@@ -193,17 +195,17 @@ def test_the_share_of_rows_is_of_long_documents(shards, order, share):
     assert number[True] == count * percent // 100
     # An epoch of long rows holds the long documents, and nothing else.
     stream = padded(chosen, epoch_order(len(chosen), SEED, 0, "long "), shards.tokenizer.eos_id, GRID)
-    rows = only.pools[1].rows
+    rows = only.pools[0].rows
     expected = [stream[row * LENGTH : (row + 1) * LENGTH] for row in range(rows)]
     assert sorted(as_triples(only.read(np.arange(rows)))) == sorted(expected)
 
 
 def test_lanes_are_of_one_kind_for_good(shards):
     packing = pack(shards, order="streams", grid=GRID, rows_per_step=7, long_documents=LONG)
-    assert packing.long_share == pytest.approx(2 / 7)
+    assert packing.shares == pytest.approx([2 / 7, 5 / 7])
     only = pack(shards, order="streams", grid=GRID, rows_per_step=2, long_documents=LongDocuments(at_least=60, share=1))
     others = pack(shards, order="streams", grid=GRID, rows_per_step=5)
-    steps = 2 * max(others.pools[0].rows_per_lane, only.pools[1].rows_per_lane) + 3
+    steps = 2 * max(others.pools[0].rows_per_lane, only.pools[0].rows_per_lane) + 3
     found = np.array(packing.read(np.arange(7 * steps))).reshape(3, steps, 7, LENGTH)
     lanes = [lane for lane in range(7) if (lane + 1) * 3 // 10 > lane * 3 // 10]
     assert lanes == [3, 6]
@@ -256,7 +258,7 @@ def test_data_that_is_too_small_is_named(shards, options, message):
 
 def test_a_line_says_what_is_padding_and_what_is_long(shards):
     def line(**selection):
-        source = ShardSource(shards, SEED, Selection(**selection), 0)
+        source = ShardSource.of(shards, SEED, Selection(**selection), 0)
         return source.describe(10 * shards.tokens, sequence_length=LENGTH, rows_per_step=7)
 
     assert line() == f"40 documents, {shards.tokens:,} tokens: 10.00 passes over them"
@@ -270,12 +272,7 @@ def test_a_line_says_what_is_padding_and_what_is_long(shards):
     text = line(order="streams", long_documents=LONG)
     count, tokens = (lengths >= 60).sum(), lengths[lengths >= 60].sum()
     passes = 2 / 7 * 10 * shards.tokens / (tokens - 1)
-    assert text.endswith(
-        f"; 28.6 % of the rows: {count} documents of at least 60 tokens, {tokens:,} tokens: {passes:.2f} passes over "
-        "them"
+    assert text.startswith(
+        f"28.6 % of the rows: {count} documents of at least 60 tokens, {tokens:,} tokens: {passes:.2f} passes over "
+        "them; 71.4 % of the rows: 40 documents"
     )
-
-
-def test_a_share_is_what_is_written():
-    assert [LongDocuments(at_least=2, share=0.3).before(row) for row in (10, 10**15)] == [3, 3 * 10**14]
-    assert LongDocuments(at_least=2, share=1).before(7) == 7

@@ -24,19 +24,28 @@ def test_every_format_gives_the_same_texts(tmp_path):
     plain = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     compressed = tmp_path / "a.jsonl.gz"
     compressed.write_bytes(gzip.compress(plain.read_bytes()))
+    zstd = tmp_path / "a.jsonl.zst"
+    zstd.write_bytes(zstd_frames(plain.read_bytes()))
     table = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS}), table, row_group_size=3)
     folder = tmp_path / "folder"
     folder.mkdir()
     for number, text in enumerate(TEXTS):
         (folder / f"{number:03d}.txt").write_bytes(text.encode())
-    for path in (plain, compressed, table, folder):
+    for path in (plain, compressed, zstd, table, folder):
         assert read(path) == TEXTS
+
+
+def zstd_frames(data):
+    """Two frames, as tools that compress in parallel write them."""
+    middle = len(data) // 2
+    return b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:middle], data[middle:]))
 
 
 def test_bytes_read_grow_to_the_total(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    (tmp_path / "b2.jsonl.zst").write_bytes(zstd_frames((tmp_path / "a.jsonl").read_bytes()))
     (tmp_path / "c.txt").write_text("one|two|three")
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "d.parquet")
     reader = DocumentReader([tmp_path], DocumentOptions(separator="|"))
@@ -101,7 +110,13 @@ def test_wrong_jsonl_is_named(tmp_path, line, message):
 
 def test_damaged_files_are_named(tmp_path):
     data = gzip.compress(json.dumps({"text": "x" * 999}).encode() * 50)
+    packed = pyarrow.compress(gzip.decompress(data), "zstd", asbytes=True)
     for name, content in {
+        "cut.jsonl.zst": packed[:-3],
+        "flipped.jsonl.zst": packed[:9] + bytes([packed[9] ^ 255]) + packed[10:],
+        "page.jsonl.zst": b"<html>",
+        "empty.jsonl.zst": b"",
+        "empty.jsonl.gz": b"",
         "cut.jsonl.gz": data[:-9],
         "flipped.jsonl.gz": data[:20] + bytes([data[20] ^ 255]) + data[21:],
         "page.jsonl.gz": b"<html>",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.bench import attention, correctness, decode, gpu, long, memory, report, train
+from tools.bench import attention, build, correctness, data, decode, gpu, long, memory, report, train
 from tools.bench.benchmark import Benchmark
 from tools.bench.cases import FAILED, Row
 from tools.bench.record import RECORDS, device_slug, make_record, write_record
@@ -22,6 +22,8 @@ BENCHMARKS = {
     "train": train,
     "long": long,
     "decode": decode,
+    "build": build,
+    "data": data,
     "correctness": correctness,
 }
 

@@ -1,1 +1,1 @@
-"""Tokenised shards from text: `python -m tools.shards build | verify | stats` (the format: `pretrain.data.format`)."""
+"""Tokenised shards: `python -m tools.shards build | verify | stats | index` (the format: `pretrain.data.format`)."""

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from pretrain.data.cursor import Cursor
-from pretrain.data.loader import Batch, Division, Loader, require_positive, require_rank
+from pretrain.data.damage import Damage
+from pretrain.data.loader import Agree, Batch, Division, Loader, RowReader, require_positive, require_rank
 from pretrain.data.rows import IGNORE_INDEX, Rows
 from pretrain.data.synthetic.draws import Draws, Split
 from pretrain.data.synthetic.task import PAD, Task
@@ -26,7 +27,7 @@ def fingerprint(task: Task) -> str:
 
 
 @dataclass(frozen=True)
-class DrawnRows:
+class DrawnRows(RowReader):
     """Rows of a task by number, padded to one length."""
 
     task: Task
@@ -64,8 +65,10 @@ class SyntheticSource:
         """Tokens of the task."""
         return self.task.vocab_size
 
-    def open_loader(self, division: Division, cursor: Cursor | None) -> Loader:
-        """The iterator over a rank's steps. Raises UserError for a cursor of other data."""
+    def open_loader(self, division: Division, cursor: Cursor | None, agree: Agree | None = None) -> Loader:
+        """The iterator over a rank's steps; nothing of it can be damaged. Raises UserError for a cursor of other
+        data.
+        """
         rows = DrawnRows(self.task, self.seed, "train", division.sequence_length)
         start = Cursor(
             position=0,
@@ -74,8 +77,22 @@ class SyntheticSource:
             order="drawn",
             fingerprint=fingerprint(self.task),
         )
-        changed = "data.task is not what the run began with: set it back, or start a new run"
-        return Loader(rows, start.moved_to(cursor, changed), division, self.num_workers)
+        if cursor is not None:
+            cursor.require_order_of(start)
+            if changed := cursor.data_differences(start):
+                raise UserError(
+                    f"the checkpoint's data cursor does not fit this run: {'; '.join(changed)}: data.task is not what "
+                    "the run began with: set it back, or start a new run"
+                )
+        return Loader(rows, start if cursor is None else cursor, division, self.num_workers)
+
+    @property
+    def damage(self) -> list[Damage]:
+        """None: no file is read."""
+        return []
+
+    def share_damage(self, agree: Agree, known: Sequence[Damage]) -> None:
+        """Nothing: there is none."""
 
     def describe(self, total_tokens: int, *, sequence_length: int, rows_per_step: int) -> str:
         """The task's numbers."""
