@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model.generation import generate_stream
+from model.generation import TokenStream
 from pretrain.errors import UserError
 from tools.command import positive_int, run_command, seed
 from tools.model_directory import LoadedModel, load_model_directory
@@ -42,7 +42,7 @@ def continue_text(loaded: LoadedModel, prompt: str, arguments: argparse.Namespac
     tokens = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     generator = torch.Generator(device=arguments.device).manual_seed(arguments.seed)
     try:
-        stream = generate_stream(
+        stream = TokenStream(
             loaded.model,
             torch.tensor([tokens], device=arguments.device),
             max_new_tokens=arguments.max_new_tokens,
