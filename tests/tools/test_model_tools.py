@@ -186,7 +186,7 @@ def test_generation_prints_the_prompt_and_goes_on_alike_for_a_seed(exported: Pat
 def test_generation_streams_what_it_would_decode_at_once(exported: Path) -> None:
     loaded = load_model_directory(exported)
     arguments = generate.parser().parse_args([str(exported), "--prompt", "", "--max-new-tokens", "60", "--seed", "1"])
-    pieces = list(generate.continue_text(loaded, "ti 記", arguments))
+    pieces = list(generate.Continuation(loaded, "ti 記", arguments).pieces())
     assert len(pieces) > 5
     prompt = [loaded.tokenizer.eos_id, *loaded.tokenizer.encode("ti 記")]
     new = model_generate(
