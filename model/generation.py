@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TypedDict, Unpack
 
 import torch
@@ -13,11 +14,11 @@ from model.state import ModelState
 MIN_TEMPERATURE = 1e-5
 """Of those above 0: logits divided by less overflow."""
 PREFILL_TOKENS = 1024
-"""Tokens of a prompt that are read at a time: bounds the logits and activations of a long one."""
+"""Tokens of a prompt that are read at a time: bounds the activations of a long one."""
 
 
 class SamplingOptions(TypedDict, total=False):
-    """What `generate` and `generate_stream` may be told beside the prompt and the length."""
+    """What `generate` and `TokenStream` may be told beside the prompt and the length."""
 
     temperature: float
     """Divides the logits (default 1.0); 0 takes the likeliest token."""
@@ -47,42 +48,51 @@ def generate(model: TitansLM, tokens: Tensor, *, max_new_tokens: int, **options:
     Raises:
         ValueError: an option out of its range.
     """
-    return torch.stack(list(generate_stream(model, tokens, max_new_tokens=max_new_tokens, **options)), dim=1)
+    return torch.stack(list(TokenStream(model, tokens, max_new_tokens=max_new_tokens, **options)), dim=1)
 
 
-def generate_stream(
-    model: TitansLM,
-    tokens: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    state: ModelState | None = None,
-    stop_token: int | None = None,
-) -> Iterator[Tensor]:
-    """`generate`, giving each new token [B] as soon as it is chosen; options are checked before the first."""
-    _check(max_new_tokens, temperature, top_k, top_p)
+class TokenStream(Iterator[Tensor]):
+    """`generate`, giving each new token [B] as soon as it is chosen.
+
+    Attributes:
+        state: what the model has read so far: every token but the one that was chosen last. None before the first.
+    """
+
+    def __init__(
+        self,
+        model: TitansLM,
+        tokens: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        state: ModelState | None = None,
+        stop_token: int | None = None,
+    ) -> None:
+        """Arguments and errors are those of `generate`; options are checked here, before anything runs."""
+        _check(max_new_tokens, temperature, top_k, top_p)
+        self.state = state
+        self._model, self._unread = model, tokens
+        self._left, self._stop_token = max_new_tokens, stop_token
+        self._stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        self._choose = partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
 
     @torch.no_grad()
-    def stream(state: ModelState | None) -> Iterator[Tensor]:
-        unread = tokens
-        stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        for _ in range(max_new_tokens):
-            for piece in unread.split(PREFILL_TOKENS, dim=1):
-                output = model(piece, state)
-                state = output.state
-            chosen = _choose(output.logits[:, -1].float(), temperature, top_k, top_p, generator)
-            if stop_token is not None:
-                chosen = chosen.masked_fill(stopped, stop_token)
-                stopped |= chosen == stop_token
-            yield chosen
-            if stop_token is not None and bool(stopped.all()):
-                return
-            unread = chosen[:, None]
-
-    return stream(state)
+    def __next__(self) -> Tensor:
+        if self._left == 0 or (self._stop_token is not None and bool(self._stopped.all())):
+            raise StopIteration
+        self._left -= 1
+        for piece in self._unread.split(PREFILL_TOKENS, dim=1):
+            output = self._model(piece, self.state, num_logits=1)
+            self.state = output.state
+        chosen = self._choose(output.logits[:, -1].float())
+        if self._stop_token is not None:
+            chosen = chosen.masked_fill(self._stopped, self._stop_token)
+            self._stopped |= chosen == self._stop_token
+        self._unread = chosen[:, None]
+        return chosen
 
 
 def _choose(

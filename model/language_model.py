@@ -28,7 +28,7 @@ class ModelOutput(NamedTuple):
     """What a forward gives."""
 
     logits: Tensor | None
-    """[B, T, vocab_size] in the parameters' dtype; None where targets were given."""
+    """[B, T or num_logits, vocab_size] in the parameters' dtype; None where targets were given."""
     state: ModelState
     """The state after the last token."""
     loss_sum: Tensor | None
@@ -103,6 +103,7 @@ class TitansLM(nn.Module):
         resets: Tensor | None = None,
         with_stats: bool = False,
         with_correct: bool = False,
+        num_logits: int | None = None,
     ) -> ModelOutput:
         """Reads tokens after what `state` has seen.
 
@@ -118,16 +119,23 @@ class TitansLM(nn.Module):
                 the CPU, whatever the tokens' device, it is read without waiting for the device.
             with_stats: also give each layer's statistics.
             with_correct: also say which targets have the largest logit, and each one's loss; there is no gradient then.
+            num_logits: give the logits of the last so many tokens alone, 1 to T; None for all. Not with targets.
 
         Raises:
             ValueError: tokens, targets, resets or the state don't fit.
         """
+        if num_logits is not None and (targets is not None or not 1 <= num_logits <= tokens.shape[-1]):
+            raise ValueError(
+                f"num_logits is {num_logits}: it must be from 1 to the number of tokens, {tokens.shape[-1]}, and "
+                "None where there are targets"
+            )
         if with_correct and targets is None:
             raise ValueError("with_correct is set, but there are no targets: give them, or compare the logits")
         x, after, layer_stats = self._read(tokens, state, targets, resets, with_stats)
         stats = layer_stats if with_stats else None
         if targets is None:
-            return ModelOutput(self.head(x, None), after, None, stats, None)
+            logits = self.head(x if num_logits is None else x[:, -num_logits:], None)
+            return ModelOutput(logits, after, None, stats, None)
         if with_correct:
             losses, correct = self.head(x, targets, token_scores)
             return ModelOutput(None, after, losses.sum(), stats, correct.view_as(targets), losses.view_as(targets))

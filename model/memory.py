@@ -77,6 +77,10 @@ class MemoryCore(nn.Module):
                 nn.init.normal_(weight)
             self.register_parameter(f"initial_{layer}", nn.Parameter(weight))
 
+    def learned(self) -> tuple[Tensor, ...]:
+        """W_0, [H, d_in, d_out] a layer."""
+        return tuple(getattr(self, f"initial_{layer}") for layer in range(self.config.depth))
+
     def forward(
         self,
         q: Tensor,
@@ -97,8 +101,7 @@ class MemoryCore(nn.Module):
             y [B, T, H, D]; the state; the weights a read without write used; the surprise [B, T, H] if asked for.
         """
         # With the queries, so that W_0 is in the graph of every call, not of those alone in which a row begins anew.
-        learned = (getattr(self, f"initial_{layer}") for layer in range(self.config.depth))
-        q, *weights = _ArrivingTogether.apply(q, *learned)
+        q, *weights = _ArrivingTogether.apply(q, *self.learned())
         rows = {} if resets is None else resets.rows
         if state is None:
             state = MemoryState.initial(weights, q.shape[0], q.dtype)

@@ -93,6 +93,10 @@ class ModelState:
         """Every tensor with its path, in a fixed order and in its graph: what gradients are asked for or fed to."""
         return _paths(self, "")
 
+    def select_rows(self, rows: Tensor) -> ModelState:
+        """The state of a batch of the rows `rows` [n] int64 of this one, in that order; a row may come twice."""
+        return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
     def reset_rows(self, rows: Tensor) -> ModelState:
         """The state with the rows where `rows` [B] bool is True back at a beginning, the others untouched.
 

@@ -1,7 +1,13 @@
-"""An exported model: config.json, model.safetensors, tokenizer.model, and the recipe that it was trained with.
+"""An exported model: a folder as transformers has it, which everything here reads too.
 
-config.json holds a format version, the model's configuration, where the weights come from, and the sha256 of every
-other file, so that a damaged or half-copied folder is refused by name. Nothing in the folder is unpickled.
+- `config.json`: the model's configuration under `titans`, where the weights come from under `mnemosyne`, and what
+  transformers needs.
+- `model.safetensors`, or shards of it with an index: the weights, named as in the model behind `model.`.
+- `tokenizer.model`: the SentencePiece model that the data was made with; `recipe.yaml`: what it was trained by.
+- `mnemosyne.json`: the sha256 of these and of the other files, so that a damaged or half-copied folder is refused by
+  name. A folder that transformers wrote again (`save_pretrained`) has none, and nothing to compare with.
+
+Nothing in the folder is unpickled.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,24 +27,22 @@ from parallel.state_files import WEIGHT
 from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
-FORMAT = "mnemosyne-model"
-VERSION = 1
-CONFIG, WEIGHTS, TOKENIZER, RECIPE = "config.json", "model.safetensors", "tokenizer.model", "recipe.yaml"
-FILES = (WEIGHTS, TOKENIZER, RECIPE)
-"""Every file beside config.json."""
+MODEL_TYPE = "mnemosyne_titans"
+VERSION = 2
+CONFIG, MANIFEST, TOKENIZER, RECIPE = "config.json", "mnemosyne.json", "tokenizer.model", "recipe.yaml"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PREFIX = "model."
+"""Of the names of the weights: transformers' class holds the model under this name."""
+_HEAD = "head.weight"
 
 
-class ModelDirectoryConfig(BaseModel):
-    """Content of config.json."""
+class Provenance(BaseModel):
+    """Where the weights come from, beside the model's configuration: `mnemosyne` in config.json."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    format: str = FORMAT
-    """Names the kind of folder."""
     version: int = VERSION
     """Version of the format."""
-    model: ModelConfig
-    """The model's configuration."""
     sequence_length: int
     """Tokens of a training row: the length that evaluation uses when none is given."""
     step: int
@@ -46,58 +51,125 @@ class ModelDirectoryConfig(BaseModel):
     """Training tokens that the weights have seen."""
     data_fingerprint: str
     """Fingerprint of the training shards."""
-    files: dict[str, str]
-    """sha256 of every other file of the folder."""
+    tokenizer_sha256: str
+    """The tokenizer that the shards were made with."""
+
+
+class ModelDirectoryConfig(Provenance):
+    """What a folder says of its model."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: ModelConfig
+    """The model's configuration."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """All but the model's configuration."""
+        return Provenance(**self.model_dump(exclude={"model"}))
 
 
 def read_config(folder: Path) -> ModelDirectoryConfig:
     """Reads and checks config.json; raises UserError when it is missing, damaged, or of another format."""
     path = folder / CONFIG
+    content = _read_json(path, f"{folder}: holds no {CONFIG}; give a folder made by `python -m tools.export`")
+    if content.get("format") == "mnemosyne-model":
+        raise UserError(f"{path}: was exported by an earlier version; export its checkpoint again")
+    if content.get("model_type") != MODEL_TYPE:
+        raise UserError(f"{path}: is not an exported Titans model; give a folder made by `python -m tools.export`")
+    origin = content.get("mnemosyne")
+    version = origin.get("version") if isinstance(origin, dict) else None
+    if version != VERSION:
+        raise UserError(f"{path}: format version {version}; this program reads {VERSION}: export again")
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: holds no {CONFIG}; give a folder made by `python -m tools.export`") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); export the model again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: is not an exported model; give a folder made by `python -m tools.export`")
-    if content.get("version") != VERSION:
-        raise UserError(f"{path}: format version {content.get('version')}; this program reads {VERSION}: export again")
-    try:
-        return ModelDirectoryConfig.model_validate(content)
+        return ModelDirectoryConfig.model_validate({**origin, "model": content.get("titans")})
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']}; export again") from None
 
 
-def check_files(folder: Path, config: ModelDirectoryConfig) -> None:
-    """Raises UserError for a file that is missing or differs from its recorded sha256."""
-    if set(config.files) != set(FILES):
-        raise UserError(
-            f"{folder / CONFIG}: field files names {sorted(config.files)}, not {sorted(FILES)}; export again"
-        )
-    for name, expected in config.files.items():
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); export the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: does not hold a JSON object; export the model again")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights; raises UserError when one is missing."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / WEIGHTS_INDEX
+    content = _read_json(index, f"{folder / WEIGHTS}: is missing; export the model again")
+    names = content.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) and "/" not in name for name in names.values()):
+        raise UserError(f"{index}: field weight_map does not say which file holds which weight; export again")
+    files = [folder / name for name in sorted(set(names.values()))]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: is missing; export the model again")
+    return files
+
+
+def check_files(folder: Path) -> None:
+    """Raises UserError for a file that is missing or differs from its recorded sha256.
+
+    A folder without a manifest was written by transformers: there is nothing to compare with.
+    """
+    used = [CONFIG, *(path.name for path in weight_files(folder))]
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    files = _read_json(path, "").get("files")
+    if not isinstance(files, dict) or not {*used, TOKENIZER, RECIPE} <= files.keys():
+        raise UserError(f"{path}: field files does not name every file that the model is made of; export again")
+    for name, expected in files.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is missing; export the model again")
         found = file_sha256(folder / name)
         if found != expected:
-            raise UserError(f"{folder / name}: sha256 is {found}, {CONFIG} says {expected}; export the model again")
+            raise UserError(
+                f"{folder / name}: sha256 is {found}, {MANIFEST} says {expected}; export the model again, or, where "
+                f"the change is meant, remove {MANIFEST}"
+            )
 
 
 class ExportedWeights:
-    """An exported model's weights as `Engine.load_weights` takes them. A context manager: it keeps the file open."""
+    """An exported model's weights as `Engine.load_weights` takes them. A context manager: it keeps the files open.
+
+    Raises ValueError for a weight whose name is none of an exported model's.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = ExitStack()
-        self._file = self._files.enter_context(safe_open(folder / WEIGHTS, framework="pt"))
-        self.shapes = {name: torch.Size(self._file.get_slice(name).get_shape()) for name in self._file.keys()}
+        self._places: dict[str, Any] = {}
+        tied = read_config(folder).model.tie_embeddings
+        for path in weight_files(folder):
+            file = self._files.enter_context(safe_open(path, framework="pt"))
+            for key in file.keys():
+                if not key.startswith(PREFIX):
+                    raise ValueError(f"{path}: holds {key}, which is no weight of a Titans model")
+                if not (tied and key == PREFIX + _HEAD):  # the embedding once more
+                    self._places[key.removeprefix(PREFIX)] = file
+        self.shapes = {
+            name: torch.Size(file.get_slice(PREFIX + name).get_shape()) for name, file in self._places.items()
+        }
 
     def __enter__(self) -> ExportedWeights:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._files.close()
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole parameter on the CPU, in the precision that it is stored in."""
+        return self._places[name].get_tensor(PREFIX + name)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements `start` to `start + numel` of a flattened parameter: fp32 [numel] on the CPU.
@@ -106,4 +178,4 @@ class ExportedWeights:
         """
         if kind != WEIGHT:
             raise ValueError(f"{self.folder}: an exported model holds no {kind}")
-        return self._file.get_tensor(name).flatten()[start : start + numel].to(torch.float32)
+        return self.tensor(name).flatten()[start : start + numel].to(torch.float32)

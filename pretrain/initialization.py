@@ -12,7 +12,7 @@ from pretrain.checkpoints import CHECKPOINTS_FOLDER, MANIFEST, list_checkpoints,
 from pretrain.config import Recipe
 from pretrain.data import TokenizerInfo
 from pretrain.errors import UserError
-from pretrain.exported import CONFIG, TOKENIZER, ExportedWeights, check_files, read_config
+from pretrain.exported import CONFIG, ExportedWeights, check_files, read_config
 from pretrain.phases import MODEL_FIELDS
 from pretrain.resume import MODEL_FILE, model_differences, read_trainer_state
 
@@ -72,8 +72,8 @@ def is_exported(folder: Path) -> bool:
 def _exported(folder: Path, every_byte: bool) -> tuple[dict[str, Any], str | None]:
     config = read_config(folder)
     if every_byte:
-        check_files(folder, config)
-    return config.model.model_dump(mode="json"), config.files.get(TOKENIZER)
+        check_files(folder)
+    return config.model.model_dump(mode="json"), config.tokenizer_sha256
 
 
 def _checkpoint(folder: Path, every_byte: bool) -> tuple[dict[str, Any], str | None]:

@@ -1,4 +1,4 @@
-"""What the README tells a reader to type exists: commands, subcommands, options, files, make targets, links."""
+"""What READMEs tell a reader to type exists: commands, subcommands, options, files, make targets, links."""
 
 import importlib
 import importlib.util
@@ -12,6 +12,8 @@ from pretrain.phases import load_phases
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+GUIDES = ("tools/huggingface/README.md",)
+GUIDE_COMMANDS = "\n".join((REPOSITORY / guide).read_text(encoding="utf-8") for guide in GUIDES)
 OTHER_PROGRAMS = {"tensorboard"}
 WITH_SUBCOMMANDS = {"tools.bench", "tools.tokenizer", "tools.shards", "tools.trials", "launch"}
 
@@ -66,7 +68,7 @@ def test_there_are_commands_to_check():
     assert {"tools.tokenizer", "tools.shards", "pretrain", "launch", "tools.export", "tools.evaluate"} <= modules
 
 
-@pytest.mark.parametrize("command", shell_commands(README))
+@pytest.mark.parametrize("command", shell_commands(README + GUIDE_COMMANDS))
 def test_command_can_be_typed_as_written(command, capsys):
     words = shlex.split(command)
     if words[:2] == ["python", "-m"]:

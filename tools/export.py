@@ -1,6 +1,7 @@
-"""`python -m tools.export CHECKPOINT --output FOLDER`: a checkpoint's weights, whole, for use outside training.
+"""`python -m tools.export CHECKPOINT --output FOLDER`: a checkpoint as a model for transformers and for tools.*.
 
-Any layout's checkpoint will do: the weights are put together from all ranks' files. Every byte is checked first.
+Any layout's checkpoint will do: the weights are put together from all ranks' files. Every byte is checked first. The
+folder runs where there is nothing but transformers and torch, and a run can begin from it (`initialize_from`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from model import ModelConfig
 from parallel.state_files import read_parameters
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, MANIFEST, checkpoint_step, list_checkpoints, problems
 from pretrain.errors import UserError
-from pretrain.exported import CONFIG, WEIGHTS
+from pretrain.exported import weight_files
 from pretrain.resume import MODEL_FILE, RECIPE_FILE, TOKENIZER_FILE, TRAINER_FILE, read_trainer_state
-from tools.command import run_command
+from tools.command import positive_int, run_command
+from tools.huggingface.card import logged_evaluation, read_evaluation
+from tools.huggingface.weights import MAX_SHARD_BYTES
 from tools.model_directory import write_model_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,8 +57,22 @@ def _problems(checkpoint: Path) -> list[str]:
         raise UserError(f"{error.filename or checkpoint}: cannot be read: {error.strerror}; try again") from error
 
 
-def export(checkpoint: Path, output: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> Path:
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    evaluation: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
     """Writes the exported model of one whole checkpoint to `output` and returns `output`.
+
+    Args:
+        dtype: of the weights.
+        overwrite: replace an exported model at `output`.
+        evaluation: results of `python -m tools.evaluate --json` for the model card; None for what the run logged.
+        max_shard_bytes: of a file of weights.
 
     Raises:
         UserError: the checkpoint can't be read, or the folder can't be written.
@@ -73,12 +90,15 @@ def export(checkpoint: Path, output: Path, *, dtype: torch.dtype = torch.float32
         )
     if state.cursor is None:
         raise UserError(f"{checkpoint / TRAINER_FILE}: has seen no data; export a later checkpoint")
+    measured = read_evaluation(evaluation) if evaluation else logged_evaluation(checkpoint, state.step)
     write_model_directory(
         output,
         {name: weight.to(dtype) for name, weight in weights.items()},
         tokenizer=checkpoint / TOKENIZER_FILE,
         recipe=checkpoint / RECIPE_FILE,
         overwrite=overwrite,
+        evaluation=measured,
+        max_shard_bytes=max_shard_bytes,
         model=config,
         sequence_length=state.cursor.sequence_length,
         step=state.step,
@@ -95,15 +115,37 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--output", type=Path, required=True, help="folder to make")
     result.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights (default float32)")
     result.add_argument("--overwrite", action="store_true", help="replace an exported model at --output")
+    result.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="JSON",
+        help="results of `python -m tools.evaluate --json` for the model card (default: what the run logged)",
+    )
+    result.add_argument(
+        "--max-shard-bytes",
+        type=positive_int,
+        default=MAX_SHARD_BYTES,
+        metavar="N",
+        help="weights above this are cut into several files (default %(default)s)",
+    )
     return result
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Exports and says what was written."""
     checkpoint = find_checkpoint(arguments.checkpoint)
-    output = export(checkpoint, arguments.output, dtype=DTYPES[arguments.dtype], overwrite=arguments.overwrite)
-    size = (output / WEIGHTS).stat().st_size
-    print(f"{checkpoint} -> {output}: {WEIGHTS} ({size:,} bytes, {arguments.dtype}), {CONFIG}, {TOKENIZER_FILE}")
+    output = export(
+        checkpoint,
+        arguments.output,
+        dtype=DTYPES[arguments.dtype],
+        overwrite=arguments.overwrite,
+        evaluation=arguments.evaluation,
+        max_shard_bytes=arguments.max_shard_bytes,
+    )
+    files = weight_files(output)
+    size = sum(path.stat().st_size for path in files)
+    number = "1 file" if len(files) == 1 else f"{len(files)} files"
+    print(f"{checkpoint} -> {output}: {number} of weights ({size:,} bytes, {arguments.dtype}), for transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,8 @@
-"""`python -m tools.generate MODEL --prompt TEXT`: continues a text with an exported model, printing it as it comes."""
+"""`python -m tools.generate MODEL --prompt TEXT`: continues a text with an exported model, printing it as it comes.
+
+`--save-memory FILE` keeps what the model has read and written, and `--load-memory FILE` goes on from it days later,
+with the very logits of a conversation that was never interrupted.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,16 @@ from pathlib import Path
 
 import torch
 
-from model.generation import generate_stream
+from model.generation import TokenStream
 from pretrain.errors import UserError
 from tools.command import positive_int, run_command, seed
 from tools.model_directory import LoadedModel, load_model_directory
+from tools.sessions import Session, load_session, merge_sessions, save_session
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    result = argparse.ArgumentParser(prog="python -m tools.generate", description=__doc__)
+    result = argparse.ArgumentParser(prog="python -m tools.generate", description=__doc__.splitlines()[0])
     result.add_argument("model", type=Path, help="folder made by `python -m tools.export`")
     source = result.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue; may be empty")
@@ -29,52 +34,118 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--seed", type=seed, default=0, help="of the sampling (default 0)")
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default cpu)")
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
+    result.add_argument(
+        "--load-memory",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="go on from a session of this model; several are merged, their memories averaged, attention and positions "
+        "beginning anew (experimental)",
+    )
+    result.add_argument(
+        "--merge-weights", type=float, nargs="+", metavar="W", help="of the merged sessions' memories (default: equal)"
+    )
+    result.add_argument("--save-memory", type=Path, metavar="FILE", help="save the session behind the last token here")
     return result
 
 
-def continue_text(loaded: LoadedModel, prompt: str, arguments: argparse.Namespace) -> Iterator[str]:
-    """The continuation, piece by piece; stops at the end of a document.
+class Continuation:
+    """The continuation of a prompt, piece by piece, and where the conversation then stands."""
 
-    Yields only text that later tokens can't change: bytes of an unfinished character are held back.
-    """
-    tokenizer = loaded.tokenizer
-    # Training rows are documents that each end with EOS, so a text begins after one.
-    tokens = [tokenizer.eos_id, *tokenizer.encode(prompt)]
-    generator = torch.Generator(device=arguments.device).manual_seed(arguments.seed)
-    try:
-        stream = generate_stream(
-            loaded.model,
-            torch.tensor([tokens], device=arguments.device),
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            generator=generator,
-            stop_token=tokenizer.eos_id,
-        )
-    except ValueError as error:  # an option out of its range; nothing has run yet
-        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
-    # Decoded together with the prompt: SentencePiece treats the first piece of a text differently.
-    shown = tokenizer.decode(tokens)
-    for token in stream:
-        tokens.append(int(token))
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(tokens)[len(shown) :]
+    def __init__(
+        self, loaded: LoadedModel, prompt: str, arguments: argparse.Namespace, session: Session | None = None
+    ) -> None:
+        """
+        Args:
+            session: what was read before the prompt; a text begins here where it is None or has read nothing.
+
+        Raises:
+            UserError: a sampling option is out of its range.
+        """
+        self._tokenizer = tokenizer = loaded.tokenizer
+        self._read_before = 0 if session is None else session.tokens
+        unread = [] if session is None else session.unread[0].tolist()
+        # Training rows are documents that each end with EOS, so a text begins after one; so does one after merged ones.
+        begins = [] if unread else [tokenizer.eos_id]
+        self._tokens = [*unread, *begins, *tokenizer.encode(prompt)]
+        try:
+            self._stream = TokenStream(
+                loaded.model,
+                torch.tensor([self._tokens], device=arguments.device),
+                max_new_tokens=arguments.max_new_tokens,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                top_p=arguments.top_p,
+                generator=torch.Generator(device=arguments.device).manual_seed(arguments.seed),
+                state=None if session is None else session.state,
+                stop_token=tokenizer.eos_id,
+            )
+        except ValueError as error:  # an option out of its range; nothing has run yet
+            raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+
+    def pieces(self) -> Iterator[str]:
+        """The text as it comes; stops at the end of a document.
+
+        Yields only text that later tokens can't change: bytes of an unfinished character are held back.
+        """
+        tokens, decode = self._tokens, self._tokenizer.decode
+        # Decoded together with the prompt: SentencePiece treats the first piece of a text differently.
+        shown = decode(tokens)
+        for token in self._stream:
+            tokens.append(int(token))
+            text = decode(tokens)
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+        yield decode(tokens)[len(shown) :]
+
+    def session(self) -> Session:
+        """Where the conversation stands after the pieces: the last token was chosen, but not read."""
+        unread = torch.tensor([self._tokens[-1:]])
+        return Session(self._stream.state, unread, self._read_before + len(self._tokens) - 1)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the prompt and its continuation."""
     if arguments.temperature == 0 and (arguments.top_k is not None or arguments.top_p is not None):
         raise UserError("--temperature 0 takes the likeliest token: --top-k and --top-p have no effect; drop them")
+    if arguments.merge_weights is not None and len(arguments.load_memory or ()) < 2:
+        raise UserError("--merge-weights is for several files of --load-memory; drop it")
+    if arguments.save_memory is not None and not arguments.save_memory.resolve().parent.is_dir():
+        raise UserError(f"--save-memory {arguments.save_memory}: its folder does not exist; make it first")
     prompt = arguments.prompt if arguments.prompt_file is None else _read(arguments.prompt_file)
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
+    continuation = Continuation(loaded, prompt, arguments, open_session(loaded, arguments))
     print(prompt, end="", flush=True)
-    for piece in continue_text(loaded, prompt, arguments):
+    for piece in continuation.pieces():
         print(piece, end="", flush=True)
     print()
+    if arguments.save_memory is not None:
+        session = continuation.session()
+        save_session(arguments.save_memory, session, loaded.model)
+        print(f"session of {session.tokens:,} tokens saved to {arguments.save_memory}", file=sys.stderr)
+
+
+def open_session(loaded: LoadedModel, arguments: argparse.Namespace) -> Session | None:
+    """What was read before, of one file or merged of several; None where none is asked for.
+
+    Raises:
+        UserError: a file is no session of this model, or several can't be merged.
+    """
+    if arguments.load_memory is None:
+        return None
+    sessions = [load_session(path, loaded.model) for path in arguments.load_memory]
+    for path, session in zip(arguments.load_memory, sessions, strict=True):
+        if (rows := len(session.state.position)) != 1:
+            raise UserError(f"--load-memory {path}: holds {rows} rows of a batch; give a session of one conversation")
+    if len(sessions) == 1:
+        return sessions[0]
+    try:
+        merged = merge_sessions(sessions, loaded.model, arguments.merge_weights)
+    except ValueError as error:
+        raise UserError(f"--load-memory {' '.join(map(str, arguments.load_memory))}: {error}") from None
+    print("warning: merged memories are an experiment", file=sys.stderr)
+    return merged
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.generation import generate
+from model.generation import TokenStream, generate
 
 
 @torch.no_grad()
@@ -60,6 +60,19 @@ def test_a_prompt_can_continue_a_state(small_model, draw_tokens) -> None:
     state = model(prompt[:, :6]).state
     whole = generate(model, prompt, max_new_tokens=5, temperature=0)
     assert torch.equal(generate(model, prompt[:, 6:], max_new_tokens=5, temperature=0, state=state), whole)
+
+
+@torch.no_grad()
+def test_a_stream_has_the_state_of_all_but_the_last_token(case, small_model, draw_tokens) -> None:
+    model, prompt = small_model(case), draw_tokens(2, 9)
+    stream = TokenStream(model, prompt, max_new_tokens=5, temperature=0)
+    first = [next(stream) for _ in range(3)]
+    expected = model(torch.cat((prompt, torch.stack(first[:2], 1)), 1)).state.tensors()
+    for name, tensor in stream.state.tensors().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-9)
+    state, unread = stream.state, first[-1][:, None]
+    rest = TokenStream(model, unread, max_new_tokens=2, temperature=0, state=state)
+    assert torch.equal(torch.stack(list(rest)), torch.stack(list(stream)))
 
 
 @pytest.mark.parametrize(

@@ -152,3 +152,23 @@ def test_wrong_inputs_are_named(small_model, draw_tokens) -> None:
         model(tokens, targets=tokens[:, :4])
     with pytest.raises(ValueError, match="state has 2 rows"):
         model(tokens[:1], model(tokens).state)
+
+
+@torch.no_grad()
+def test_the_logits_of_the_last_tokens_are_those_of_all(case, small_model, draw_tokens) -> None:
+    model, tokens = small_model(case), draw_tokens(2, 9)
+    whole = model(tokens)
+    for count in (1, 4, 9):
+        last = model(tokens, num_logits=count)
+        torch.testing.assert_close(last.logits, whole.logits[:, -count:], rtol=1e-12, atol=1e-12)
+        expected = whole.state.tensors()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in last.state.tensors().items())
+
+
+@pytest.mark.parametrize("options", [{"num_logits": 0}, {"num_logits": 6}, {"num_logits": 1, "targets": True}])
+def test_a_number_of_logits_that_there_is_not_is_refused(options, small_model, draw_tokens) -> None:
+    tokens = draw_tokens(1, 5)
+    if "targets" in options:
+        options = {**options, "targets": tokens}
+    with pytest.raises(ValueError, match=f"num_logits is {options['num_logits']}: it must be from 1 to"):
+        small_model("lmm")(tokens, **options)

@@ -144,3 +144,16 @@ def test_a_fresh_initial_state_is_no_state(case, small_model, draw_tokens) -> No
     assert torch.equal(model(tokens, model.initial_state(2)).logits, expected)
     restored = ModelState.from_tensors(model.initial_state(2).reset_rows(torch.tensor([True, False])).tensors())
     assert torch.equal(model(tokens, restored).logits, expected)
+
+
+@torch.no_grad()
+def test_rows_of_a_state_go_on_as_rows_of_another_batch(case, small_model, draw_tokens) -> None:
+    model, tokens, rest = small_model(case), draw_tokens(3, 11), draw_tokens(4, 6, seed=1)
+    rows = torch.tensor([2, 0, 2, 1])
+    state = model(tokens).state.reset_rows(torch.tensor([False, True, False]))
+    selected = model(rest, state.select_rows(rows)).logits
+    for place, row in enumerate(rows):
+        alone = model(rest[place : place + 1], state.select_rows(row[None])).logits
+        torch.testing.assert_close(selected[place], alone[0], rtol=1e-12, atol=1e-12)
+    every = model(rest[[1, 3, 0]], state).logits
+    torch.testing.assert_close(every, selected[[1, 3, 0]], rtol=1e-12, atol=1e-12)

@@ -69,6 +69,7 @@ def test_bf16_export_rounds_the_weights(run: Path, exported: Path, tmp_path: Pat
     assert export.main([str(run), "--output", str(output), "--dtype", "bfloat16"]) == 0
     whole, rounded = (load_file(folder / "model.safetensors") for folder in (exported, output))
     assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in whole.items())
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_model_directory(output).config.step == STEPS
 
 
@@ -107,7 +108,9 @@ def test_export_of_nothing_says_what_to_give(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.model", "config.json", "recipe.yaml", "model_memory.py", "tokenizer.json"]
+)
 def test_a_damaged_or_missing_file_of_an_exported_model_is_named(
     exported: Path, tmp_path: Path, name: str, capsys
 ) -> None:
@@ -183,7 +186,7 @@ def test_generation_prints_the_prompt_and_goes_on_alike_for_a_seed(exported: Pat
 def test_generation_streams_what_it_would_decode_at_once(exported: Path) -> None:
     loaded = load_model_directory(exported)
     arguments = generate.parser().parse_args([str(exported), "--prompt", "", "--max-new-tokens", "60", "--seed", "1"])
-    pieces = list(generate.continue_text(loaded, "ti 記", arguments))
+    pieces = list(generate.Continuation(loaded, "ti 記", arguments).pieces())
     assert len(pieces) > 5
     prompt = [loaded.tokenizer.eos_id, *loaded.tokenizer.encode("ti 記")]
     new = model_generate(
@@ -252,13 +255,106 @@ def test_export_into_a_file_is_named(run: Path, tmp_path: Path, capsys) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_config_that_vouches_for_no_file_is_refused(exported: Path, tmp_path: Path, capsys) -> None:
+def test_a_manifest_that_leaves_out_a_file_is_refused(exported: Path, tmp_path: Path, capsys) -> None:
     copy = tmp_path / "model"
     shutil.copytree(exported, copy)
-    content = json.loads((copy / "config.json").read_text()) | {"files": {}}
-    (copy / "config.json").write_text(json.dumps(content))
+    manifest = json.loads((copy / "mnemosyne.json").read_text())
+    del manifest["files"]["model.safetensors"]
+    (copy / "mnemosyne.json").write_text(json.dumps(manifest))
     assert generate.main([str(copy), "--prompt", "me"]) == 2
     assert "field files" in capsys.readouterr().err
+
+
+def test_the_card_is_its_readers_and_the_rest_may_be_vouched_for_by_nobody(
+    exported: Path, tmp_path: Path, capsys
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    (copy / "README.md").write_text("mine")
+    assert generate.main([str(copy), "--prompt", "me", "--max-new-tokens", "2"]) == 0
+    (copy / "model_memory.py").unlink()
+    (copy / "mnemosyne.json").unlink()
+    assert generate.main([str(copy), "--prompt", "me", "--max-new-tokens", "2"]) == 0
+    (copy / "tokenizer.model").unlink()
+    assert generate.main([str(copy), "--prompt", "me"]) == 2
+    assert "tokenizer.model: is missing; copy it" in capsys.readouterr().err
+    shutil.copyfile(make_tokenizer(tmp_path, vocab_size=300), copy / "tokenizer.model")
+    assert generate.main([str(copy), "--prompt", "me"]) == 2
+    assert "trained with another tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "is not an exported Titans model"),
+        ({"format": "mnemosyne-model"}, "exported by an earlier version; export its checkpoint again"),
+        ({"mnemosyne": {"version": 1}}, "format version 1; this program reads 2"),
+        ({"mnemosyne": None}, "format version None"),
+        ({"titans": {"variant": "mad"}}, "field model.variant"),
+    ],
+)
+def test_a_config_of_another_kind_or_version_is_refused(
+    exported: Path, tmp_path: Path, change: dict, message: str, capsys
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | change))
+    assert generate.main([str(copy), "--prompt", "me"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_weights_are_cut_into_files_with_an_index_and_read_back(
+    run: Path, exported: Path, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "model"
+    assert export.main([str(run), "--output", str(output), "--max-shard-bytes", "20000"]) == 0
+    shards = sorted(output.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert f"{len(shards)} files of weights" in capsys.readouterr().out
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    whole = load_file(exported / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    for path in shards:
+        tensors = load_file(path)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 20000 or len(tensors) == 1
+        for name, tensor in tensors.items():
+            assert index["weight_map"][name] == path.name
+            assert torch.equal(tensor, whole[name])
+    one, cut = (load_model_directory(folder).model for folder in (exported, output))
+    for ours, theirs in zip(one.parameters(), cut.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    shards[1].unlink()
+    assert generate.main([str(output), "--prompt", "me"]) == 2
+    assert shards[1].name in capsys.readouterr().err
+
+
+def test_the_card_says_what_was_trained_and_measured(run: Path, exported: Path, tmp_path: Path, capsys) -> None:
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert (exported / "recipe.yaml").read_text().rstrip() in card
+    measured = events(run, "eval")[-1]
+    assert measured["step"] == STEPS
+    assert f"| bits per byte | {measured['bits_per_byte']:.4f} |" in card
+    assert f"over {measured['scored_tokens']:,} tokens" in card
+    config = load_model_directory(exported).config
+    assert config.data_fingerprint in card
+    assert config.tokenizer_sha256 in card
+    before = list_checkpoints(run / "checkpoints")[1]
+    alone = tmp_path / before.name
+    shutil.copytree(before, alone)
+    assert export.main([str(alone), "--output", str(tmp_path / "unmeasured")]) == 0
+    assert "Not measured yet." in (tmp_path / "unmeasured" / "README.md").read_text()
+    (tmp_path / "result.json").write_text(json.dumps({"loss": 1.25, "perplexity": 3.5, "tokens": 1234, "context": 99}))
+    command = [str(alone), "--output", str(tmp_path / "measured"), "--evaluation"]
+    assert export.main([*command, str(tmp_path / "result.json")]) == 0
+    card = (tmp_path / "measured" / "README.md").read_text()
+    assert "over 1,234 tokens, in rows of 99" in card
+    assert "| loss, nats a token | 1.2500 |" in card
+    assert "bits per byte |" not in card
+    capsys.readouterr()
+    assert export.main([*command[:-2], str(tmp_path / "x"), "--evaluation", str(alone / "model.json")]) == 2
+    assert "holds no loss" in capsys.readouterr().err
 
 
 def test_evaluation_of_shards_refuses_options_for_documents(exported: Path, data: Path, tmp_path: Path, capsys) -> None:

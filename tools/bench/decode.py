@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, ModelState, TitansLM
-from model.generation import PREFILL_TOKENS, generate_stream
+from model.generation import PREFILL_TOKENS, TokenStream
 from model.presets import PRESETS
 from model.state import AttentionCache
 from tools.bench.backends import add_backend_arguments, backend_settings, set_backends
@@ -117,7 +117,7 @@ def measure(
     prompt = torch.zeros(batch, 1, dtype=torch.int64, device=where)
 
     def generate(count: int) -> list[Tensor]:
-        return list(generate_stream(model, prompt, max_new_tokens=count, temperature=0, state=before))
+        return list(TokenStream(model, prompt, max_new_tokens=count, temperature=0, state=before))
 
     generate(2)  # loads libraries, compiles kernels
     spent = min(seconds_of(lambda: generate(tokens), where)[0] for _ in range(repeats))

@@ -1,0 +1,91 @@
+"""Out to transformers, written by it again, and back: the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.exported import check_files, read_config
+from pretrain.initialization import is_exported, open_initial_weights
+from tools.model_directory import load_model_directory
+
+
+@pytest.mark.parametrize("case", ["mac", "lmm", "transformer"])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "10KB"}], ids=str)
+def test_what_transformers_writes_again_has_the_bytes_that_were_exported(
+    hf: Any, exported, tmp_path: Path, case: str, options: dict[str, str]
+) -> None:
+    folder, own = exported(case)
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    again = tmp_path / "again"
+    model.save_pretrained(again, **options)
+    assert (again / "model.safetensors.index.json").exists() == bool(options)
+    assert is_exported(again)
+    check_files(again)
+    assert read_config(again) == read_config(folder)
+    with open_initial_weights(again) as weights:
+        assert weights.shapes.keys() == {name for name, _ in own.named_parameters()}
+        for name, parameter in own.named_parameters():
+            assert torch.equal(weights.tensor(name), parameter)
+            assert torch.equal(weights.read("weight", name, 3, 5), parameter.detach().flatten()[3:8])
+    shutil.copy(folder / "tokenizer.model", again)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model_directory(again).model(ids).logits, own(ids).logits)
+        # Its code was written along, and a model of it is the same once more.
+        once_more = hf.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
+        assert torch.equal(once_more(ids).logits, own(ids).logits)
+
+
+def test_what_was_learned_in_transformers_comes_back(hf: Any, exported, tmp_path: Path) -> None:
+    folder, own = exported("mag")
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.arange(4, 40)[None]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "tuned")
+    shutil.copy(folder / "tokenizer.model", tmp_path / "tuned")
+    tuned = load_model_directory(tmp_path / "tuned").model
+    with torch.no_grad():
+        assert torch.equal(tuned(ids).logits, model.eval()(ids).logits)
+        assert not torch.equal(tuned(ids).logits, own(ids).logits)
+
+
+@pytest.mark.parametrize("case", ["mac", "transformer-window"])
+def test_bf16_and_auto_dtype(hf: Any, exported, case: str) -> None:
+    folder, own = exported(case)
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16).eval()
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        expected = load_model_directory(folder, dtype=torch.bfloat16).model(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+    assert model(ids).past_key_values.state.layers[0].attention.k.dtype == torch.bfloat16
+    auto = hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    assert auto.dtype == torch.float32
+
+
+def test_a_configuration_alone_makes_a_model_with_the_starts_of_training(hf: Any, exported) -> None:
+    folder, own = exported("mac")
+    config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    torch.manual_seed(3)
+    model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    torch.manual_seed(3)
+    expected = type(own)(own.config)
+    for (name, found), wanted in zip(model.model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+
+
+def test_weights_that_are_not_the_models_are_told(hf: Any, exported, tmp_path: Path) -> None:
+    folder, _ = exported("mac")
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["titans"]["ffn_dim"] = config["intermediate_size"] = 32
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises((RuntimeError, ValueError), match="size|mismatch"):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
