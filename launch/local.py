@@ -18,7 +18,8 @@ HELP = """\
 Start one training process for each rank on this machine and wait for them.
 
 Rank 0 is shown here; every rank writes to <run folder>/logs/rankN.log. When a rank fails, its last lines are
-printed, the others are ended and its exit code is passed on. Ctrl-C and SIGTERM reach every rank."""
+printed, the others are ended and its exit code is passed on; when the job hangs (parallel.step_timeout_seconds),
+every rank's stacks. Ctrl-C and SIGTERM reach every rank."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,7 +35,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes to start, one a rank (default 1)")
     parser.add_argument("--port", type=int, default=None, help="port for the ranks to meet on (default: a free one)")
     parser.add_argument(
-        "--grace", type=float, default=30.0, metavar="SECONDS", help="time between SIGTERM and SIGKILL (default 30)"
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time between SIGTERM and SIGKILL, at most 10 where a rank has failed (default 30)",
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe; this command's own options go before it")
     parser.add_argument(

@@ -17,9 +17,17 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO
 
+from pretrain.errors import EXIT_HUNG, STACKS_SIGNAL
+
 POLL_SECONDS = 0.05
 TAIL_LINES = 40
+STACK_LINES = 120
+"""Shown of a rank of a job that hangs: the stacks of its threads."""
 TAIL_BYTES = 65536
+FAILURE_GRACE_SECONDS = 10.0
+"""The longest that the other ranks have to end when one has failed: what they wait for will not come."""
+STACKS_SECONDS = 1.0
+"""For the ranks of a job that hangs to print their stacks when they are asked to."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,12 @@ class RankProcess:
         """The rank's number in the whole job."""
         return self.command.rank
 
-    def last_lines(self) -> list[str]:
+    def last_lines(self, count: int = TAIL_LINES) -> list[str]:
         """The last lines that this launch of the rank wrote; undecodable bytes are replaced."""
         with self.command.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self.log_start, size - TAIL_BYTES))
-            return log.read().decode("utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+            return log.read().decode("utf-8", errors="replace").splitlines()[-count:]
 
 
 def exit_status(returncode: int) -> int:
@@ -198,8 +206,9 @@ def run_ranks(
     """Run all ranks to their end and return the exit status of the launch.
 
     The first command's log is shown on `terminal`; `say` gets the launcher's own lines. 0 when every rank ended with
-    0. When one fails, its last lines are said first, the others get SIGTERM, after `grace_seconds` SIGKILL, and its
-    exit status is returned. SIGINT, SIGTERM and SIGHUP are handed on to the ranks (SIGHUP as SIGTERM), with the same
+    0. When one fails, its last lines are said first (of one that found the job hanging, those of all ranks, with their
+    stacks), the others get SIGTERM, after `grace_seconds`, but 10 at the most, SIGKILL, and its exit status is
+    returned. SIGINT, SIGTERM and SIGHUP are handed on to the ranks (SIGHUP as SIGTERM), with the same
     grace; a second one kills at once.
     """
     # The relay goes in first: a signal between the start of a rank and the loop must not kill the launcher.
@@ -210,9 +219,9 @@ def run_ranks(
         watch = _Watch(group, say, grace_seconds)
         try:
             while group.running() and not watch.overdue():
+                watch.look_for_failure()  # before what others print of it is shown
                 follower.copy()
                 watch.hand_on(relay.take())
-                watch.look_for_failure()
                 time.sleep(POLL_SECONDS)
         finally:
             group.kill()
@@ -255,9 +264,15 @@ class _Watch:
         if not failures:
             return
         self.cause = failures[0]
-        _report(failures, len(self.group.ranks), time.monotonic() - self.started, self.say)
+        seconds = time.monotonic() - self.started
+        if self.cause.popen.returncode == EXIT_HUNG:
+            self.group.send(STACKS_SIGNAL)
+            time.sleep(STACKS_SECONDS)
+            _report_stacks(self.cause, self.group.ranks, seconds, self.say)
+        else:
+            _report(failures, len(self.group.ranks), seconds, self.say)
         self.group.send(signal.SIGTERM)
-        self.deadline = time.monotonic() + self.grace_seconds
+        self.deadline = time.monotonic() + min(self.grace_seconds, FAILURE_GRACE_SECONDS)
 
     def overdue(self) -> bool:
         """Whether the grace time is over; says whom it ends."""
@@ -287,3 +302,15 @@ def _report(failures: list[RankProcess], total: int, seconds: float, say: Callab
         say(f"rank {rank.rank} ended too: {describe_exit(rank.popen.returncode)} ({rank.command.log})")
     if total > len(failures):
         say("ending the other ranks")
+
+
+def _report_stacks(first: RankProcess, ranks: list[RankProcess], seconds: float, say: Callable[[str], None]) -> None:
+    """Where every rank was when one was found hanging: it may be another that it waits for."""
+    say(
+        f"rank {first.rank} of {len(ranks)} found the job hanging after {seconds:.0f} s: "
+        f"{describe_exit(first.popen.returncode)}. The last lines of every rank (look for one that waits for no other):"
+    )
+    for rank in ranks:
+        for line in rank.last_lines(STACK_LINES) or ["(it wrote nothing)"]:
+            say(f"  [rank {rank.rank}] {line}")
+    say("ending all ranks")

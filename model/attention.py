@@ -22,10 +22,17 @@ class AttentionLayer(nn.Module):
         self.window = config.window
         self.backend = "auto"
         """Of kernels.attention: what computes the attention, never what is computed."""
+        self.entry = nn.Identity()
+        """What the layer's maps read passes here, each tensor once: a place to act on all of their gradients."""
         self.q = linear(config.dim, config.dim)
         self.k = linear(config.dim, config.dim)
         self.v = linear(config.dim, config.dim)
         self.output = linear(config.dim, config.dim, scale)
+        self.to_heads, self.to_tokens = nn.Identity(), nn.Identity()
+        """What the maps give of tokens passes the first, and what tokens have seen the second: places to go from all
+        heads of some tokens to all tokens of some heads, and back."""
+        self.own = slice(None)
+        """The channels of those heads, of all that the maps give."""
         self.rotate = Rotation()
         # Vectors of the model's width through the layer's own maps, as the paper's section 3.3 has them; as large as a
         # normalised token, so that they start as keys and values of an ordinary size.
@@ -51,22 +58,23 @@ class AttentionLayer(nn.Module):
             [B, T, dim] and the cache for what follows.
         """
         begins = None if resets is None else resets.begins
-        plain_q = self._heads(self.q(x))
-        grown = _grow(
-            cache, self.rotate(self._heads(self.k(x)), rotary), self._heads(self.v(x)), *self._context(context, rotary)
-        )
+        x = self.entry(x)
+        plain_q, plain_k, v = (self._heads(self.to_heads(maps(x))) for maps in (self.q, self.k, self.v))
+        grown = _grow(cache, self.rotate(plain_k, rotary), v, *self._context(context, rotary))
         y = attention(
             self.rotate(plain_q, rotary), grown.k, grown.v,
             window=self.window,
             prefix=self._prefix(plain_q),
             context=None if context is None else (grown.context_k, grown.context_v),
             first_valid=None if cache is None else cache.first_valid,
-            first_visible=None if resets is None else resets.first_visible(grown.k.shape[1] - x.shape[1]),
+            first_visible=None if resets is None else resets.first_visible(grown.k.shape[1] - v.shape[1]),
             backend=self.backend,
         )  # fmt: skip
         if begins is not None:
             grown = _hidden_before(grown, begins)
-        return self.output(y.flatten(2)), grown if self.window is None else _keep_last(grown, self.window - 1)
+        return self.output(self.to_tokens(y).flatten(2)), grown if self.window is None else _keep_last(
+            grown, self.window - 1
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -74,12 +82,14 @@ class AttentionLayer(nn.Module):
     def _context(self, context: Tensor | None, rotary: Rotary) -> tuple[Tensor | None, Tensor | None]:
         if context is None:
             return None, None
+        context = self.entry(context)
         return self.rotate(self._heads(self.k(context)), rotary), self._heads(self.v(context))
 
     def _prefix(self, plain_q: Tensor) -> Prefix | None:
         if self.persistent is None:
             return None
-        return Prefix(plain_q, self._heads(self.k(self.persistent)), self._heads(self.v(self.persistent)))
+        persistent = self.entry(self.persistent)
+        return Prefix(plain_q, *(self._heads(maps(persistent)[:, self.own]) for maps in (self.k, self.v)))
 
 
 def explain_attention_backend(

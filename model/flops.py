@@ -31,8 +31,13 @@ def flops_per_token(config: ModelConfig, context: int) -> Flops:
     if context < 1:
         raise ValueError(f"context is {context}: it must be at least one token")
     per_layer = _linear_maps(config) + _attention(config, context)
-    forward = config.num_layers * per_layer + 2 * config.dim * config.vocab_size
-    return Flops(model=3.0 * forward, memory=3.0 * config.num_layers * _memory(config, context))
+    layers = 3.0 * config.num_layers * per_layer
+    return Flops(model=layers + head_flops(config), memory=3.0 * config.num_layers * _memory(config, context))
+
+
+def head_flops(config: ModelConfig) -> float:
+    """The head's share in them."""
+    return 3.0 * 2 * config.dim * config.vocab_size
 
 
 def _linear_maps(config: ModelConfig) -> float:

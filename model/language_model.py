@@ -86,6 +86,9 @@ class TitansLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.to_stretch, self.to_rows = nn.Identity(), nn.Identity()
+        """Tokens and targets [B, T] pass the first, and what the head says of each token the second: places to take a
+        stretch of every row alone, and to set it into the rows."""
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -134,11 +137,17 @@ class TitansLM(nn.Module):
         x, after, layer_stats = self._read(tokens, state, targets, resets, with_stats)
         stats = layer_stats if with_stats else None
         if targets is None:
-            logits = self.head(x if num_logits is None else x[:, -num_logits:], None)
+            if num_logits is None:
+                logits = self.to_rows(self.head(x, None))
+            else:
+                logits = self.head(self.to_rows(x)[:, -num_logits:], None)
             return ModelOutput(logits, after, None, stats, None)
+        targets = self.to_stretch(targets)
         if with_correct:
-            losses, correct = self.head(x, targets, token_scores)
-            return ModelOutput(None, after, losses.sum(), stats, correct.view_as(targets), losses.view_as(targets))
+            losses, correct = (
+                self.to_rows(of_token.view_as(targets)) for of_token in self.head(x, targets, token_scores)
+            )
+            return ModelOutput(None, after, losses.sum(), stats, correct, losses)
         return ModelOutput(None, after, self.head(x, targets), stats, None)
 
     @torch.no_grad()
@@ -150,7 +159,8 @@ class TitansLM(nn.Module):
         Arguments as in `forward`; logits of all tokens never exist at once.
         """
         x, after, _ = self._read(tokens, state, targets, None, False)
-        return self.head(x, targets, token_losses).view_as(targets), after
+        targets = self.to_stretch(targets)
+        return self.to_rows(self.head(x, targets, token_losses).view_as(targets)), after
 
     def _read(
         self,
@@ -163,15 +173,15 @@ class TitansLM(nn.Module):
         """Everything before the head: normalised features [B, T, dim], the state after the tokens, the statistics."""
         self._check(tokens, state, targets, resets)
         if state is None:
-            state = self.initial_state(tokens.shape[0])
+            state = ModelState.initial(tokens.shape[0], self.config.num_layers, tokens.device)
             if resets is not None:  # nothing is before the first token
                 resets = torch.cat((torch.zeros_like(resets[:, :1]), resets[:, 1:]), 1)
         found = find_resets(resets, state.restart, tokens.device)
         if found is not None:
             self._check_grid(found, state, resets)
-        x = self.embedding(tokens)
+        x = self.embedding(self.to_stretch(tokens))
         positions = _positions(state.position, tokens.shape[1], found)
-        rotary = self._rotary(positions)
+        rotary = self._rotary(positions, x.dtype)
         layers, stats = [], []
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x, layer, layer_stats = self._run_block(block, x, rotary, layer, found, with_stats)
@@ -183,11 +193,11 @@ class TitansLM(nn.Module):
         """The state before the first token of `batch_size` rows."""
         return ModelState.initial(batch_size, self.config.num_layers, self.norm.weight.device)
 
-    def _rotary(self, positions: Tensor) -> Rotary | None:
+    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary | None:
         """Phases for tokens at positions [B, T]; None for a model without attention."""
         if not self.config.has_attention:
             return None
-        return rotary_phases(positions, self.config.head_dim, self.config.rope_base, self.norm.weight.dtype)
+        return rotary_phases(positions, self.config.head_dim, self.config.rope_base, dtype)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Whether backward recomputes a block's activations instead of keeping them; gradients stay the same."""
@@ -247,7 +257,7 @@ class TitansLM(nn.Module):
         """Refuses resets inside a chunk or segment; those of `ModelState.reset_rows` may stand anywhere."""
         if resets is None:
             return
-        grid, seen = self.config.grid, _open_tokens(state.layers[0], self.config)
+        grid, seen = self.config.grid, max(_open_tokens(layer, self.config) for layer in state.layers)
         wrong = next((i for i in found.rows if (seen + i) % grid and resets[:, i].any()), None)
         if wrong is not None:
             name = "segment" if self.config.variant == "mac" else "memory.chunk"

@@ -88,6 +88,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int, scale: float) -> None:
         super().__init__()
+        self.entry = nn.Identity()
+        """What the layer's maps read passes here, each tensor once: a place to act on all of their gradients."""
         self.gate = linear(dim, hidden)
         self.up = linear(dim, hidden)
         self.down = linear(hidden, dim, scale)
@@ -95,6 +97,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, dim] to [B, T, dim]."""
+        x = self.entry(x)
         return self.down(self.activation(self.gate(x), self.up(x)))
 
 
@@ -107,6 +110,8 @@ class CausalConvolution(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.width = width
+        self.own = slice(None)
+        """The channels that x holds, of those that there are weights for."""
         self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-(width**-0.5), width**-0.5))
 
     def forward(self, x: Tensor, tail: Tensor | None, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -127,9 +132,10 @@ class CausalConvolution(nn.Module):
             """What each token sees `width - 1 - offset` tokens back."""
             return _cleared_before(padded[:, offset : offset + length], offset - self.width + 1, begins)
 
-        out = seen(0) * self.weight[0]
+        weight = self.weight[:, self.own]
+        out = seen(0) * weight[0]
         for offset in range(1, self.width):
-            out = torch.addcmul(out, seen(offset), self.weight[offset])
+            out = torch.addcmul(out, seen(offset), weight[offset])
         # A copy: a view would keep the whole piece alive for three tokens.
         tail = padded[:, length:].clone()
         return out, _cleared_before(tail, length - self.width + 1, None if begins is None else begins[:, -1:])

@@ -65,6 +65,8 @@ class MemoryCore(nn.Module):
         super().__init__()
         self.config = config
         self.backend = "auto"
+        self.own = slice(None)
+        """The heads that queries are of, of those that there are initial weights for."""
         hidden = config.expansion * head_dim
         widths = [head_dim, *[hidden] * (config.depth - 1), head_dim]
         self.scale = activation_scale(config, hidden)
@@ -102,6 +104,7 @@ class MemoryCore(nn.Module):
         """
         # With the queries, so that W_0 is in the graph of every call, not of those alone in which a row begins anew.
         q, *weights = _ArrivingTogether.apply(q, *self.learned())
+        weights = [weight[self.own] for weight in weights]
         rows = {} if resets is None else resets.rows
         if state is None:
             state = MemoryState.initial(weights, q.shape[0], q.dtype)
@@ -159,6 +162,9 @@ class Stream(nn.Module):
     def __init__(self, dim: int, num_heads: int, width: int, normalize: bool) -> None:
         super().__init__()
         self.project = linear(dim, dim)
+        self.to_heads = nn.Identity()
+        """Projected tokens pass here before tokens look at each other: a place to go from all heads of some tokens to
+        all tokens of some heads."""
         self.convolution = CausalConvolution(dim, width) if width > 1 else None
         self.activation = UnitSilu(num_heads, normalize)
 
@@ -168,7 +174,7 @@ class Stream(nn.Module):
         For the backward only the projected tokens are kept: what follows is cheap to compute again, and would take
         three times their room, in fp32 more.
         """
-        x = self.project(x)
+        x = self.to_heads(self.project(x))
         if torch.is_grad_enabled() and x.requires_grad:
             return checkpoint(self._shape, x, tail, resets, use_reentrant=False, preserve_rng_state=False)
         return self._shape(x, tail, resets)
@@ -187,13 +193,15 @@ class MemoryOutput(nn.Module):
 
     def __init__(self, config: ModelConfig, scale: float) -> None:
         super().__init__()
+        self.to_tokens = nn.Identity()
+        """Reads pass here: the way back from all tokens of some heads to all heads of some tokens."""
         self.norm = HeadNorm(config.num_heads, config.head_dim, READ_NORM_EPS)
         self.gate = None if config.variant in ("mac", "mag") else linear(config.dim, config.dim)
         self.project = linear(config.dim, config.dim, scale)
 
     def forward(self, reads: Tensor, x: Tensor) -> Tensor:
         """Reads [B, T, H, D] at tokens x [B, T, dim] to [B, T, dim]."""
-        heads = self.norm(reads).flatten(2)
+        heads = self.norm(self.to_tokens(reads)).flatten(2)
         return self.project(heads if self.gate is None else heads * self.gate(x).sigmoid())
 
 
@@ -204,9 +212,13 @@ class MemoryLayer(nn.Module):
         super().__init__()
         memory = config.memory
         self.config = memory
+        self.entry = nn.Identity()
+        """What the layer's maps read passes here, each tensor once: a place to act on all of their gradients."""
         for name, normalize in (("q", True), ("k", True), ("v", memory.normalize_values)):
             self.add_module(name, Stream(config.dim, config.num_heads, memory.convolution, normalize))
         self.gates = GateProjection(config.dim, config.num_heads, memory)
+        self.gates_to_heads = nn.Identity()
+        """The tokens' gates pass here, as projected tokens pass a stream's `to_heads`."""
         self.core = MemoryCore(config.num_heads, config.head_dim, memory)
         self.output = MemoryOutput(config, scale)
 
@@ -227,11 +239,11 @@ class MemoryLayer(nn.Module):
             is_at_start: the memory of rows that `resets` has at the first token is at its start already, as
                 `read_segment` leaves it.
         """
-        tails = _tails(state, 3)
+        tails, x = _tails(state, 3), self.entry(x)
         q, q_tail = self.q(x, tails[0], resets)
         k, k_tail = self.k(x, tails[1], resets)
         v, v_tail = self.v(x, tails[2], resets)
-        gates = self.gates(x)
+        gates = self.gates_to_heads(self.gates(x))
         old = None if state is None else state.memory
         to_start = None if is_at_start else resets
         reads, memory, _, surprise = self.core(q, Write(k, v, gates), old, None, to_start, with_stats)
@@ -248,7 +260,7 @@ class MemoryLayer(nn.Module):
         Queries and output share the layer's own maps, and differ from them in the convolution's tail alone. Rows begin
         anew at the first token or not at all.
         """
-        tails = _tails(state, 4)
+        tails, x = _tails(state, 4), self.entry(x)
         q, tail = self.q(x, tails[3], resets)
         old, start = (None, None) if state is None else (state.memory, state.segment_weights)
         reads, memory, start, _ = self.core(q, None, old, start, resets, False)

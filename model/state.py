@@ -149,6 +149,23 @@ class ModelState:
         return state
 
 
+_HEAD_AXES = {
+    **dict.fromkeys(("weights", "momentum", "segment_weights"), 1),
+    **dict.fromkeys(("k", "v", "alpha", "eta", "theta", "tails", "context_k", "context_v"), 2),
+    **dict.fromkeys(("position", "restart", "first_valid", "num_layers")),
+}
+
+
+def head_axis(path: str) -> int | None:
+    """The axis of a state's tensor along which its heads stand, or, of convolutions' tails, the heads' channels; None
+    for what all heads share.
+
+    Raises:
+        KeyError: a state has no tensor of that path.
+    """
+    return _HEAD_AXES[path.rstrip("0123456789").rstrip(".").rsplit(".", 1)[-1]]
+
+
 def _map(tree: _Tree, function: Callable[[Tensor], Tensor]) -> _Tree:
     """The tree of dataclasses and tuples with `function` applied to its tensors."""
     if isinstance(tree, Tensor):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model import ModelState
@@ -37,6 +38,8 @@ class StateGuard:
             finite when the step begins (loaded so, or damaged since), while an attention's cache is still growing,
             where a document began within the step, since the state before it is another document's, and where the row
             went back in the step before already: then what it went back to may be what spoils the steps.
+
+    A row's state is not finite where a part of it on any rank is not.
     """
 
     def __init__(self, carried: CarriedStates, on_bad_state: OnBadState) -> None:
@@ -69,9 +72,10 @@ class StateGuard:
         found = Mended([], [])
         if not states:
             return found
-        bad = {index: ~finite_rows(state) for index, state in states.items()}
-        flags = torch.stack(list(bad.values())).tolist()
-        for index, rows in zip(states, flags, strict=True):
+        found_bad = torch.stack([~finite_rows(state) for state in states.values()]).int()
+        self._carried.mesh.same_rows.all_reduce(found_bad, dist.ReduceOp.MAX)
+        bad = dict(zip(states, found_bad.bool(), strict=True))
+        for index, rows in zip(states, found_bad.tolist(), strict=True):
             if any(rows):
                 numbers = self._carried.rows(index)
                 state, earlier = states[index], before[index] if before else {}

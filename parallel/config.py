@@ -6,11 +6,31 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from parallel.mesh import Layout
+
 
 class ParallelConfig(BaseModel):
     """Layout and precision. What it leads to in DeepSpeed's own terms is derived in one place, `deepspeed_config`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share every layer: each takes some heads of attention and memory, some columns of the feed-forward,
+    and some rows of the embedding. They talk several times a layer, so keep them on one node.
+    """
+
+    pipeline: int = Field(default=1, ge=1)
+    """Stages that the layers are divided over. Micro-batches, or the segments of long rows, follow each other through
+    them; each stage stands idle (stages - 1) / (micro-batches x segments) of the time that it works.
+    """
+
+    balance_stages: Literal["flops", "parameters"] = "flops"
+    """What stages have about as much of each: operations, so that none waits for another, or parameters."""
+
+    sequence: int = Field(default=1, ge=1)
+    """Ranks that share every row of tokens: each takes a stretch of it, and for attention and memory all tokens of some
+    heads. Ranks that the three leave, as many as start over their product, are data-parallel.
+    """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What each rank keeps only its share of: 0 nothing, 1 the optimizer's state, 2 the gradients too, 3 the
@@ -60,6 +80,16 @@ class ParallelConfig(BaseModel):
     memory.
     """
 
+    offload_optimizer: bool = False
+    """ZeRO 3: keep this rank's share of the optimizer's state and of the fp32 weights in the host's memory, and take
+    the step there: 12 bytes for each parameter of the share less on the device, for a slower step.
+    """
+
+    offload_parameters: bool = False
+    """Beside that, keep the parameters' shares in the host's memory too, and bring each layer's to the device for its
+    use.
+    """
+
     gather_ahead_elements: int = Field(default=100_000_000, ge=1)
     """ZeRO 3: how many parameter elements may be gathered ahead of their use."""
 
@@ -69,10 +99,20 @@ class ParallelConfig(BaseModel):
     timeout_minutes: float = Field(default=30.0, gt=0)
     """A collective that waits longer than this for a lost rank ends the job."""
 
+    step_timeout_seconds: float = Field(default=1200.0, gt=0)
+    """A step, a batch of an evaluation, or a checkpoint that takes longer than this ends the job with exit code 124,
+    the stacks of every rank printed: something hangs. Set it above the slowest of them, a first step that compiles
+    included.
+    """
+
     deterministic: bool = False
     """Use only deterministic kernels, so that two runs on GPUs are bitwise equal; slower. On CPU they are equal
     anyway.
     """
+
+    def layout(self, ranks: int) -> Layout:
+        """How so many ranks are laid out. Raises ValueError where they can't be."""
+        return Layout.of(ranks, pipeline=self.pipeline, sequence=self.sequence, tensor=self.tensor)
 
     @model_validator(mode="after")
     def _bf16_needs_a_partitioned_optimizer(self) -> ParallelConfig:
@@ -84,11 +124,43 @@ class ParallelConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _what_is_kept_on_the_host_is_a_share(self) -> ParallelConfig:
+        if self.offload_optimizer and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_optimizer is true with zero_stage {self.zero_stage}: on the host, DeepSpeed's stages 1 and 2 "
+                "sum the gradients of micro-batches in bf16, and do not recover from one that is not finite; use "
+                "zero_stage 3, or remove it"
+            )
+        if self.offload_parameters and not self.offload_optimizer:
+            raise ValueError(
+                "offload_parameters is true, but offload_optimizer is false: the optimizer's state, which is larger "
+                "and used once a step, goes to the host before the parameters; set both, or remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_keep_their_gradients(self) -> ParallelConfig:
+        if self.pipeline > 1 and self.zero_stage > 1:
+            raise ValueError(
+                f"zero_stage {self.zero_stage} with pipeline {self.pipeline} would reduce every parameter's gradient "
+                "for every micro-batch in flight, and DeepSpeed's pipeline refuses it; use zero_stage 1, or pipeline 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _shares_of_gradients_begin_at_stage_2(self) -> ParallelConfig:
         if self.reduce_gradients == "backward" and self.zero_stage < 2:
             raise ValueError(
                 f"reduce_gradients is backward, but zero_stage {self.zero_stage} keeps gradients whole and sums them "
                 "once a step; remove it, or use zero_stage 2 or 3"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balance_belongs_to_stages(self) -> ParallelConfig:
+        if self.pipeline == 1 and self.balance_stages != "flops":
+            raise ValueError(
+                f"balance_stages is {self.balance_stages}, but pipeline is 1: there is one stage; remove it"
             )
         return self
 

@@ -57,6 +57,11 @@ def deepspeed_config(
             "stage3_max_reuse_distance": 2 * ahead,
             "stage3_param_persistence_threshold": config.keep_gathered_below,
         }
+    to_host = {"device": "cpu", "pin_memory": on_gpu}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = to_host
+    if config.offload_parameters:
+        zero["offload_param"] = to_host
     return {
         "train_batch_size": micro_batch_size * accumulation * data_ranks,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -64,6 +69,8 @@ def deepspeed_config(
         "gradient_clipping": clip_inside,
         "prescale_gradients": False,
         "zero_optimization": zero,
+        # Its own Adam for the host is compiled at the start, by a compiler that may not be there; torch's is taken.
+        "zero_force_ds_cpu_optimizer": False,
         # Each bf16 gradient goes into its fp32 sum as it comes: none is kept, or counted, twice.
         # A gradient that is not finite is looked for in bf16 too: the step is left out then, and nothing changes.
         "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": True, "check_grad_overflow": True},

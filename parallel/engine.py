@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,19 @@ from parallel.boundary_states import State, open_boundary_states
 from parallel.carried_states import CarriedStates
 from parallel.config import ParallelConfig
 from parallel.deepspeed_config import deepspeed_config
+from parallel.deepspeed_groups import DeepSpeedGroups, forget_groups
 from parallel.deepspeed_import import import_deepspeed
-from parallel.fragments import Fragment, fragments, make_optimizer_state, optimizer_step, spread_masters
+from parallel.fragments import Fragment, fragments, optimizer_step, spread_masters
+from parallel.gradients import GradientWatch, clip_gradients, mean_over
 from parallel.loss_module import FlatState, LossModule, flattened, unflattened
-from parallel.process import World, gather_objects
+from parallel.mesh import Mesh
+from parallel.process import gather_objects
 from parallel.reduction import reduced_once, sum_in_fp32
+from parallel.saved_state import read_state, read_weights, write_state
 from parallel.scoring import IGNORED, Batch, PieceScores, Scored, score
 from parallel.segments import Segments, run_segments
-from parallel.state_files import (
-    KINDS,
-    MOMENTS,
-    WEIGHT,
-    StateReader,
-    Stretch,
-    WeightReader,
-    require_same_parameters,
-    write_index,
-    write_rank,
-)
+from parallel.state_files import WeightReader
+from parallel.whole_parameters import gather_parameters, whole_shapes
 
 Moved = tuple[Tensor, Tensor, Tensor | None]
 """A batch's tokens and targets on the device, and its resets."""
@@ -69,13 +64,16 @@ class StepResult:
 
     bad_rows: tuple[int, ...] = ()
     """Of a skipped step, the rows of all ranks that are in micro-batches whose loss is not finite: row j of micro-batch
-    m of rank r is number (m * ranks + r) * micro_batch_size + j of the step."""
+    m of data rank r is number (m * data ranks + r) * micro_batch_size + j of the step."""
 
     reset_rows: tuple[int, ...] = ()
     """Rows of all ranks whose carried state was not finite, before the step or behind it, and begins anew."""
 
     rolled_back_rows: tuple[int, ...] = ()
     """Those whose state the step spoiled, and which go on from the one before it."""
+
+    bubble: float | None = None
+    """Of a pipeline, with `stats`: how long stages stood idle, over the time of their forward and backward passes."""
 
     @property
     def mended_rows(self) -> tuple[int, ...]:
@@ -86,14 +84,13 @@ class StepResult:
 class Engine:
     """A model, its optimizer and its place among the ranks.
 
-    The loss convention is one for every layout: a rank's loss is its token sum times the data-parallel ranks over
-    the tokens of the whole step, so that DeepSpeed's mean over ranks is the mean over tokens, whatever the ranks'
-    shares.
+    The loss convention is one for every layout: a rank's loss is its token sum times the replicas of the model over
+    the tokens of the whole step, so that DeepSpeed's mean over replicas is the mean over tokens, whatever their shares.
 
     Args:
         model: takes (tokens [B, T], targets=[B, T], with_stats=bool, with_correct=bool) and returns an output with
             `.loss_sum` and `.stats`, and `.correct` and `.losses` with with_correct; of batches that have them also
-            resets=[B, T].
+            resets=[B, T]. Where tensor ranks share it, this rank's part of it (`parallel.distribute`).
         optimizer: AdamW over the model's parameters. Its groups keep their weight decay; the learning rate comes
             with each step.
         accumulation: micro-batches of a step.
@@ -113,7 +110,7 @@ class Engine:
         model: nn.Module,
         optimizer: torch.optim.AdamW,
         config: ParallelConfig,
-        world: World,
+        mesh: Mesh,
         *,
         micro_batch_size: int,
         accumulation: int,
@@ -123,46 +120,44 @@ class Engine:
         on_bad_state: OnBadState = "reset",
     ) -> None:
         _require_no_buffers(model)
-        self.world = world
+        self.mesh, self.world = mesh, mesh.world
         self.config = config
         self.accumulation = accumulation
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.shapes = whole_shapes(model)
         self.num_parameters = sum(shape.numel() for shape in self.shapes.values())
         self._clip = gradient_clip
         self._segments = segments
         self.carried = None
         """What rows carry into the next step; None where they carry nothing."""
         if carry_state:
-            self.carried = CarriedStates(world, micro_batch_size=micro_batch_size, accumulation=accumulation)
+            sizes = {"micro_batch_size": micro_batch_size, "accumulation": accumulation}
+            self.carried = CarriedStates(mesh, **sizes, layers=self._own_layers())
         self._guard = None if self.carried is None else StateGuard(self.carried, on_bad_state)
         self._optimizer = optimizer
-        self._ungraded: set[str] | None = None
-        self._hooks: list[Any] = []
+        self._watch: GradientWatch | None = None
+        self._is_watched = False
         self._norm: Tensor | None = None
         self._micro_batch_size = micro_batch_size
         self._skipped = False
-        self._finite = torch.ones((), device=world.device)
-        deepspeed = import_deepspeed(world.device)
-        # Left behind by an earlier engine of this process; with them set, the next one takes that engine's groups.
-        deepspeed.utils.groups.mpu = None
-        deepspeed.utils.groups.mesh_device = None
-        if deepspeed.utils.groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_group_ranks:
-            deepspeed.utils.groups._WORLD_GROUP = None  # of a world that was shut down
+        self._bubble: float | None = None
+        self._finite = torch.ones((), device=self.world.device)
+        deepspeed = import_deepspeed(self.world.device)
+        forget_groups(deepspeed)
         passes = accumulation * (1 if segments is None else segments.count)
         self._reduces_at_end = config.zero_stage == 3 and config.keeps_gradients_whole(passes)
         settings = deepspeed_config(
             config,
             micro_batch_size=micro_batch_size,
             accumulation=passes,
-            data_ranks=world.size,
+            data_ranks=mesh.replicas.size,
             gradient_clip=gradient_clip,
             num_parameters=self.num_parameters,
-            on_gpu=world.device.type == "cuda",
+            on_gpu=self.world.device.type == "cuda",
         )
-        self.module = model.to(world.device)
-        """The model. Under ZeRO 3 its parameters are empty outside its forward."""
-        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
-            self._engine, *_ = deepspeed.initialize(model=LossModule(self.module), optimizer=optimizer, config=settings)
+        self.module = self._held(model).to(self.world.device)
+        """What this rank holds of the model. Under ZeRO 3 its parameters are empty outside its forward."""
+        with contextlib.redirect_stdout(io.StringIO()):  # its optimizers and pipelines print tables
+            self._engine, *_ = deepspeed.initialize(optimizer=optimizer, config=settings, **self._wrapped())
         self._backward_passes, self._passes_left = passes, 0
         if self._reduces_at_end:
             sum_in_fp32(self.module.parameters())
@@ -182,23 +177,17 @@ class Engine:
             group["lr"] = learning_rate
         moved = [self._to_device(batch) for batch in batches]
         tokens = torch.stack([(targets != IGNORED).sum() for _, targets, _ in moved]).sum()
-        dist.all_reduce(tokens)
-        scale = self.world.size / tokens.clamp(min=1).to(torch.float32)
-        losses: list[Tensor] = []
+        self.mesh.data.all_reduce(tokens)
+        scale = self.mesh.replicas.size / tokens.clamp(min=1).to(torch.float32)
         self._finite = torch.ones((), device=self.world.device)
         reset = [] if self._guard is None else self._guard.before_step()
-        stats: list[dict[str, Tensor]] | None = None
-        if self._ungraded is None and optimizer_step(self._optimizer) == 0:
-            self._hooks = self._watch_gradients()
-        self._passes_left = self._backward_passes
-        with reduced_once(self._engine) if self._reduces_at_end else contextlib.nullcontext():
-            for index, rows in enumerate(moved):
-                of_last = with_stats and index == len(moved) - 1
-                loss, stats = self._forward_and_backward(index, rows, scale, of_last)
-                losses.append(loss)
+        if not self._is_watched and optimizer_step(self._optimizer) == 0:
+            self._watch, self._is_watched = GradientWatch(self.module), True
+        losses, stats = self._run_micro_batches(moved, scale, with_stats)
         self._optimizer_step()
         loss_sum = sum(losses, start=torch.zeros((), dtype=torch.float32, device=self.world.device))
-        dist.all_reduce(loss_sum)
+        for group in (self.mesh.replicas, self.mesh.pipeline):
+            group.all_reduce(loss_sum)
         mended = Mended([], []) if self._guard is None else self._guard.after_step([resets for *_, resets in moved])
         carried = (reset + mended.begun_anew, mended.rolled_back)
         reset_rows, rolled_back_rows = ((), ()) if self._guard is None else self._of_all_ranks(*carried)
@@ -209,11 +198,12 @@ class Engine:
             loss=loss_sum / tokens,
             grad_norm=norm.detach(),
             tokens=tokens,
-            stats=self._mean_over_ranks(stats),
+            stats=None if stats is None else mean_over(self.mesh, stats),
             skipped=self._skipped,
             bad_rows=self._of_all_ranks(self._rows_of_bad(losses))[0] if self._skipped else (),
             reset_rows=reset_rows,
             rolled_back_rows=rolled_back_rows,
+            bubble=self._bubble if with_stats else None,
         )
 
     def evaluate(
@@ -237,15 +227,13 @@ class Engine:
         asked = with_correct or by_position
 
         def read(rows: Batch, state: ModelState | None, more: bool) -> tuple[PieceScores, Any]:
-            tokens, targets, resets = self._to_device(rows)
             before = None if state is None and not more else flattened({} if state is None else state.flat())
-            loss, _, scores, after = self._engine(tokens, targets, with_scores=asked, before=before, resets=resets)
-            going_on = ModelState.from_tensors(unflattened(after)) if more else None
-            return PieceScores(loss, *((None, None) if scores is None else scores)), going_on
+            scores, after = self._read(self._to_device(rows), before, asked)
+            return scores, ModelState.from_tensors(unflattened(after)) if more else None
 
         self._engine.eval()
         scored = score(
-            batches, read, self.world.device,
+            batches, read, self.mesh,
             piece=piece, with_correct=with_correct, by_position=by_position, reset_window=reset_window,
         )  # fmt: skip
         self._engine.train()
@@ -258,19 +246,10 @@ class Engine:
         Nothing is synced, renamed or agreed here: that is `pretrain.checkpoints`' part. Raises OSError or
         SafetensorError.
         """
-        held = self._fragments()
-        self._require_optimizer_state(held)
-        stretches: Iterator[Stretch] = iter(())
-        if self.config.zero_stage > 0 or self.world.is_main:
-            stretches = (
-                Stretch(kind, f.parameter, f.start, f.values(kind, self._optimizer.state))
-                for f in held
-                for kind in KINDS
-            )
-        written = [write_rank(folder, self.world.rank, self.world.size, stretches)]
-        if self.world.is_main:
-            step = optimizer_step(self._optimizer)
-            written.append(write_index(folder, ranks=self.world.size, optimizer_step=step, shapes=self.shapes))
+        written = write_state(
+            folder, self._fragments(), self._optimizer, self.mesh,
+            zero_stage=self.config.zero_stage, shapes=self.shapes,
+        )  # fmt: skip
         if self.carried is not None:
             written.append(self.carried.write(folder))
         return written
@@ -286,14 +265,7 @@ class Engine:
         Raises:
             ValueError: the folder is not whole, holds another model, or not the states that this engine's rows carry.
         """
-        held = self._fragments()
-        with StateReader(folder) as reader, torch.no_grad():
-            require_same_parameters(self.shapes, reader.shapes, folder)
-            make_optimizer_state(self._optimizer, held, reader.optimizer_step)
-            for fragment in held:
-                for kind in KINDS:
-                    saved = reader.read(kind, fragment.parameter, fragment.start, fragment.numel)
-                    fragment.values(kind, self._optimizer.state).copy_(saved)
+        read_state(folder, self._fragments(), self._optimizer, self.mesh, self.shapes)
         spread_masters(self._engine.optimizer, self.config.zero_stage)
         if self.carried is not None and with_carried:
             self.carried.read(folder)
@@ -306,28 +278,15 @@ class Engine:
         Raises:
             ValueError: they are another model's.
         """
-        require_same_parameters(self.shapes, reader.shapes, reader.folder)
-        with torch.no_grad():
-            for fragment in self._fragments():
-                saved = reader.read(WEIGHT, fragment.parameter, fragment.start, fragment.numel)
-                fragment.values(WEIGHT, self._optimizer.state).copy_(saved)
+        read_weights(reader, self._fragments(), self._optimizer, self.shapes)
         spread_masters(self._engine.optimizer, self.config.zero_stage)
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter, whole, fp32, on the CPU of rank 0 (an empty dict elsewhere). Every rank calls it."""
         held = {fragment.parameter: fragment for fragment in self._fragments()}
-        whole: dict[str, Tensor] = {}
-        for name, shape in self.shapes.items():
-            # Summed as integers, of which only one rank's is not 0: the exact bits, a negative zero included.
-            bits = torch.zeros(shape.numel(), dtype=torch.int32, device=self.world.device)
-            if name in held and (self.config.zero_stage > 0 or self.world.is_main):
-                fragment = held[name]
-                values = fragment.values(WEIGHT, self._optimizer.state).to(torch.float32).contiguous()
-                bits[fragment.start : fragment.start + fragment.numel] = values.view(torch.int32)
-            dist.reduce(bits, dst=0)
-            if self.world.is_main:
-                whole[name] = bits.view(torch.float32).reshape(shape).cpu()
-        return whole
+        return gather_parameters(
+            self.module, self.shapes, held, self._optimizer.state, self.config.zero_stage, self.mesh
+        )
 
     def destroy(self) -> None:
         """Let go of hooks and buffers, so that another engine can be built in this process. Its tensors are free when
@@ -340,6 +299,37 @@ class Engine:
             importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()
             for parameter in self.module.parameters():
                 vars(parameter).clear()
+
+    def _held(self, model: nn.Module) -> nn.Module:
+        """What this rank holds of the model."""
+        return model
+
+    def _wrapped(self) -> dict[str, Any]:
+        """The model as DeepSpeed takes it, and its groups."""
+        groups = DeepSpeedGroups(self.mesh) if self.mesh.tensor.size > 1 else None
+        return {"model": LossModule(self.module), "mpu": groups}
+
+    def _read(self, rows: Moved, before: FlatState | None, with_scores: bool) -> tuple[PieceScores, FlatState | None]:
+        """Score a piece of rows behind the state before it; the state behind it, where one was given."""
+        tokens, targets, resets = rows
+        loss, _, scores, after = self._engine(tokens, targets, with_scores=with_scores, before=before, resets=resets)
+        return PieceScores(loss, *((None, None) if scores is None else scores)), after
+
+    def _run_micro_batches(
+        self, batches: list[Moved], scale: Tensor, with_stats: bool
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]] | None]:
+        """All of a step's forward and backward passes: the sum of losses of each micro-batch, and the last one's
+        statistics if asked for.
+        """
+        losses: list[Tensor] = []
+        stats: list[dict[str, Tensor]] | None = None
+        self._passes_left = self._backward_passes
+        with reduced_once(self._engine) if self._reduces_at_end else contextlib.nullcontext():
+            for index, rows in enumerate(batches):
+                of_last = with_stats and index == len(batches) - 1
+                loss, stats = self._forward_and_backward(index, rows, scale, of_last)
+                losses.append(loss)
+        return losses, stats
 
     def _forward_and_backward(
         self, index: int, rows: Moved, scale: Tensor, with_stats: bool
@@ -376,7 +366,7 @@ class Engine:
                 state=carried,
                 truncate_every=segments.truncate_every,
             )
-        stats = _mean_over_segments(result.asides) if with_stats else None
+        stats = mean_over_segments(result.asides) if with_stats else None
         return result.loss_sum, stats, flattened(result.state)
 
     def _backward(self, loss: Tensor) -> None:
@@ -395,17 +385,22 @@ class Engine:
 
     def _optimizer_step(self) -> None:
         self._norm = self._clip_without_zero()
-        self._require_gradients()
-        self._engine.step()
+        if self._watch is not None:
+            self._watch, watch = None, self._watch
+            watch.end()
+        self._step_deepspeed()
         applied = self._engine.was_step_applied() if self._norm is None else bool(self._norm.isfinite())
         self._skipped = not applied
 
-    def _fragments(self) -> list[Fragment]:
-        return list(fragments(self.module, self._engine.optimizer, self.config.zero_stage, self.world.rank))
+    def _step_deepspeed(self) -> None:
+        self._engine.step()
 
-    def _require_optimizer_state(self, held: list[Fragment]) -> None:
-        if any(moment not in self._optimizer.state.get(f.flat, {}) for f in held for moment in MOMENTS):
-            make_optimizer_state(self._optimizer, held, 0)
+    def _own_layers(self) -> range | None:
+        """The layers whose states this rank's rows carry; None for all."""
+        return None
+
+    def _fragments(self) -> list[Fragment]:
+        return list(fragments(self.module, self._engine.optimizer, self.config.zero_stage, self.mesh.replicas.index))
 
     def _to_device(self, batch: Batch) -> Moved:
         return (
@@ -417,14 +412,15 @@ class Engine:
     def _clip_without_zero(self) -> Tensor | None:
         if self.config.zero_stage > 0:
             return None
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip if self._clip > 0 else float("inf"))
+        norm = clip_gradients(self.module.parameters(), self._clip, self.mesh)
         if not norm.isfinite():
             self.module.zero_grad(set_to_none=True)  # the optimizer passes by a parameter without a gradient
         return norm
 
     def _rows_of_bad(self, losses: list[Tensor]) -> list[int]:
         finite = torch.isfinite(torch.stack(losses)).tolist()
-        groups = [index * self.world.size + self.world.rank for index, well in enumerate(finite) if not well]
+        ranks, rank = self.mesh.data.size, self.mesh.data.index
+        groups = [index * ranks + rank for index, well in enumerate(finite) if not well]
         size = self._micro_batch_size
         return [row for group in groups for row in range(group * size, (group + 1) * size)]
 
@@ -436,39 +432,8 @@ class Engine:
             return [() for _ in lists]
         return [tuple(sorted(set().union(*parts))) for parts in zip(*gather_objects(lists), strict=True)]
 
-    def _mean_over_ranks(self, stats: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]] | None:
-        if stats is None:
-            return None
-        values = [value.detach().to(torch.float32).reshape(()) for layer in stats for value in layer.values()]
-        if not values:
-            return stats
-        means = torch.stack(values)
-        dist.all_reduce(means)
-        means /= self.world.size
-        supply = iter(means.unbind())
-        return [{name: next(supply) for name in layer} for layer in stats]
 
-    def _watch_gradients(self) -> list[Any]:
-        self._ungraded = set(self.shapes)
-
-        def watch(name: str) -> Any:
-            return lambda _: self._ungraded.discard(name) if self._ungraded is not None else None
-
-        return [p.register_post_accumulate_grad_hook(watch(n)) for n, p in self.module.named_parameters()]
-
-    def _require_gradients(self) -> None:
-        # ZeRO's flat tensors would apply weight decay to such a parameter without ever training it.
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        if self._ungraded:
-            raise ValueError(
-                f"no gradient reaches {', '.join(sorted(self._ungraded)[:5])}: remove the parameter or freeze it "
-                "(requires_grad=False) before the optimizer is built"
-            )
-
-
-def _mean_over_segments(stats: list[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+def mean_over_segments(stats: list[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
     """The layers' statistics of segments of one length."""
     return [mean_statistics([(1, segment) for segment in layer]) for layer in zip(*stats, strict=True)]
 

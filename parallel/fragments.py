@@ -1,8 +1,8 @@
 """Which elements of which parameter this rank's optimizer steps, for every ZeRO stage.
 
 DeepSpeed keeps each rank's share in flat fp32 tensors. A `Fragment` ties a stretch of such a tensor to the
-parameter it belongs to, which is all that saving by parameter, loading into another layout, and gathering whole
-weights need.
+parameter it belongs to, or, where ranks hold slices of parameters, to the slice that this rank holds, which is all that
+saving by parameter, loading into another layout, and gathering whole weights need.
 """
 
 from __future__ import annotations
@@ -14,18 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.gradients import is_tied_copy
+from parallel.slices import Slice, slice_of
 from parallel.state_files import MOMENTS, WEIGHT
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` to `start + numel` of a flattened parameter, held in `flat` from `offset` on."""
+    """Elements `start` to `start + numel` of a flattened parameter, or of a part of it, held in `flat` from `offset`
+    on.
+    """
 
     parameter: str
     start: int
     numel: int
     flat: Tensor
     offset: int
+    part: Slice | None = None
+    """What the elements are counted in; None: in the whole parameter."""
+    is_tied_copy: bool = False
+    """Whether another stage of a pipeline holds it too, and is the one to write it."""
 
     def values(self, kind: str, state: Mapping[Tensor, Mapping[str, Tensor]]) -> Tensor:
         """A view [numel] of the weight, or of an optimizer moment, that writing to changes."""
@@ -34,14 +42,16 @@ class Fragment:
 
 
 def fragments(module: nn.Module, zero_optimizer: Any, stage: int, rank: int) -> Iterator[Fragment]:
-    """This rank's fragments. Without ZeRO every rank holds every parameter whole.
+    """This rank's fragments of what its module holds. Without ZeRO it steps all of that.
 
     Args:
         zero_optimizer: the optimizer that DeepSpeed wrapped around the torch one (unused at stage 0).
+        rank: this rank's place among the replicas, which ZeRO divides the parameters among.
     """
     for name, parameter in module.named_parameters():
         if stage == 0:
-            yield Fragment(name, 0, parameter.numel(), parameter, 0)
+            part, is_copy = slice_of(parameter), is_tied_copy(parameter)
+            yield Fragment(name, 0, parameter.numel(), parameter, 0, part, is_copy)
         elif stage == 3:
             yield from _partition(name, parameter, zero_optimizer, rank)
         elif parameter._hp_mapping is not None:
@@ -53,6 +63,8 @@ def fragments(module: nn.Module, zero_optimizer: Any, stage: int, rank: int) -> 
                 link.lp_fragment_address.numel,
                 flat,
                 link.hp_fragment_address.start,
+                slice_of(parameter),
+                is_tied_copy(parameter),
             )
 
 
@@ -70,7 +82,8 @@ def _partition(name: str, parameter: Any, zero_optimizer: Any, rank: int) -> Ite
     start = rank * size
     numel = min(size, parameter.ds_numel - start)  # the last ranks' partitions end in padding
     if numel > 0:
-        yield Fragment(name, start, numel, zero_optimizer.fp32_partitioned_groups_flat[group], offset)
+        flat = zero_optimizer.fp32_partitioned_groups_flat[group]
+        yield Fragment(name, start, numel, flat, offset, slice_of(parameter))
 
 
 def make_optimizer_state(optimizer: torch.optim.Optimizer, held: list[Fragment], step: int) -> None:

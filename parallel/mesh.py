@@ -12,6 +12,7 @@ from itertools import product
 from typing import Literal, NamedTuple
 
 import torch.distributed as dist
+from torch import Tensor
 
 from parallel.process import World
 
@@ -109,6 +110,12 @@ class Group:
         """How many ranks they are."""
         return len(self.ranks)
 
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """The tensor, in place, joined with those of the other ranks."""
+        if self.handle is not None:
+            dist.all_reduce(tensor, op=op, group=self.handle)
+        return tensor
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -136,6 +143,14 @@ class Mesh:
     model: Group
     """pipeline x tensor: hold one copy of the model together."""
 
+    same_rows: Group
+    """pipeline x sequence x tensor: read the same rows, and hold the parts of their states."""
+
+    @property
+    def leads_rows(self) -> bool:
+        """True on the one rank of those that read the same rows that counts for them in sums over all ranks."""
+        return self.same_rows.index == 0
+
     @classmethod
     def build(cls, world: World, layout: Layout) -> Mesh:
         """Make the groups; every rank calls it.
@@ -152,9 +167,15 @@ class Mesh:
             "replicas": ("data", "sequence"),
             "pipeline": ("pipeline",),
             "model": ("pipeline", "tensor"),
+            "same_rows": ("pipeline", "sequence", "tensor"),
         }
         groups = {name: _own_group(world, layout.groups(*axes)) for name, axes in of_axes.items()}
         return cls(world=world, layout=layout, place=layout.place(world.rank), **groups)
+
+    @classmethod
+    def data_parallel(cls, world: World) -> Mesh:
+        """All ranks read rows of their own, and hold the whole model."""
+        return cls.build(world, Layout(data=world.size))
 
 
 def _own_group(world: World, sets: list[tuple[int, ...]]) -> Group:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from model import ModelConfig, ModelState
+from parallel.mesh import Mesh
 
 IGNORED = -100
 """The target of a token that does not count."""
@@ -239,7 +240,7 @@ class Scored(NamedTuple):
 def score(
     batches: Iterable[Batch],
     read: Read,
-    device: torch.device,
+    mesh: Mesh,
     *,
     piece: int | None,
     with_correct: bool,
@@ -249,44 +250,56 @@ def score(
     """Score all ranks' batches. Every rank calls it; ranks may have different numbers of batches, of any sizes.
 
     Args:
-        read: gives PieceScores, with `losses` and `correct` where those are asked for here. A collective.
-        piece, reset_window: see `read_in_pieces`.
+        read: gives PieceScores of this rank's part of the rows, zeros elsewhere, with `losses` and `correct` where
+            those are asked for here. A collective.
+        piece, reset_window: see `read_in_pieces`. Multiples of the ranks that share a row.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    device = mesh.world.device
+    counted, totals = (
+        torch.zeros((), dtype=torch.int64, device=device),
+        torch.zeros(2, dtype=torch.float64, device=device),
+    )
     positions = PositionSums(device, with_reset=reset_window is not None) if by_position else None
-    for batch, end in _in_step(batches, device):
+    for batch, end in _in_step(batches, mesh):
         for part in read_in_pieces(batch, read, length=piece, reset_window=reset_window, end=end):
             totals[0] += part.carried.loss_sum
-            totals[1] += (part.targets != IGNORED).sum()
+            counted += (part.targets != IGNORED).sum().to(device)
             if with_correct:
-                totals[2] += part.carried.correct.sum()
+                totals[1] += part.carried.correct.sum()
             if positions is not None:
                 both = [part.carried.losses] if part.reset is None else [part.carried.losses, part.reset.losses]
                 positions.add(part.start, part.targets, *both)
-    dist.all_reduce(totals)
+    # Rows are as many as the data ranks read; nats and right answers are of each replica's part of them.
+    mesh.data.all_reduce(counted)
+    for group in (mesh.replicas, mesh.pipeline):
+        group.all_reduce(totals)
     if positions is not None:
-        dist.all_reduce(positions.sums)
+        mesh.data.all_reduce(positions.sums[0])
+        for group in (mesh.replicas, mesh.pipeline):
+            group.all_reduce(positions.sums[1:])
     return Scored(
         nats=float(totals[0]),
-        tokens=int(totals[1]),
-        correct=int(totals[2]) if with_correct else None,
+        tokens=int(counted),
+        correct=int(totals[1]) if with_correct else None,
         positions=None if positions is None else positions.losses(),
     )
 
 
-def _in_step(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, int]]:
+def _in_step(batches: Iterable[Batch], mesh: Mesh) -> Iterator[tuple[Batch, int]]:
     """This rank's batches, and how far every rank reads.
 
     Under ZeRO 3 each layer's forward is a collective, and how often a layer runs depends on where a piece begins and
     ends (the mac cuts it at its segments). So a rank that has run out, or has shorter rows, keeps the others company.
+    Ranks that share rows read stretches of one length.
     """
-    source = iter(batches)
+    source, stretches = iter(batches), mesh.layout.sequence
     while True:
         batch = next(source, None)
         end = 0 if batch is None else _extent(batch.targets)[1]
-        furthest = torch.tensor([float(batch is not None), float(end)], dtype=torch.float64, device=device)
-        dist.all_reduce(furthest, op=dist.ReduceOp.MAX)
+        furthest = torch.tensor([float(batch is not None), float(end)], dtype=torch.float64, device=mesh.world.device)
+        mesh.data.all_reduce(furthest, dist.ReduceOp.MAX)
         running, end = (int(number) for number in furthest.tolist())
         if not running:
             return
+        end = -(-end // stretches) * stretches
         yield Rows(*torch.zeros(2, 1, 0, dtype=torch.int64)) if batch is None else batch, end

@@ -115,13 +115,13 @@ def run_segments(
             # The state before the last one has never been away; the one before the first of all is the caller's.
             given = current if index == last else beginning if index == 0 else boundaries.take(index)
             if index > 0:
-                given = _leaves(given, with_gradient=index > first)
+                given = state_leaves(given, with_gradient=index > first)
             loss, after, aside = _backward_of(pieces[index], given, arriving, forward, backward, scale)
             passes[index] = loss, aside
             if index == last:
                 current = after
             del after
-            arriving = {} if index == first else _gradients(given)
+            arriving = {} if index == first else state_gradients(given)
     ordered = [passes[index] for index in range(count)]
     return SegmentsResult(torch.stack([loss for loss, _ in ordered]).sum(), current, [aside for _, aside in ordered])
 
@@ -143,7 +143,7 @@ def _backward_of(
     return loss.detach(), {name: tensor.detach() for name, tensor in after.items()}, aside
 
 
-def _leaves(state: State, *, with_gradient: bool) -> State:
+def state_leaves(state: State, *, with_gradient: bool) -> State:
     """The state's values as the beginning of a graph, or as constants."""
     return {
         name: tensor.detach().requires_grad_(with_gradient and tensor.is_floating_point())
@@ -151,5 +151,6 @@ def _leaves(state: State, *, with_gradient: bool) -> State:
     }
 
 
-def _gradients(leaves: State) -> State:
+def state_gradients(leaves: State) -> State:
+    """What arrived at such leaves in a backward pass."""
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

@@ -9,7 +9,7 @@ from parallel.boundary_states import PLACES, Place
 from parallel.process import World, gather_objects
 from pretrain.config import Recipe
 from pretrain.devices import available_host_bytes, free_device_bytes
-from pretrain.plan import boundary_bytes, estimate_memory, num_parameters
+from pretrain.plan import boundary_bytes_of_rank, memory_by_part
 from pretrain.quantities import size_text
 
 SHARE = 0.5
@@ -40,13 +40,12 @@ def choose_boundary_place(recipe: Recipe, world: World) -> BoundaryPlace | None:
     """Where a phase's states wait, the same on every rank; None where there are none. Every rank calls it, before it
     builds the phase's engine: what that is estimated to take is set aside.
     """
-    asked, needed = recipe.training.boundary_states, boundary_bytes(recipe)
+    asked, needed = recipe.training.boundary_states, boundary_bytes_of_rank(recipe)
     if recipe.training.segment_length is None:
         return None
     if asked != "auto":
         return BoundaryPlace(asked, needed, "as training.boundary_states says")
-    memory = estimate_memory(recipe, num_parameters(recipe.model), world.size)
-    engine = memory.total - memory.boundary_states
+    engine = max(memory.total - memory.boundary_states for _, memory in memory_by_part(recipe, world.size).values())
     host = available_host_bytes() // world.local_size
     if world.device.type == "cuda":
         free = {"device": free_device_bytes(world.device) - engine, "host": host}

@@ -87,6 +87,22 @@ def problems(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
     return found
 
 
+def finished_file(path: Path) -> dict[str, str | int]:
+    """Bring a file of a checkpoint that is being written to the disk; what the manifest says of it. Raises OSError."""
+    # safetensors writes for the owner alone, and the one who exports may be another.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    sync(path)
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+
+
+def publish(partial: Path, final: Path, files: FileEntries) -> None:
+    """Make a checkpoint of a folder beside it whose files are finished, at once. Raises OSError."""
+    _write_durable(partial / MANIFEST, _manifest_text(files))
+    sync(partial)
+    partial.rename(final)
+    sync(final.parent)
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run. Every method is called by all ranks together."""
@@ -113,10 +129,7 @@ class Checkpoints:
         error = None
         try:
             for path in write(partial):
-                # safetensors writes for the owner alone, and the one who exports may be another.
-                path.chmod(partial.stat().st_mode & 0o666)
-                sync(path)
-                entries[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+                entries[path.name] = finished_file(path)
         except (OSError, SafetensorError) as failure:
             error = _explain(failure, partial)
         gathered = process.gather_objects((entries, error))
@@ -177,10 +190,7 @@ class Checkpoints:
     def _publish(self, partial: Path, final: Path, files: FileEntries, stays: bool) -> None:
         if stays:
             _write_durable(partial / STAYS, "")
-        _write_durable(partial / MANIFEST, _manifest_text(files))
-        sync(partial)
-        partial.rename(final)
-        sync(self.folder)
+        publish(partial, final, files)
         temporary = self.folder / f".{LATEST}"
         _write_durable(temporary, final.name + "\n")
         temporary.replace(self.folder / LATEST)

@@ -35,7 +35,8 @@ A recipe may list phases, which are run one after another; --phases.NAME.section
 instead of the name) sets a field in one of them, --section.field VALUE in those that have no value of their own.
 
 Exit codes: 0 done; 2 something in the recipe, the data, a checkpoint or the disk has to be mended first, or the loss
-did not stay finite; 1 a crash."""
+did not stay finite; 124 a step, an evaluation or a checkpoint took longer than parallel.step_timeout_seconds; 1 a
+crash."""
 
 
 _PHASES = f"""
@@ -95,6 +96,14 @@ def parse(arguments: Sequence[str] | None) -> Options:
     if known.ranks is not None and known.ranks < 1:
         raise UserError(f"--ranks {known.ranks}: give a number above 0")
     return Options(known.recipe, known.resume, known.dry_run, known.ranks, overrides)
+
+
+def overrides_of(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The overrides that words of a command line are: `--section.field VALUE`. Raises UserError for anything else."""
+    stray, overrides = _split(words)
+    if stray:
+        raise UserError(f"unexpected argument {stray[0]!r}: options are --section.field VALUE; see --help")
+    return overrides
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -13,6 +13,7 @@ from model import ModelConfig
 from parallel.bad_states import OnBadState
 from parallel.boundary_states import Place
 from parallel.config import ParallelConfig
+from parallel.layout_rules import require_layout
 from parallel.scoring import require_reset_window
 from parallel.segments import Segments
 from pretrain.data.config import DataConfig
@@ -301,6 +302,17 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _layout_fits(self) -> Recipe:
+        training = self.training
+        lengths = {"training.sequence_length": training.sequence_length}
+        if training.segment_length is not None:
+            lengths["training.segment_length"] = training.segment_length
+        if self.evaluation.reset_window is not None:
+            lengths["evaluation.reset_window"] = self.evaluation.reset_window
+        require_layout(self.parallel, self.model, lengths=lengths)
+        return self
+
+    @model_validator(mode="after")
     def _attention_is_there_to_compute(self) -> Recipe:
         backend = self.parallel.attention_backend
         if backend != "auto" and not self.model.has_attention:
@@ -357,17 +369,24 @@ class Recipe(BaseModel):
         """How a step is divided over `ranks`.
 
         Raises:
-            UserError: batch_tokens is not a whole number of rounds of micro-batches; the message has sizes that are.
+            UserError: the ranks are no multiple of those of parallel's other axes; batch_tokens is not a whole number
+                of rounds of micro-batches, and the message has sizes that are.
         """
         training = self.training
-        rounds = training.sequence_length * training.micro_batch_size * ranks
+        try:
+            data_ranks = self.parallel.layout(ranks).data
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        rounds = training.sequence_length * training.micro_batch_size * data_ranks
         if training.batch_tokens % rounds:
             below = training.batch_tokens // rounds * rounds
             fitting = f"{below} or {below + rounds}" if below else f"{rounds}"
+            kind = "" if data_ranks == ranks else "data-parallel "
             raise UserError(
                 f"training.batch_tokens {training.batch_tokens} is not a multiple of training.sequence_length "
-                f"{training.sequence_length} x training.micro_batch_size {training.micro_batch_size} x {ranks} rank"
-                f"{'s' if ranks > 1 else ''} = {rounds} tokens; {fitting} would fit, or another micro_batch_size"
+                f"{training.sequence_length} x training.micro_batch_size {training.micro_batch_size} x {data_ranks} "
+                f"{kind}rank{'s' if data_ranks > 1 else ''} = {rounds} tokens; {fitting} would fit, or another "
+                "micro_batch_size"
             )
         steps = -(-training.tokens // training.batch_tokens)
         return Batches(

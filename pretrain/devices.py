@@ -12,7 +12,7 @@ import torch
 
 # Dense peak in FLOP/s, without sparsity, from the makers' data sheets: (bf16 on tensor cores, fp32 outside them).
 # The first name that occurs in torch's name for the device counts, so longer names stand first.
-_PEAKS: dict[str, tuple[float, float]] = {
+PEAKS: dict[str, tuple[float, float]] = {
     "H200": (989.4e12, 66.9e12),
     "H100 PCIe": (756e12, 51.2e12),
     "H100 NVL": (835e12, 60.0e12),
@@ -29,7 +29,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for part, (bf16, fp32) in _PEAKS.items():
+    for part, (bf16, fp32) in PEAKS.items():
         if part in name:
             return bf16 if precision == "bf16" else fp32
     return None

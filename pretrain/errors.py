@@ -1,4 +1,8 @@
-"""The error that a user can mend: every command prints it without a traceback and exits with code 2."""
+"""The ways in which a rank ends that are no crash."""
+
+# For launch/, to which a rank is a process with an exit code.
+from parallel.watchdog import EXIT_HUNG as EXIT_HUNG
+from parallel.watchdog import STACKS_SIGNAL as STACKS_SIGNAL
 
 
 class UserError(ValueError):

@@ -5,14 +5,15 @@ position, with the memory carried and with it reset.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from parallel.engine import IGNORED, Engine
-from parallel.process import World, gather_objects
+from parallel.mesh import Mesh
+from parallel.process import gather_objects
 from parallel.scoring import PositionLoss, mean_reset
 from pretrain.data import Batch, HeldOut
 
@@ -93,7 +94,7 @@ class Evaluation:
 def evaluate(
     engine: Engine,
     held_out: HeldOut,
-    world: World,
+    mesh: Mesh,
     *,
     sequence_length: int,
     batch_size: int,
@@ -101,10 +102,13 @@ def evaluate(
     piece: int | None = None,
     by_position: bool = False,
     reset_window: int | None = None,
+    begins: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Score the first `max_tokens` held-out tokens (None: all) in rows of `sequence_length`; every rank calls it.
 
-    piece, by_position, reset_window: see `Engine.evaluate`.
+    Args:
+        piece, by_position, reset_window: see `Engine.evaluate`.
+        begins: called before each of this rank's batches.
     """
     bytes_of = None if held_out.token_bytes is None else torch.from_numpy(held_out.token_bytes)
     text_bytes = 0
@@ -115,9 +119,11 @@ def evaluate(
             sequence_length=sequence_length,
             batch_size=batch_size,
             max_tokens=max_tokens,
-            rank=world.rank,
-            world_size=world.size,
+            rank=mesh.data.index,
+            world_size=mesh.data.size,
         ):
+            if begins is not None:
+                begins()
             if bytes_of is not None:
                 text_bytes += int(bytes_of[batch.targets[batch.targets != IGNORED]].sum())
             yield batch
@@ -132,7 +138,7 @@ def evaluate(
     return Evaluation(
         nats=scored.nats,
         tokens=scored.tokens,
-        text_bytes=None if bytes_of is None else sum(gather_objects(text_bytes)),
+        text_bytes=None if bytes_of is None else sum(gather_objects(text_bytes if mesh.leads_rows else 0)),
         correct=scored.correct,
         positions=scored.positions,
     )

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model import ModelConfig
+from parallel.slices import Slice
 from parallel.state_files import WEIGHT
 from pretrain.durable import file_sha256
 from pretrain.errors import UserError
@@ -171,11 +172,13 @@ class ExportedWeights:
         """A whole parameter on the CPU, in the precision that it is stored in."""
         return self._places[name].get_tensor(PREFIX + name)
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements `start` to `start + numel` of a flattened parameter: fp32 [numel] on the CPU.
+    def read(self, kind: str, name: str, start: int, numel: int, part: Slice | None = None) -> Tensor:
+        """Elements `start` to `start + numel` of a flattened parameter, or of a part of it: fp32 [numel] on the CPU.
 
         Raises ValueError for another `kind` than weights, which is all that is exported.
         """
         if kind != WEIGHT:
             raise ValueError(f"{self.folder}: an exported model holds no {kind}")
-        return self.tensor(name).flatten()[start : start + numel].to(torch.float32)
+        weight = self.tensor(name)
+        held = weight if part is None else part.of(weight)
+        return held.flatten()[start : start + numel].to(torch.float32)

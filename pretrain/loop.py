@@ -18,8 +18,13 @@ from model.compiled import check_compiler, compile_parts
 from model.flops import flops_per_token
 from model.memory import explain_memory_backend
 from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_states
+from parallel.distribute import distribute
 from parallel.engine import Engine, StepResult
+from parallel.engines import make_engine
+from parallel.mesh import Mesh
+from parallel.pipeline_schedule import expected_bubble
 from parallel.process import World, gather_objects
+from parallel.watchdog import Watchdog
 from pretrain.agreement import agreed
 from pretrain.boundary_place import BoundaryPlace, choose_boundary_place
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
@@ -122,7 +127,8 @@ def run_phase(
     with agreed(), phase.named_in_errors():
         data = recipe.data.open(recipe.data_seed(), grid=recipe.model.grid)
     data.train.share_damage(gather_objects, damage)
-    engine = build_engine(recipe, batches, world, place)
+    mesh = Mesh.build(world, recipe.parallel.layout(world.size))
+    engine = build_engine(recipe, batches, mesh, place)
     if checkpoint is not None:
         restore(checkpoint, engine, state, recipe.seed, world)
     else:
@@ -132,7 +138,7 @@ def run_phase(
         seed_rank(recipe.seed, world.rank)
     with ExitStack() as stack:
         with agreed(), phase.named_in_errors():
-            loader = stack.enter_context(open_training_data(recipe, batches, world, data.train, state))
+            loader = stack.enter_context(open_training_data(recipe, batches, mesh, data.train, state))
         if len(phases) > 1:
             backends = explain_backends(phase, world)
             where = {"step": state.step, "tokens": state.tokens, "phase": phase.name, "number": phase.number}
@@ -143,7 +149,9 @@ def run_phase(
         if loader.changes:
             log.event("data_changed", step=state.step, tokens=state.tokens, changes=loader.changes)
             log.say("the data changed: " + "; ".join(loader.changes))
-        run = Run(phases, phase, world, batches, engine, data, checkpoints, log)
+        watchdog = Watchdog(recipe.parallel.step_timeout_seconds, rank=world.rank, ranks=world.size)
+        stack.enter_context(watchdog)
+        run = Run(phases, phase, world, batches, engine, data, checkpoints, log, watchdog)
         reached = run.steps(loader, state, checkpoint)
     engine.destroy()
     return reached
@@ -153,20 +161,22 @@ def _placed(place: BoundaryPlace | None) -> dict[str, Any]:
     return {} if place is None else {"boundary_states": place.fields()}
 
 
-def build_engine(recipe: Recipe, batches: Batches, world: World, place: BoundaryPlace | None = None) -> Engine:
+def build_engine(recipe: Recipe, batches: Batches, mesh: Mesh, place: BoundaryPlace | None = None) -> Engine:
     """The model with its initial weights (from the seed alone, whatever the layout), its optimizer, and the engine."""
     torch.manual_seed(recipe.seed)
     model = TitansLM(recipe.model)
+    distribute(model, mesh)
     model.set_activation_checkpointing(recipe.parallel.activation_checkpointing)
     if recipe.parallel.compile:
         compile_parts(model)
     model.set_attention_backend(recipe.parallel.attention_backend)
     model.set_memory_backend(recipe.parallel.memory_backend)
-    return Engine(
+    return make_engine(
         model,
-        build_optimizer(model, recipe.optimizer, world.device),
+        build_optimizer(model, recipe.optimizer, mesh.world.device),
         recipe.parallel,
-        world,
+        mesh,
+        sequence_length=recipe.training.sequence_length,
         micro_batch_size=recipe.training.micro_batch_size,
         accumulation=batches.accumulation,
         gradient_clip=recipe.optimizer.gradient_clip,
@@ -204,14 +214,14 @@ def explain_backends(phase: Phase, world: World) -> dict[str, str]:
     return found
 
 
-def open_training_data(recipe: Recipe, batches: Batches, world: World, source: Source, state: TrainerState) -> Loader:
+def open_training_data(recipe: Recipe, batches: Batches, mesh: Mesh, source: Source, state: TrainerState) -> Loader:
     """The loader, standing where `state` left off. Raises UserError for a cursor of other data."""
     division = Division(
         sequence_length=recipe.training.sequence_length,
         micro_batch_size=recipe.training.micro_batch_size,
         accumulation=batches.accumulation,
-        rank=world.rank,
-        world_size=world.size,
+        rank=mesh.data.index,
+        world_size=mesh.data.size,
     )
     return source.open_loader(division, state.cursor, gather_objects)
 
@@ -280,6 +290,7 @@ class Run:
     data: Data
     checkpoints: Checkpoints
     log: RunLog
+    watchdog: Watchdog
 
     @property
     def recipe(self) -> Recipe:
@@ -302,6 +313,7 @@ class Run:
             last = tokens >= recipe.training.tokens
             record = last or step % recipe.logging.every_steps == 0
             with_stats = record and (last or step % recipe.logging.memory_interval == 0)
+            self.watchdog.feed(f"step {step}")
             watch.start()
             rate = learning_rate(recipe.schedule, recipe.optimizer.lr, tokens, self.batches.total_tokens)
             try:
@@ -376,6 +388,9 @@ class Run:
         if self.recipe.data.pads_documents:  # all else has a target
             padded["padded_tokens"] = self.recipe.training.batch_tokens - int(result.tokens)
             values["data/padded_tokens"] = float(padded["padded_tokens"])
+        if result.bubble is not None:
+            padded["bubble"] = values["speed/pipeline_bubble"] = result.bubble
+            self.say_bubble(result.bubble)
         shares = {name.removeprefix(SHARE): value for name, value in of_data.items() if name.startswith(SHARE)}
         self.log.scalars(state.step, values)
         if result.stats is not None:
@@ -396,6 +411,15 @@ class Run:
         left = -(-max(self.recipe.training.tokens - state.phase_tokens, 0) // self.recipe.training.batch_tokens)
         self.log.progress(state.step, loss, rate, speed, left * watch.mean, **self.phase_field)
 
+    def say_bubble(self, measured: float) -> None:
+        """Print how long the stages of a pipeline wait for each other, and how long they must."""
+        passes = self.batches.accumulation * self.recipe.training.num_segments
+        expected = expected_bubble(self.engine.mesh.pipeline.size, passes)
+        self.log.say(
+            f"pipeline: stages stand idle {measured:.1%} of the time of their passes; {expected:.1%} is the least that "
+            f"{passes} passes a step allow"
+        )
+
     def evaluate(self, state: TrainerState) -> None:
         """Score the held-out data, if there is any."""
         if self.data.held_out is None:
@@ -404,13 +428,14 @@ class Run:
         result = evaluate(
             self.engine,
             self.data.held_out,
-            self.world,
+            self.engine.mesh,
             sequence_length=asked.context or training.sequence_length,
             batch_size=training.micro_batch_size,
             max_tokens=asked.tokens,
             piece=training.segment_length or training.sequence_length,  # what a rank has the memory for
             by_position=asked.by_position,
             reset_window=asked.reset_window,
+            begins=lambda: self.watchdog.feed(f"a batch of the evaluation behind step {state.step}"),
         )
         curves = result.curves() | result.position_curves()
         self.log.scalars(state.step, {f"evaluation/{name}": value for name, value in curves.items()})
@@ -431,6 +456,7 @@ class Run:
 
     def save(self, state: TrainerState, *, stays: bool) -> Path:
         """Write a checkpoint of the run as it stands, and return its folder."""
+        self.watchdog.feed(f"the checkpoint of step {state.step}")
         write = partial(
             write_checkpoint,
             engine=self.engine,

@@ -48,7 +48,8 @@ def verify_data(phases: Sequence[Phase], share: Share, say: Callable[[str], None
             found |= places
     if found:
         say(
-            f"checking the sha256 of {size_text(sum(found.values()))} in {', '.join(found)}; data.verify sizes skips it"
+            f"checking the sha256 of {size_text(sum(found.values()))} of shards in {', '.join(found)}; "
+            "data.verify sizes skips it"
         )
     damage: list[Damage] = []
     for phase in reading:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 
 from model import ModelConfig, TitansLM
 from model.flops import flops_per_token
+from model.language_model import Block
+from parallel.mesh import Layout, Place
+from parallel.rank_model import model_of_rank
 from pretrain.config import Batches, Recipe
 from pretrain.data import Data, Source
 from pretrain.initialization import check_initial_weights
+from pretrain.layout_table import layout_lines
 from pretrain.phase_data import check_vocabulary, describe_data, require_same_tokenizer
 from pretrain.phases import Phases
 from pretrain.quantities import size_text
@@ -46,35 +50,86 @@ def num_parameters(config: ModelConfig) -> int:
         return TitansLM(config).num_parameters()
 
 
-def estimate_memory(recipe: Recipe, parameters: int, ranks: int) -> MemoryEstimate:
-    """The memory of one rank of `ranks`."""
-    parallel = recipe.parallel
-    width = 2 if parallel.precision == "bf16" else 4
+def estimate_memory(
+    recipe: Recipe, parameters: int, ranks: int, *, stage: int = 0, layers: int | None = None
+) -> MemoryEstimate:
+    """The memory of one rank of `ranks`, on its device.
+
+    Args:
+        parameters: those that the rank has of the model (`parallel.rank_model`), and ZeRO divides.
+        stage, layers: its place in a pipeline, and how many of the model's layers it has; None: all.
+    """
+    parallel, layout = recipe.parallel, recipe.parallel.layout(ranks)
+    width, replicas = 2 if parallel.precision == "bf16" else 4, layout.data * layout.sequence
 
     def share(first_stage: int) -> int:
-        return ranks if parallel.zero_stage >= first_stage else 1
+        return replicas if parallel.zero_stage >= first_stage else 1
 
+    rows = recipe.training.batch_tokens // recipe.training.sequence_length // layout.data
+    activations = activation_bytes(recipe, width, tensor=layout.tensor, sequence=layout.sequence)
+    part = 1.0 if layers is None else layers / recipe.model.num_layers
+    graphs, waiting = _in_flight(recipe, behind=layout.pipeline - 1 - stage, rows=rows)
+    on_device = recipe.training.boundary_states in ("auto", "device")
     # The fp32 copy that the optimizer steps, and its two moments; without ZeRO in fp32 the parameters are that copy.
     copies = 2 if parallel.zero_stage == 0 else 3
     return MemoryEstimate(
-        parameters=width * parameters // share(3),
-        gradients=_gradient_bytes(recipe, parameters, ranks),
-        optimizer=4 * copies * parameters // share(1),
-        activations=_activation_bytes(recipe, width),
-        boundary_states=boundary_bytes(recipe) if recipe.training.boundary_states in ("auto", "device") else 0,
-        carried_states=carried_bytes(recipe, recipe.training.batch_tokens // recipe.training.sequence_length // ranks),
+        parameters=0 if parallel.offload_parameters else width * parameters // share(3),
+        gradients=_gradient_bytes(recipe, parameters, layout),
+        optimizer=0 if parallel.offload_optimizer else 4 * copies * parameters // share(1),
+        activations=round(activations * part * graphs),
+        boundary_states=_boundaries_of_stage(recipe, width, part, waiting, arrive=stage > 0) if on_device else 0,
+        carried_states=round(carried_bytes(recipe, rows) // ranks_of_heads(recipe) * part),
     )
 
 
-def _keeps_gradients_whole(recipe: Recipe, ranks: int) -> bool:
+def _in_flight(recipe: Recipe, *, behind: int, rows: int) -> tuple[int, float]:
+    """Of how many passes a stage of a pipeline holds the activations, until their gradient is back from the stages
+    `behind` it; and how many stretches of segments wait as boundaries.
+    """
     training = recipe.training
-    rounds = training.batch_tokens // (training.sequence_length * training.micro_batch_size * ranks)
+    if training.segment_length is None:
+        return min(behind + 1, max(rows // training.micro_batch_size, 1)), 0.0
+    stretch = _stretch(recipe)
+    # The last pass of each stretch keeps its own; another one is being run again.
+    graphs = 1 + behind // stretch + (1 if behind and stretch > 1 else 0)
+    return graphs, (stretch + behind) / stretch
+
+
+def _boundaries_of_stage(recipe: Recipe, width: int, part: float, stretches: float, *, arrive: bool) -> int:
+    """The boundaries that wait on a stage with so much of the layers; with what arrived from the stage before."""
+    training = recipe.training
+    held = boundary_bytes_of_rank(recipe) * part
+    if arrive and training.segment_length is not None:
+        tokens = training.micro_batch_size * training.segment_length * _stretch(recipe) // recipe.parallel.sequence
+        held += width * tokens * recipe.model.dim
+    return round(held * stretches)
+
+
+def _stretch(recipe: Recipe) -> int:
+    """Segments that gradients flow through at a time."""
+    training = recipe.training
+    return min(training.truncate_every or training.num_segments, training.num_segments)
+
+
+def ranks_of_heads(recipe: Recipe) -> int:
+    """Over how many ranks the heads of a row's state are divided."""
+    return recipe.parallel.tensor * recipe.parallel.sequence
+
+
+def boundary_bytes_of_rank(recipe: Recipe) -> int:
+    """This rank's part of `boundary_bytes`: its heads'."""
+    return boundary_bytes(recipe) // ranks_of_heads(recipe)
+
+
+def _keeps_gradients_whole(recipe: Recipe, layout: Layout) -> bool:
+    training = recipe.training
+    rounds = training.batch_tokens // (training.sequence_length * training.micro_batch_size * layout.data)
     return recipe.parallel.keeps_gradients_whole(rounds * training.num_segments)
 
 
-def _gradient_bytes(recipe: Recipe, parameters: int, ranks: int) -> int:
-    whole, share = 4 * parameters, 4 * parameters // ranks
-    if not _keeps_gradients_whole(recipe, ranks):
+def _gradient_bytes(recipe: Recipe, parameters: int, layout: Layout) -> int:
+    whole, share = 4 * parameters, 4 * parameters // (layout.data * layout.sequence)
+    if not _keeps_gradients_whole(recipe, layout):
         return share
     # Stage 3 holds the memory of its share all the time.
     return whole + share if recipe.parallel.zero_stage == 3 else whole
@@ -95,7 +150,7 @@ def boundary_bytes(recipe: Recipe) -> int:
     training, width = recipe.training, 2 if recipe.parallel.precision == "bf16" else 4
     if training.segment_length is None:
         return 0
-    stretch = min(training.truncate_every or training.num_segments, training.num_segments)
+    stretch = _stretch(recipe)
     # Before each segment that gradients flow through at a time stands one, but there is none at the row's beginning.
     segments = range(max(1, training.num_segments - stretch), training.num_segments)
     held = sum(state_bytes(recipe.model, width, segment * training.segment_length) for segment in segments)
@@ -120,18 +175,40 @@ def state_bytes(model: ModelConfig, width: int, seen: int) -> int:
     return model.num_layers * (2 * weights + 2 * width * cached * model.dim)
 
 
-def _activation_bytes(recipe: Recipe, width: int) -> int:
+def activation_bytes(recipe: Recipe, width: int, *, tensor: int = 1, sequence: int = 1) -> int:
+    """What the backward pass of a micro-batch, or of a segment of it, keeps on one of as many ranks, with `width` bytes
+    a number; estimated from the shapes.
+    """
     model, training = recipe.model, recipe.training
-    tokens = training.micro_batch_size * (training.segment_length or training.sequence_length)
+    tokens = training.micro_batch_size * (training.segment_length or training.sequence_length) // sequence
     # Inputs and outputs of norms, projections and gates of a mixer and of the feed-forward, in units of their widths.
-    layer = width * tokens * ((14 if model.memory else 0) * model.dim + (10 if model.has_attention else 0) * model.dim)
-    layer += width * tokens * (3 * model.ffn_dim + 3 * model.dim)
+    # The residual stream and what is normalised of it are whole on each tensor rank: 3 of each sum.
+    layer = width * tokens * (_divided(14, tensor) if model.memory else 0) * model.dim
+    layer += width * tokens * (_divided(10, tensor) if model.has_attention else 0) * model.dim
+    layer += width * tokens * (3 * model.ffn_dim / tensor + 3 * model.dim)
     if model.memory is not None:  # fp32 features of keys and queries, and the gradients at them, in each memory layer
-        layer += 4 * tokens * 4 * model.dim * (1 + model.memory.expansion * (model.memory.depth - 1))
-    loss = 2 * 4 * min(tokens, _LOSS_CHUNK_TOKENS) * model.vocab_size
+        layer += 4 * tokens * 4 * model.dim / tensor * (1 + model.memory.expansion * (model.memory.depth - 1))
+    loss = 2 * 4 * min(tokens, _LOSS_CHUNK_TOKENS) * model.vocab_size / tensor
     if recipe.parallel.activation_checkpointing:
-        return width * tokens * model.dim * model.num_layers + layer + loss
-    return layer * model.num_layers + loss
+        return round(width * tokens * model.dim * model.num_layers + layer + loss)
+    return round(layer * model.num_layers + loss)
+
+
+def _divided(widths: int, tensor: int) -> float:
+    return 3 + (widths - 3) / tensor
+
+
+def memory_by_part(recipe: Recipe, ranks: int) -> dict[tuple[int, int], tuple[int, MemoryEstimate]]:
+    """The parameters that ranks have of the model and their estimated memory, by place along pipeline and tensor: the
+    other axes' ranks read other tokens with the same part.
+    """
+    layout, found = recipe.parallel.layout(ranks), {}
+    for stage, tensor in product(range(layout.pipeline), range(layout.tensor)):
+        rank, context = layout.rank(Place(stage, 0, 0, tensor)), recipe.training.sequence_length
+        model = model_of_rank(recipe.model, layout, rank, context=context, balance=recipe.parallel.balance_stages)
+        parameters, layers = model.num_parameters(), sum(isinstance(block, Block) for block in model.blocks)
+        found[stage, tensor] = parameters, estimate_memory(recipe, parameters, ranks, stage=stage, layers=layers)
+    return found
 
 
 def describe(phases: Phases, ranks: int) -> str:
@@ -150,27 +227,29 @@ def describe(phases: Phases, ranks: int) -> str:
             sources += [] if data is None else [data.train]
             if sources:
                 require_same_tokenizer(sources[0], sources[-1])
-            of_phase = _phase_lines(phase.recipe, phase.batches(ranks), data, parameters, ranks)
+            of_phase = _phase_lines(phase.recipe, phase.batches(ranks), data, ranks)
         if len(phases) > 1:
             lines += ["", phase.title]
             of_phase = [f"  {line}" for line in of_phase]
         lines += of_phase
     if len(phases) > 1:
-        lines += ["", *_total_lines(phases, parameters, ranks)]
+        lines += ["", *_total_lines(phases, ranks)]
     lines += _initialization_lines(phases.run, sources)
     stays = "" if len(phases) == 1 else ", and the last of each phase"
     lines.append(f"a checkpoint        {size_text(12 * parameters)}; {phases.run.checkpoint.keep} are kept{stays}")
     return phases.to_yaml() + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 
-def _phase_lines(recipe: Recipe, batches: Batches, data: Data | None, parameters: int, ranks: int) -> list[str]:
+def _phase_lines(recipe: Recipe, batches: Batches, data: Data | None, ranks: int) -> list[str]:
+    layout = recipe.parallel.layout(ranks)
     context = recipe.training.sequence_length
     flops = flops_per_token(recipe.model, context)
-    memory = estimate_memory(recipe, parameters, ranks)
+    parts = memory_by_part(recipe, ranks)
+    memory = max((estimate for _, estimate in parts.values()), key=lambda estimate: estimate.total)
     whole, carries = recipe.training.segment_length is None, recipe.data.carries_state
     return [
         f"tokens              {batches.total_tokens:,} in {batches.steps:,} steps of {recipe.training.batch_tokens:,}",
-        f"a step              {batches.rows} rows of {context:,} = {ranks} rank(s) x {batches.accumulation} "
+        f"a step              {batches.rows} rows of {context:,} = {layout.data} rank(s) x {batches.accumulation} "
         f"micro-batch(es) x {recipe.training.micro_batch_size} row(s)",
         *_carried_lines(recipe, batches),
         *_segment_lines(recipe),
@@ -179,7 +258,7 @@ def _phase_lines(recipe: Recipe, batches: Batches, data: Data | None, parameters
         f"FLOPs a token       {flops.total:,.0f} (memory's inner updates: {flops.memory:,.0f})",
         f"FLOPs in all        {flops.total * batches.total_tokens:.3g}",
         *_data_lines(recipe, data, batches),
-        *_rank_lines(recipe, ranks),
+        *layout_lines(recipe, ranks, parts, whole_gradients=_keeps_gradients_whole(recipe, layout)),
         f"memory of a rank    {size_text(memory.total)} (estimate)",
         f"  parameters        {size_text(memory.parameters)}",
         f"  gradients         {size_text(memory.gradients)}",
@@ -196,7 +275,7 @@ def _boundary_text(recipe: Recipe, memory: MemoryEstimate) -> str:
     return f"{size_text(memory.boundary_states)}{elsewhere}, estimated from the shapes"
 
 
-def _total_lines(phases: Phases, parameters: int, ranks: int) -> list[str]:
+def _total_lines(phases: Phases, ranks: int) -> list[str]:
     batches = [phase.batches(ranks) for phase in phases]
     tokens = [each.total_tokens for each in batches]
     lengths = [phase.recipe.training.sequence_length for phase in phases]
@@ -204,7 +283,7 @@ def _total_lines(phases: Phases, parameters: int, ranks: int) -> list[str]:
         flops_per_token(phase.recipe.model, length).total * count
         for phase, length, count in zip(phases, lengths, tokens, strict=True)
     ]
-    memory = max(estimate_memory(phase.recipe, parameters, ranks).total for phase in phases)
+    memory = max(found.total for phase in phases for _, found in memory_by_part(phase.recipe, ranks).values())
     return [
         "all phases",
         f"  tokens              {sum(tokens):,} in {sum(each.steps for each in batches):,} steps",
@@ -273,16 +352,3 @@ def _data_lines(recipe: Recipe, data: Data | None, batches: Batches) -> list[str
     if data.held_out is not None:
         lines.append(f"held-out data       {data.held_out.describe()}")
     return lines
-
-
-def _rank_lines(recipe: Recipe, ranks: int) -> list[str]:
-    stage = recipe.parallel.zero_stage
-    kept = [("optimizer", 1), ("gradients", 2), ("parameters", 3)]
-    shared = [name for name, first in kept if stage >= first]
-    if "gradients" in shared and _keeps_gradients_whole(recipe, ranks):
-        shared.remove("gradients")
-    return [
-        f"ranks               {ranks}, all data-parallel; ZeRO {stage}, {recipe.parallel.precision}",
-        f"  rank r            rows {recipe.training.micro_batch_size} x ({ranks} m + r) and on for micro-batch m; "
-        f"holds 1/{ranks} of: {', '.join(shared) or 'nothing'}",
-    ]

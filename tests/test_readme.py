@@ -15,7 +15,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 GUIDES = ("tools/huggingface/README.md",)
 GUIDE_COMMANDS = "\n".join((REPOSITORY / guide).read_text(encoding="utf-8") for guide in GUIDES)
 OTHER_PROGRAMS = {"tensorboard"}
-WITH_SUBCOMMANDS = {"tools.bench", "tools.tokenizer", "tools.shards", "tools.trials", "launch"}
+WITH_SUBCOMMANDS = {"tools.bench", "tools.checkpoint", "tools.tokenizer", "tools.shards", "tools.trials", "launch"}
 
 
 def shell_commands(markdown: str) -> list[str]:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from pretrain.errors import UserError
+from pretrain.data.stores.errors import DamagedError
 
 
 class SkippedShard(BaseModel):
@@ -43,9 +43,9 @@ class Damage(NamedTuple):
     """What is there instead of it, in words."""
 
 
-class DamagedShard(UserError):
+class DamagedShard(DamagedError):
     """A shard is missing, or is not what its manifest says."""
 
     def __init__(self, message: str, damage: Damage) -> None:
-        super().__init__(message)
+        super().__init__(message, damage.found)
         self.damage = damage

@@ -236,7 +236,10 @@ class ShardSet:
         if not self._told_no_room:
             self._told_no_room = True
             log.warning("%s: read by byte ranges, since it cannot be kept: %s", self.folder, why)
-        return self.store.read_range(self.manifest.shards[number], offset, size)
+        try:
+            return self.store.read_range(self.manifest.shards[number], offset, size)
+        except DamagedError as error:
+            raise self._damaged(number, "", error) from error
 
     def _unreadable(self, number: int, error: OSError) -> UserError:
         """The error for a shard that cannot be read: its own where it is gone or its disk is broken, not where only
@@ -257,14 +260,14 @@ class ShardSet:
     def _damaged(self, number: int, what: str, error: DamagedError | None = None) -> DamagedShard:
         """The error for a shard of which `what` is known, or which its store found damaged, `error`."""
         shard = self.manifest.shards[number]
-        mend = "restore the shard and resume, or have it skipped by --data.on_damage skip"
-        found = found_of(self.store, shard) if error is None else str(error)
         if error is None:
-            where = self.store.locate(shard.name)
-            what = f"{where}: {what}; expected {shard.bytes} bytes of sha256 {shard.sha256}, found {found}"
+            found = found_of(self.store, shard)
+            expected = f"{shard.bytes} bytes of sha256 {shard.sha256}"
+            what = f"{self.store.locate(shard.name)}: {what}; expected {expected}, found {found}; restore the shard"
         else:
-            what = str(error)
-        return DamagedShard(f"{what}; {mend}", Damage(str(self.folder), number, found))
+            what, found = str(error), error.found
+        message = f"{what} and resume, or have it skipped by --data.on_damage skip"
+        return DamagedShard(message, Damage(str(self.folder), number, found))
 
 
 def found_of(store: Store, entry: FileEntry) -> str:
@@ -305,7 +308,7 @@ def _check_shards(
         except DamagedError as error:
             if on_damage == "stop":
                 raise
-            return found_of(store, manifest.shards[number]) if isinstance(store, LocalStore) else str(error)
+            return found_of(store, manifest.shards[number]) if isinstance(store, LocalStore) else error.found
         return None
 
     numbers = range(len(manifest.shards))

@@ -1,12 +1,18 @@
 """The chunked head loss against torch's own, its gradients, and what it keeps in memory."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.cross_entropy import linear_cross_entropy, token_losses, token_scores
+from kernels.cross_entropy import VocabularyPart, linear_cross_entropy, token_losses, token_scores
 
 
 def _problem(dtype: torch.dtype, tokens: int = 11) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,3 +127,68 @@ def test_a_wrong_argument_is_named(change: dict, named: str) -> None:
     arguments = {"hidden": torch.zeros(4, 6), "weight": torch.zeros(3, 6), "targets": torch.zeros(4, dtype=torch.int64)}
     with pytest.raises(ValueError, match=named):
         linear_cross_entropy(**{**arguments, **change})
+
+
+class _Parts:
+    """A weight held in parts of these lengths, each by a thread; `of` gives the part of one."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.edges = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
+        self._barrier = Barrier(len(lengths))
+        self._given = [torch.empty(0)] * len(lengths)
+
+    def of(self, number: int) -> tuple[slice, VocabularyPart]:
+        def joined(join: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            def meet(own: Tensor) -> Tensor:
+                self._given[number] = own
+                self._barrier.wait(10)
+                result = join(torch.stack(self._given))
+                self._barrier.wait(10)
+                return result
+
+            return meet
+
+        start, stop = self.edges[number : number + 2]
+        return slice(start, stop), VocabularyPart(start, joined(lambda x: x.amax(0)), joined(lambda x: x.sum(0)))
+
+    def run(self, function: Callable[[slice, VocabularyPart], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        count = len(self._given)
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(lambda number: function(*self.of(number)), range(count)))
+
+
+@pytest.mark.parametrize("chunk_tokens", [4, 1024])
+def test_parts_of_the_vocabulary_give_the_loss_of_the_whole_and_their_parts_of_the_gradients(chunk_tokens: int) -> None:
+    hidden, weight, targets = _problem(torch.float64)
+    expected = linear_cross_entropy(hidden, weight, targets)
+    expected_hidden, expected_weight = torch.autograd.grad(expected, (hidden, weight))
+
+    def part(rows: slice, vocabulary: VocabularyPart) -> tuple[Tensor, ...]:
+        own, held = (x.detach().clone().requires_grad_() for x in (hidden, weight[rows]))
+        loss = linear_cross_entropy(own, held, targets, chunk_tokens=chunk_tokens, vocabulary=vocabulary)
+        return loss.detach(), *torch.autograd.grad(loss, (own, held))
+
+    losses, of_hidden, of_weight = zip(*_Parts(5, 1, 7).run(part), strict=True)
+    for loss in losses:
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.stack(of_hidden).sum(0), expected_hidden, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(torch.cat(of_weight), expected_weight, rtol=1e-12, atol=1e-13)
+
+
+def test_parts_of_the_vocabulary_give_the_scores_of_the_whole() -> None:
+    hidden, weight, targets = _problem(torch.float64, tokens=300)
+    losses, correct = token_scores(hidden, weight, targets)
+    assert 0 < correct.sum() < (targets != -100).sum()
+    for own_losses, own_correct in _Parts(5, 1, 7).run(
+        lambda rows, vocabulary: token_scores(hidden, weight[rows], targets, vocabulary=vocabulary)
+    ):
+        torch.testing.assert_close(own_losses, losses, rtol=1e-12, atol=1e-13)
+        assert torch.equal(own_correct, correct)
+
+
+def test_of_equal_logits_in_several_parts_one_is_taken() -> None:
+    hidden, targets = torch.zeros(13, 6), torch.arange(13)
+    for _, correct in _Parts(5, 1, 7).run(
+        lambda rows, vocabulary: token_scores(hidden, torch.ones(13, 6)[rows], targets, vocabulary=vocabulary)
+    ):
+        assert correct.sum() == 1

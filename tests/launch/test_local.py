@@ -43,7 +43,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, str(script), str(nproc), str(tmp_path / "logs"), str(grace)],
             cwd=REPOSITORY,
-            env={**os.environ, "PIDS": str(tmp_path / "pids")},
+            env={**os.environ, "PIDS": str(tmp_path / "pids"), "PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -60,7 +60,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
 
 def wait_for_pids(folder: Path, count: int) -> list[int]:
     """The process ids written below `folder`, once there are `count` of them."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         texts = [path.read_text() for path in sorted(folder.iterdir())]
         if len(texts) == count and all(texts):
@@ -158,6 +158,72 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_time(launch, tmp_
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 3
     assert "killing rank 0" in errors
+    assert_all_end(pids, 1)
+
+
+def test_a_failed_rank_ends_the_job_within_15_seconds_with_its_traceback_first(launch, tmp_path):
+    """The others wait for it in a collective, and end slowly."""
+    process = launch(
+        """
+        import signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        """
+        + textwrap.indent(STAY, " " * 8)
+        + """
+        import torch
+        from parallel.process import initialize
+        world = initialize("cpu")
+        torch.distributed.barrier()
+        if world.rank == 1:
+            raise RuntimeError("the second rank is broken")
+        try:
+            torch.distributed.all_reduce(torch.zeros(1))
+        finally:
+            print("lost its peer", flush=True)
+            time.sleep(600)
+        """,
+        nproc=3,
+        grace=600,
+    )
+    pids = wait_for_pids(tmp_path / "pids", 3)
+    while alive(pids[1]):
+        time.sleep(0.05)
+    failed = time.monotonic()
+    _, errors = process.communicate(timeout=120)
+    assert time.monotonic() - failed < 15
+    assert process.returncode == 1
+    report = [line for line in errors.splitlines() if "logs in" not in line]
+    assert "rank 1 of 3 failed" in report[0] and report[1].endswith("[rank 1] rank 1 failed:")
+    assert "the second rank is broken" in "\n".join(report)
+    assert_all_end(pids, 1)
+
+
+def test_a_job_that_hangs_ends_with_every_ranks_stack(launch, tmp_path):
+    process = launch(
+        STAY
+        + """
+import torch
+from parallel.process import initialize
+from parallel.watchdog import Watchdog
+def stuck_here():
+    time.sleep(600)
+world = initialize("cpu")
+with Watchdog(2.0 if world.rank == 0 else 60.0, rank=world.rank, ranks=world.size) as watchdog:
+    watchdog.feed("step 7")
+    if world.rank == 2:
+        stuck_here()
+    torch.distributed.all_reduce(torch.zeros(1))
+        """,
+        nproc=3,
+    )
+    pids = wait_for_pids(tmp_path / "pids", 3)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 124
+    report = [line for line in errors.splitlines() if "logs in" not in line]
+    assert "rank 0 of 3 found the job hanging" in report[0]
+    assert any("[rank 0] rank 0 of 3 hangs: step 7 is not done after 2 s" in line for line in report)
+    assert any("[rank 1]" in line and "in all_reduce" in line for line in report)
+    assert any("[rank 2]" in line and "in stuck_here" in line for line in report)
     assert_all_end(pids, 1)
 
 

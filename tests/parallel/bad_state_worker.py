@@ -18,6 +18,7 @@ from model import ModelState
 from parallel.bad_states import OnBadState
 from parallel.config import ParallelConfig
 from parallel.engine import Engine, StepResult
+from parallel.mesh import Mesh
 from parallel.process import World, exit_now, gather_objects, initialize, shutdown
 from parallel.scoring import Rows
 from parallel.segments import Segments
@@ -43,7 +44,7 @@ def build(trial: str, world: World, on_bad_state: OnBadState = "reset") -> Engin
         model,
         torch.optim.AdamW(model.parameters(), lr=0.0),
         ParallelConfig(zero_stage=int(stage), precision=precision, device="cpu"),
-        world,
+        Mesh.data_parallel(world),
         micro_batch_size=2,
         accumulation=1,
         gradient_clip=0.5,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from parallel.config import ParallelConfig
 from parallel.engine import Engine, StepResult
+from parallel.mesh import Mesh
 from parallel.process import World, barrier, exit_now, initialize, shutdown
 from parallel.segments import Segments
 from tests.model_cases import build_model, random_tokens
@@ -87,7 +88,7 @@ def build(trial: Trial, world: World, accumulation: int) -> Engine:
         model,
         optimizer_of(model),
         ParallelConfig(zero_stage=trial.stage, precision="fp32", device="cpu", **gathered),
-        world,
+        Mesh.data_parallel(world),
         micro_batch_size=ROWS // accumulation // world.size,
         accumulation=accumulation,
         gradient_clip=0.0,

@@ -11,6 +11,7 @@ import torch
 from model import ModelConfig, TitansLM
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
+from parallel.mesh import Mesh
 from parallel.process import World, exit_now, initialize, shutdown
 from pretrain.data import Batch
 
@@ -31,7 +32,7 @@ def measure(world: World, stage: int) -> dict[str, int]:
         model,
         torch.optim.AdamW(model.parameters(), lr=1e-3),
         ParallelConfig(zero_stage=stage, precision="fp32", device="cpu"),
-        world,
+        Mesh.data_parallel(world),
         micro_batch_size=1,
         accumulation=1,
         gradient_clip=1.0,

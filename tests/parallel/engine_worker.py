@@ -1,7 +1,8 @@
 """Runs on every rank of test_engine.py: trains a small model under several layouts in one process each and writes
 what it saw.
 
-Arguments: OUTPUT.json LAYOUT..., a layout being `zero<stage>-<precision>`.
+Arguments: OUTPUT.json LAYOUT..., a layout being `zero<stage>-<precision>`, with `-offload` where all that can be is
+kept on the host.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from parallel.config import ParallelConfig
 from parallel.engine import Engine, StepResult
+from parallel.mesh import Mesh
 from parallel.process import World, exit_now, initialize, shutdown
 
 VOCABULARY, WIDTH, LENGTH, GLOBAL_ROWS, STEPS, CLIP = 32, 16, 12, 8, 20, 0.5
@@ -107,13 +109,21 @@ def own_rows(world: World, step: int, accumulation: int) -> list[Rows]:
     return [Rows(whole.tokens[s : s + size], whole.targets[s : s + size]) for s in starts]
 
 
-def build(world: World, stage: int, precision: str, accumulation: int) -> Engine:
-    model = Small()
-    gathered = {"keep_gathered_below": 20} if stage == 3 else {}
-    config = ParallelConfig(zero_stage=stage, precision=precision, device="cpu", **gathered)
+def build(world: World, layout: str, accumulation: int) -> Engine:
+    model, stage, precision, *rest = Small(), int(layout[4]), *layout.split("-")[1:]
+    options = {"keep_gathered_below": 20} if stage == 3 else {}
+    if rest:
+        options |= {"offload_optimizer": True, "offload_parameters": stage == 3}
+    config = ParallelConfig(zero_stage=stage, precision=precision, device="cpu", **options)
     size = GLOBAL_ROWS // accumulation // world.size
     return Engine(
-        model, optimizer_of(model), config, world, micro_batch_size=size, accumulation=accumulation, gradient_clip=CLIP
+        model,
+        optimizer_of(model),
+        config,
+        Mesh.data_parallel(world),
+        micro_batch_size=size,
+        accumulation=accumulation,
+        gradient_clip=CLIP,
     )
 
 
@@ -125,8 +135,7 @@ def take(engine: Engine, world: World, steps: range) -> list[StepResult]:
 
 
 def trial(world: World, layout: str, shared: Path) -> dict[str, object]:
-    stage, precision = int(layout[4]), layout.split("-")[1]
-    engine = build(world, stage, precision, 2)
+    engine = build(world, layout, 2)
     shared.mkdir(exist_ok=True)
     results = take(engine, world, range(STEPS // 2))
     engine.save(shared)
@@ -134,12 +143,12 @@ def trial(world: World, layout: str, shared: Path) -> dict[str, object]:
     whole = engine.full_parameters()
     held_out = engine.evaluate([Rows(*vars(global_batch(99)).values())] * (1 + 2 * world.rank), with_correct=True)
     engine.destroy()
-    resumed = build(world, stage, precision, 2)
+    resumed = build(world, layout, 2)
     resumed.load(shared)
     again = take(resumed, world, range(STEPS // 2, STEPS))
     same = all(torch.equal(whole[n], p) for n, p in resumed.full_parameters().items())
     resumed.destroy()
-    longer = build(world, stage, precision, 4)
+    longer = build(world, layout, 4)
     accumulated = take(longer, world, range(4))
     longer.destroy()
     return {

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel.boundary_states import Place
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
+from parallel.mesh import Mesh
 from parallel.process import World, exit_now, initialize, shutdown
 from parallel.segments import Segments
 from parallel.state_files import StateReader
@@ -95,7 +96,7 @@ def build(trial: Trial, world: World, folder: Path) -> Engine:
             reduce_gradients=trial.reduce,
             **options,
         ),
-        world,
+        Mesh.data_parallel(world),
         micro_batch_size=ROWS // trial.accumulation // world.size,
         accumulation=trial.accumulation,
         gradient_clip=CLIP,

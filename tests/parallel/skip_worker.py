@@ -47,8 +47,7 @@ def take(engine: Engine, world: World, step: int) -> StepResult:
 
 def trial(world: World, layout: str, folder: Path, spoiled: tuple[str, int] | None) -> dict[str, Any]:
     """Three steps, and one in between that is spoiled on the last rank: what they saw, and what is saved in the end."""
-    stage, precision = int(layout[4]), layout.split("-")[1]
-    engine = build(world, stage, precision, ACCUMULATION)
+    engine = build(world, layout, ACCUMULATION)
     results, skipped = [], {}
     for step in range(STEPS):
         if spoiled is not None and step == spoiled[1]:

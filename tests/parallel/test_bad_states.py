@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parallel.bad_states import StateGuard, finite_rows
 from parallel.carried_states import CarriedStates
+from parallel.mesh import Mesh
 from parallel.process import World
 from tests.distributed_helper import run_ranks
 from tests.parallel.bad_state_worker import BAD_ROW
@@ -73,7 +74,7 @@ def test_a_row_that_a_step_spoils_goes_back_and_the_step_is_skipped(seen: dict[s
 
 def guard_of(*states: dict[str, Tensor], on_bad_state: str = "rollback") -> tuple[CarriedStates, StateGuard]:
     world = World(rank=1, size=2, local_rank=0, device=torch.device("cpu"))
-    carried = CarriedStates(world, micro_batch_size=2, accumulation=len(states))
+    carried = CarriedStates(Mesh.data_parallel(world), micro_batch_size=2, accumulation=len(states))
     for index, state in enumerate(states):
         carried.put(index, state)
     return carried, StateGuard(carried, on_bad_state)
@@ -144,7 +145,7 @@ def test_so_it_does_where_the_run_was_resumed_in_between(tmp_path: Path) -> None
     """On fewer ranks too: rows 2 and 3 are those of the second rank of two, or the last two of one."""
     for rank in range(2):
         world = World(rank=rank, size=2, local_rank=rank, device=torch.device("cpu"))
-        carried = CarriedStates(world, micro_batch_size=2, accumulation=1)
+        carried = CarriedStates(Mesh.data_parallel(world), micro_batch_size=2, accumulation=1)
         carried.put(0, state_of([5.0, 6.0]))
         if rank == 1:
             assert spoil_step(carried, StateGuard(carried, "rollback"), 7.0, math.nan) == ([], [3])
@@ -152,7 +153,7 @@ def test_so_it_does_where_the_run_was_resumed_in_between(tmp_path: Path) -> None
     for size, first in ((2, 2), (4, 0)):
         rank, ranks = (1, 2) if size == 2 else (0, 1)
         world = World(rank=rank, size=ranks, local_rank=rank, device=torch.device("cpu"))
-        carried = CarriedStates(world, micro_batch_size=size, accumulation=1)
+        carried = CarriedStates(Mesh.data_parallel(world), micro_batch_size=size, accumulation=1)
         carried.read(tmp_path)
         assert carried.went_back == {3} and list(carried.rows(0)) == list(range(first, 4))
         guard = StateGuard(carried, "rollback")

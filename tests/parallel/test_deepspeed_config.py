@@ -33,6 +33,25 @@ def settings(
     )
 
 
+def test_what_is_asked_for_goes_to_the_host() -> None:
+    made = settings(ParallelConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True), on_gpu=True)
+    assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert made["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert "offload_optimizer" not in settings(ParallelConfig())["zero_optimization"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(({"offload_optimizer": True, "zero_stage": stage}, "use zero_stage 3") for stage in (1, 2)),
+        ({"offload_parameters": True, "zero_stage": 3}, "set both, or remove it"),
+    ],
+)
+def test_what_cannot_go_to_the_host_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ParallelConfig(**fields)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_clipping_is_always_said(stage: int) -> None:
     assert settings(ParallelConfig(zero_stage=stage), 0.7)["gradient_clipping"] == 0.7

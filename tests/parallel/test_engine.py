@@ -17,6 +17,8 @@ from tests.parallel import engine_worker as work
 
 FP32 = ["zero0-fp32", "zero1-fp32", "zero2-fp32", "zero3-fp32"]
 BF16 = ["zero1-bf16", "zero2-bf16", "zero3-bf16"]
+FP32_OFFLOADED, BF16_OFFLOADED = ["zero3-fp32-offload"], ["zero3-bf16-offload"]
+OFFLOADED = FP32_OFFLOADED + BF16_OFFLOADED
 
 
 def reference() -> dict[str, Any]:
@@ -50,15 +52,16 @@ def plain() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     results = {}
-    for ranks, layouts in ((1, [*FP32, "zero1-bf16", "zero3-bf16"]), (2, FP32 + BF16)):
+    for ranks, layouts in ((1, [*FP32, "zero1-bf16", "zero3-bf16"]), (2, FP32 + BF16 + OFFLOADED)):
         output = tmp_path_factory.mktemp("engine") / "seen.json"
-        run_ranks(["tests/parallel/engine_worker.py", str(output), *layouts], ranks=ranks, timeout=120)
+        run_ranks(["tests/parallel/engine_worker.py", str(output), *layouts], ranks=ranks, timeout=300)
         results[ranks] = json.loads(output.read_text())
     return results
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("layout", FP32)
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [*((1, layout) for layout in FP32), *((2, layout) for layout in FP32 + FP32_OFFLOADED)]
+)
 def test_every_layout_follows_a_plain_loop(
     seen: dict[int, Any], plain: dict[str, Any], ranks: int, layout: str
 ) -> None:
@@ -79,7 +82,7 @@ def test_tokens_are_counted_over_all_ranks(seen: dict[int, Any], ranks: int) -> 
     assert all(result["tokens"] == expected for result in seen[ranks].values())
 
 
-@pytest.mark.parametrize("layout", FP32 + BF16)
+@pytest.mark.parametrize("layout", FP32 + BF16 + OFFLOADED)
 def test_a_resumed_run_repeats_every_bit(seen: dict[int, Any], layout: str) -> None:
     result = seen[2][layout]
     assert result["resumed"] == result["losses"][work.STEPS // 2 :]
@@ -87,12 +90,12 @@ def test_a_resumed_run_repeats_every_bit(seen: dict[int, Any], layout: str) -> N
     assert result["resumed_weights_equal"]
 
 
-@pytest.mark.parametrize("layout", FP32)
+@pytest.mark.parametrize("layout", FP32 + FP32_OFFLOADED)
 def test_more_and_smaller_micro_batches_are_the_same_step(seen: dict[int, Any], layout: str) -> None:
     assert seen[2][layout]["accumulated"] == pytest.approx(seen[2][layout]["losses"][:4], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", BF16)
+@pytest.mark.parametrize("layout", BF16 + BF16_OFFLOADED)
 def test_bf16_stays_near_fp32(seen: dict[int, Any], plain: dict[str, Any], layout: str) -> None:
     assert seen[2][layout]["losses"] == pytest.approx(plain["losses"], rel=4e-2)
     assert seen[2][layout]["norms"][0] == pytest.approx(plain["norms"][0], rel=1e-2)

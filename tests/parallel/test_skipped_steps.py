@@ -13,6 +13,7 @@ from tests.distributed_helper import run_ranks
 from tests.parallel.skip_worker import SPOILED
 
 LAYOUTS = [*(f"zero{stage}-fp32" for stage in range(4)), *(f"zero{stage}-bf16" for stage in (1, 2, 3))]
+LAYOUTS += ["zero3-bf16-offload", "zero3-fp32-offload"]
 
 
 @pytest.fixture(scope="module")

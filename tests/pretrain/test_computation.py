@@ -14,6 +14,7 @@ import yaml
 from model.attention import AttentionLayer
 from model.compiled import PARTS
 from model.memory import MemoryCore
+from parallel.mesh import Mesh
 from parallel.process import World
 from pretrain import loop
 from pretrain.config import load_recipe
@@ -29,7 +30,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *overrides: tuple[str
     """The model that is handed to the engine."""
     monkeypatch.setattr(loop, "Engine", lambda model, *arguments, **options: model)
     recipe = load_recipe(write_recipe(Path("shards"), tmp_path / "run"), overrides)
-    return loop.build_engine(recipe, recipe.batches(1), WORLD)
+    return loop.build_engine(recipe, recipe.batches(1), Mesh.data_parallel(WORLD))
 
 
 def explained(tmp_path: Path, *overrides: tuple[str, str]) -> dict[str, str]:

@@ -200,6 +200,25 @@ def test_a_value_that_does_not_fit_is_named(recipe_file: Path, field: str, value
             {"data.order": "streams", "model": "{preset: transformer-tiny}"},
             "full attention's grows with every token: set model.window",
         ),
+        ({"parallel.sequence": "2"}, "parallel.sequence is 2, but model.variant is mac"),
+        (
+            {
+                "parallel.sequence": "2",
+                "training.sequence_length": "31",
+                "training.batch_tokens": "62",
+                "model": "{preset: mag-tiny, vocab_size: 400}",
+            },
+            "parallel.sequence 2 does not divide training.sequence_length 31",
+        ),
+        (
+            {
+                "parallel.sequence": "2",
+                "evaluation.by_position": "true",
+                "evaluation.reset_window": "15",
+                "model": "{preset: lmm-tiny, vocab_size: 400, memory: {chunk: 5}}",
+            },
+            "parallel.sequence 2 does not divide evaluation.reset_window 15",
+        ),
         (
             {"data.long_documents": "{at_least: 10, share: 0.5}", "data.min_document_tokens": "10"},
             "long_documents.at_least is 10, min_document_tokens 10: every document is long",

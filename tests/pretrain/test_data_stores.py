@@ -1,5 +1,6 @@
 """Shard sets behind http and S3: what is read equals the local set, or an error names the URL and what was found."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from obstore.store import from_url
 
 from pretrain.data import ShardsConfig, ShardSet, Share, open_shards
+from pretrain.data.damage import Damage, DamagedShard
 from pretrain.data.stores import DamagedError, StoreConfig, UnreachableError, parse_location
 from pretrain.data.stores import remote as remote_module
 from pretrain.errors import UserError
@@ -80,15 +82,19 @@ def test_the_recipe_takes_a_url_and_its_options(site, tmp_path, local):
     config = ShardsConfig(**section)
     assert ShardsConfig.model_validate_json(config.model_dump_json()) == config
     assert config.missing() is None
-    train, _ = open_shards(config, Share(0, 1))
-    assert_same(train, local)
+    assert_same(opened_training(config, Share(0, 1)), local)
     assert (tmp_path / "c" / "objects").is_dir()
+
+
+def opened_training(config, share=None):
+    (shards,) = open_shards(config, share)[0].values()
+    return shards
 
 
 def test_what_a_run_checks_at_its_start_is_what_the_cache_holds(site, tmp_path, local):
     config = ShardsConfig(train=site.url, cache_folder=tmp_path / "c")
     assert config.to_verify() == {}
-    read_all(open_shards(config)[0])
+    read_all(opened_training(config))
     assert config.to_verify() == {site.url: sum(shard.bytes for shard in local.manifest.shards)}
     assert config.model_copy(update={"verify": "sizes"}).to_verify() == {}
 
@@ -101,8 +107,8 @@ def test_a_run_finds_a_flipped_byte_that_it_reads_past_the_cache(site, tmp_path,
     config = ShardsConfig(train=site.url, cache_folder=tmp_path / "c", cache_gigabytes=0.0)
     for share in (None, Share(0, 1)):
         with pytest.raises(DamagedError, match=f"{SHARD}: damaged: expected sha256"):
-            read_all(open_shards(config, share)[0])
-    read_all(open_shards(config.model_copy(update={"verify": "sizes"}))[0])
+            read_all(opened_training(config, share))
+    read_all(opened_training(config.model_copy(update={"verify": "sizes"})))
 
 
 @pytest.mark.parametrize(
@@ -378,3 +384,30 @@ def test_documents_are_read_from_s3_and_http(tmp_path, bucket):
             DocumentReader([site.url])
         with pytest.raises(UserError, match=r"y\.txt: no such file; give an existing URL"):
             DocumentReader([f"{site.url}/y.txt"])
+
+
+def gathered(shards):
+    """All documents end to end, by one call."""
+    lengths = np.asarray(shards.document_tokens).astype(np.int64)
+    places = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    zeros = np.zeros(len(lengths), np.int64)
+    return shards.gather(np.arange(len(lengths)), zeros, lengths, places, int(lengths.sum()), fill=0)
+
+
+@pytest.mark.parametrize("gigabytes", [1.0, 0.0], ids=["cached", "by ranges"])
+def test_rows_gathered_over_http_are_the_local_ones(site, config, local, gigabytes):
+    shards = opened(site, config.model_copy(update={"cache_gigabytes": gigabytes}))
+    assert np.array_equal(gathered(shards), gathered(local))
+
+
+@pytest.mark.parametrize("gigabytes", [1.0, 0.0], ids=["cached", "by ranges"])
+def test_a_damaged_shard_at_a_url_can_be_skipped(site, config, local, gigabytes):
+    config = config.model_copy(update={"cache_gigabytes": gigabytes})
+    data = bytearray((local.folder / SHARD).read_bytes())
+    data[700] ^= 1
+    (site.folder / SHARD).write_bytes(data)
+    with pytest.raises(DamagedShard, match=r"expected sha256 .* skipped by --data\.on_damage skip") as caught:
+        gathered(opened(site, config, verify="hashes", on_damage="skip"))
+    assert caught.value.damage == Damage(site.url, 1, f"sha256 {hashlib.sha256(data).hexdigest()}")
+    (site.folder / SHARD).unlink()
+    assert opened(site, config, on_damage="skip").skipped == {1: "none"}

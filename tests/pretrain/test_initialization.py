@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from parallel.mesh import Mesh
 from parallel.process import World, initialize, shutdown
 from parallel.state_files import read_parameters
 from pretrain.checkpoints import checkpoint_name
@@ -109,7 +110,7 @@ def test_an_engine_takes_every_bit_of_the_weights_and_no_moments(
 ) -> None:
     source = checkpoint if kind == "checkpoint" else exported
     run = phases_from(data, tmp_path, source, parallel=parallel).run
-    engine = build_engine(run, run.batches(1), world)
+    engine = build_engine(run, run.batches(1), Mesh.data_parallel(world))
     with open_initial_weights(source) as weights:
         engine.load_weights(weights)
     expected, found = read_parameters(checkpoint), engine.full_parameters()
@@ -194,7 +195,7 @@ def test_an_export_of_half_the_bits_is_taken_as_it_is(
 ) -> None:
     rounded = export(checkpoint, tmp_path / "model", dtype=DTYPES["bfloat16"])
     run = phases_from(data, tmp_path, rounded).run
-    engine = build_engine(run, run.batches(1), world)
+    engine = build_engine(run, run.batches(1), Mesh.data_parallel(world))
     with open_initial_weights(rounded) as weights:
         engine.load_weights(weights)
     expected = read_parameters(checkpoint)

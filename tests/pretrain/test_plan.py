@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from model import ModelConfig, TitansLM
 from parallel.config import ParallelConfig
+from parallel.pipeline_schedule import plan_passes, steps_of_stage
 from pretrain.config import Recipe, load_recipe
 from pretrain.phases import Phases
 from pretrain.plan import (
@@ -16,6 +18,7 @@ from pretrain.plan import (
     carried_bytes,
     describe,
     estimate_memory,
+    memory_by_part,
     num_parameters,
     state_bytes,
 )
@@ -122,3 +125,63 @@ def test_the_size_of_a_state_is_the_models_own(variant: str, seen: int) -> None:
     counted = ("weights", "momentum", "attention.k", "attention.v", "context_k", "context_v")
     sizes = [tensor.nbytes for name, tensor in state.flat().items() if any(part in name for part in counted)]
     assert state_bytes(config, 4, seen) == sum(sizes)
+
+
+def test_a_dry_run_lists_every_ranks_place_parameters_and_memory(tmp_path: Path) -> None:
+    alone = recipe_with(tmp_path)
+    split = alone.model_copy(update={"parallel": alone.parallel.model_copy(update={"tensor": 2})})
+    text = describe(Phases.alone(split), 4)
+    assert "# ranks               4: pipeline 1 x data 2 x sequence 1 x tensor 2; ZeRO" in text
+    assert "rank  pipeline  data  sequence  tensor  parameters  memory (estimate)" in text
+    whole, parts = num_parameters(alone.model), memory_by_part(split, 4)
+    assert parts.keys() == {(0, 0), (0, 1)}
+    for rank, (data, tensor) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        assert re.search(rf"#  +{rank} +0 +{data} +0 +{tensor} +[\d,]+ ", text)
+    for held, memory in parts.values():
+        assert whole / 2 < held < 0.55 * whole
+        assert f"{held:,}  " in text and size_text(memory.total) in text
+        assert memory.parameters == 4 * held
+
+
+def test_many_ranks_share_lines_where_they_hold_the_same_part(tmp_path: Path) -> None:
+    alone = recipe_with(tmp_path, batch_tokens=32 * 2 * 256)
+    split = alone.model_copy(update={"parallel": alone.parallel.model_copy(update={"tensor": 2})})
+    text = describe(Phases.alone(split), 512)
+    assert text.count(" 256 ") >= 2 and "ranks  pipeline  tensor  parameters" in text
+
+
+def test_heads_and_channels_of_states_and_activations_are_divided(tmp_path: Path) -> None:
+    alone = recipe_with(tmp_path, segment_length=8)
+    split = alone.model_copy(update={"parallel": alone.parallel.model_copy(update={"tensor": 2})})
+    whole, half = estimate_memory(alone, 1000, 1), estimate_memory(split, 1000, 2)
+    assert 2 * half.boundary_states == whole.boundary_states > 0
+    assert whole.activations / 2 < half.activations < whole.activations
+
+
+def test_what_is_kept_on_the_host_is_not_on_the_device(tmp_path: Path) -> None:
+    alone = recipe_with(tmp_path)
+    fields = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
+    away = alone.model_copy(update={"parallel": alone.parallel.model_copy(update=fields)})
+    estimate = estimate_memory(away, 1000, 2)
+    assert estimate.parameters == estimate.optimizer == 0 < estimate.gradients
+
+
+@pytest.mark.parametrize("fields", [{}, {"segment_length": 8}, {"segment_length": 4}], ids=str)
+def test_a_stage_holds_what_is_in_flight(tmp_path: Path, fields: dict[str, int]) -> None:
+    """As many activations as its order of passes keeps graphs, and one more where passes are run again."""
+    training = {"micro_batch_size": 1, **fields}
+    recipe = load_recipe(
+        write_recipe(tmp_path / "shards", tmp_path / "run", training=training, parallel={"pipeline": 2})
+    )
+    passes = plan_passes(4, recipe.training.num_segments, None)
+    alone = estimate_memory(recipe, 1000, 2, stage=1, layers=1)
+    for stage in (0, 1):
+        graphs = most = waiting = 0
+        for kind, number in steps_of_stage(passes, 2, stage):
+            change = 1 if kind == "forward" else -1
+            graphs += change * passes[number].ends_stretch
+            waiting = max(waiting, graphs + (kind == "backward" and not passes[number].ends_stretch))
+            most = max(most, waiting)
+        found = estimate_memory(recipe, 1000, 2, stage=stage, layers=1)
+        assert found.activations == most * alone.activations
+        assert (found.boundary_states > 0) == bool(fields)

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,8 @@ import yaml
 
 from kernels.cross_entropy import token_scores
 from parallel.engine import IGNORED, Scored
+from parallel.mesh import Mesh
+from parallel.process import World
 from pretrain.config import load_recipe
 from pretrain.data import Batch, Cursor, Division
 from pretrain.data.synthetic import (
@@ -250,10 +251,11 @@ class Predictor:
 
 
 def accuracy(task: Task, guess: Callable[[Batch], torch.Tensor]) -> float:
-    engine, world = Predictor(task.vocab_size, guess), SimpleNamespace(rank=0, size=1)
+    engine = Predictor(task.vocab_size, guess)
+    alone = Mesh.data_parallel(World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
     length = task.row_tokens
     result = evaluate(
-        engine, HeldOutDraws(task, 0), world, sequence_length=length, batch_size=8, max_tokens=500 * length
+        engine, HeldOutDraws(task, 0), alone, sequence_length=length, batch_size=8, max_tokens=500 * length
     )
     assert result.bits_per_byte is None and "bits" not in str(result)
     assert result.fields()["accuracy"] == result.correct / result.tokens

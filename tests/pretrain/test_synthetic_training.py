@@ -10,6 +10,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from parallel.mesh import Mesh
 from parallel.process import World
 from pretrain.config import load_recipe
 from pretrain.data import TokenizerInfo
@@ -111,4 +112,6 @@ def test_another_task_is_refused_at_resume(runs: Path) -> None:
     state = read_trainer_state(runs / "zero1" / "checkpoints" / f"step-{STEPS:08d}")
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"data\.task is not what the run began with"):
-        open_training_data(recipe, recipe.batches(1), world, recipe.data.open(0, grid=1).train, state)
+        open_training_data(
+            recipe, recipe.batches(1), Mesh.data_parallel(world), recipe.data.open(0, grid=1).train, state
+        )

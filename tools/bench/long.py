@@ -15,6 +15,7 @@ import torch
 from model import ModelConfig, TitansLM
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
+from parallel.mesh import Mesh
 from parallel.process import initialize
 from parallel.segments import Segments
 from pretrain.devices import peak_memory_bytes
@@ -144,7 +145,7 @@ def measure(
             model,
             torch.optim.AdamW(model.parameters(), lr=0.0),
             ParallelConfig(zero_stage=1, precision="fp32"),
-            world,
+            Mesh.data_parallel(world),
             micro_batch_size=1,
             accumulation=1,
             gradient_clip=1.0,

@@ -18,6 +18,7 @@ from model.flops import flops_per_token
 from model.presets import PRESETS
 from parallel.config import ParallelConfig
 from parallel.engine import Engine
+from parallel.mesh import Mesh
 from parallel.process import World, initialize
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
@@ -230,7 +231,7 @@ def _steps(
         model.to(world.device),
         build_optimizer(model, recipe, world.device),
         ParallelConfig(precision=dtype, device=device.type),
-        world,
+        Mesh.data_parallel(world),
         micro_batch_size=batch,
         accumulation=1,
         gradient_clip=recipe.gradient_clip,

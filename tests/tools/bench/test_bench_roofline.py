@@ -68,6 +68,6 @@ def test_an_unknown_device_has_no_roofline(monkeypatch) -> None:
 
 
 def test_every_bandwidth_belongs_to_a_device_whose_peak_is_known() -> None:
-    from pretrain.devices import _PEAKS
+    from pretrain.devices import PEAKS
 
-    assert all(any(name in part or part in name for part in _PEAKS) for name in roofline._BANDWIDTHS)
+    assert all(any(name in part or part in name for part in PEAKS) for name in roofline._BANDWIDTHS)

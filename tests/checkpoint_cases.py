@@ -1,0 +1,82 @@
+"""Whole checkpoints of a small MAC, as ranks of any layout write them, without training one."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import ModelConfig, TitansLM
+from parallel.mesh import Layout
+from parallel.slices import Slice
+from parallel.state_files import KINDS, Stretch, write_index, write_rank
+from pretrain.checkpoints import checkpoint_name, finished_file, publish
+from pretrain.config import load_recipe
+from pretrain.data import Cursor
+from pretrain.phases import Phases
+from pretrain.resume import MODEL_FILE, RECIPE_FILE, TRAINER_FILE, TrainerState
+from tests.training_cases import write_recipe
+
+STEP = 7
+ROWS = ("embedding.weight",)
+"""Parameters that tensor ranks hold slices of, in these checkpoints."""
+
+
+def small_model(run: Path, **fields: Any) -> ModelConfig:
+    """The model of the recipe below `run`."""
+    return load_recipe(write_recipe(run / "shards", run, **fields)).model
+
+
+@cache
+def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every parameter's shape."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in TitansLM(config).named_parameters()}
+
+
+def value_of(config: ModelConfig, name: str, kind: str) -> Tensor:
+    """What a checkpoint holds of a parameter."""
+    seed = sum(name.encode()) + 1000 * KINDS.index(kind)
+    return torch.randn(shapes_of(config)[name], generator=torch.Generator().manual_seed(seed))
+
+
+def make_checkpoint(run: Path, layout: Layout, **fields: Any) -> Path:
+    """A checkpoint of a run, its parameters cut as tensor ranks would some of them, and shared among replicas."""
+    recipe = load_recipe(write_recipe(run / "shards", run, **fields))
+    shapes = shapes_of(recipe.model)
+    final = run / "checkpoints" / checkpoint_name(STEP)
+    partial = final.with_name(".partial")
+    partial.mkdir(parents=True)
+    replicas = layout.ranks // layout.tensor
+    written = []
+    for replica, index in itertools.product(range(replicas), range(layout.tensor)):
+        stretches = []
+        for name, kind in itertools.product(shapes, KINDS):
+            is_cut = name in ROWS and layout.tensor > 1
+            part = Slice(0, index, layout.tensor) if is_cut else None
+            whole = value_of(recipe.model, name, kind)
+            values = (whole if part is None else part.of(whole)).flatten()
+            share = -(-len(values) // replicas)
+            own = values[replica * share : (replica + 1) * share]
+            if len(own) and (is_cut or index == 0):
+                stretches.append(Stretch(kind, name, replica * share, own, part))
+        written.append(write_rank(partial, replica * layout.tensor + index, layout.ranks, stretches))
+    written.append(write_index(partial, ranks=layout.ranks, optimizer_step=STEP, shapes=shapes, layout=layout))
+    cursor = Cursor(position=28, sequence_length=32, seed=0, order="rows", fingerprint="0123456789abcdef")
+    state = TrainerState(
+        step=STEP, tokens=128 * STEP, cursor=cursor, skipped_steps=1, tokenizer_sha256="ab12", ranks=layout.ranks
+    )
+    texts = {
+        RECIPE_FILE: Phases.alone(recipe).to_yaml(),
+        MODEL_FILE: recipe.model.model_dump_json(),
+        TRAINER_FILE: state.model_dump_json(),
+    }
+    for name, text in texts.items():
+        (partial / name).write_text(text)
+        written.append(partial / name)
+    publish(partial, final, {path.name: finished_file(path) for path in written})
+    return final

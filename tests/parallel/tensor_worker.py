@@ -1,0 +1,132 @@
+"""Runs on every rank of test_tensor_parallel.py: models of every kind split over the ranks, against the whole, without
+an engine, in float64. Arguments: OUTPUT CASE...
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import ModelState, TitansLM
+from parallel.bad_states import StateGuard
+from parallel.carried_states import CarriedStates
+from parallel.distribute import distribute
+from parallel.mesh import Layout, Mesh
+from parallel.process import exit_now, initialize, shutdown
+from parallel.slices import slice_of
+from tests.model_cases import build_model, random_tokens
+
+ROWS, LENGTH = 3, 24
+
+
+def build(case: str) -> TitansLM:
+    return build_model(case, vocab_size=32, num_heads=4, dim=32)
+
+
+def rows() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, targets of which some do not count, and a document that begins inside a row."""
+    tokens = random_tokens(ROWS, LENGTH + 1)
+    targets = tokens[:, 1:].clone()
+    targets[0, :5] = targets[2, -1] = -100
+    resets = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    resets[1, 16] = True
+    return tokens[:, :-1], targets, resets
+
+
+def run(model: TitansLM, cut: int = 13) -> tuple[Tensor, ModelState, dict[str, Tensor]]:
+    """Two pieces, of `cut` tokens and the rest, with the state handed on, then backward: the loss, the state, and what
+    state and loss gave the weights and, last, the gradient of the loss in the state between them.
+    """
+    tokens, targets, resets = rows()
+    first = model(tokens[:, :cut], targets=targets[:, :cut])
+    between = first.state.map(lambda x: x.detach().requires_grad_(x.is_floating_point()))
+    second = model(tokens[:, cut:], between, targets=targets[:, cut:], resets=resets[:, cut:])
+    second.loss_sum.backward()
+    arriving = {name: leaf.grad for name, leaf in between.named_tensors() if leaf.grad is not None}
+    state = sum((dict(first.state.named_tensors())[name] * grad).sum() for name, grad in arriving.items())
+    (first.loss_sum + state).backward()
+    return first.loss_sum.detach() + second.loss_sum.detach(), second.state.detach(), arriving
+
+
+def largest(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    if not expected.numel():
+        return 0.0
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-3))
+
+
+def of_heads(mesh: Mesh) -> Callable[[str, Tensor, Tensor], Tensor]:
+    """This rank's part of a whole state's tensor: along the axis whose length differs, where one does."""
+
+    def part(name: str, own: Tensor, whole: Tensor) -> Tensor:
+        for axis, (short, long) in enumerate(zip(own.shape, whole.shape, strict=True)):
+            if short != long:
+                assert long == short * mesh.tensor.size, name
+                return whole.chunk(mesh.tensor.size, axis)[mesh.tensor.index]
+        return whole
+
+    return part
+
+
+def compare(case: str, mesh: Mesh) -> dict[str, float]:
+    whole, own = build(case), build(case)
+    distribute(own, mesh)
+    assert [name for name, _ in own.named_parameters()] == [name for name, _ in whole.named_parameters()]
+    loss, state, arriving = run(whole)
+    own_loss, own_state, own_arriving = run(own)
+    part = of_heads(mesh)
+    seen = {"loss": largest(own_loss, loss), "held": 0.0, "gradient": 0.0, "state": 0.0, "state_gradient": 0.0}
+    expected = dict(whole.named_parameters())
+    for name, parameter in own.named_parameters():
+        cut = slice_of(parameter)
+        gradient = expected[name].grad if cut is None else cut.of(expected[name].grad)
+        seen["gradient"] = max(seen["gradient"], largest(parameter.grad, gradient))
+        seen["held"] += parameter.numel() / whole.num_parameters()
+    for name, tensor in own_state.named_tensors():
+        expected_tensor = dict(state.named_tensors())[name]
+        seen["state"] = max(seen["state"], largest(tensor.double(), part(name, tensor, expected_tensor).double()))
+    assert own_arriving.keys() == arriving.keys()
+    for name, gradient in own_arriving.items():
+        seen["state_gradient"] = max(seen["state_gradient"], largest(gradient, part(name, gradient, arriving[name])))
+    tokens, targets, _ = rows()
+    with torch.no_grad():
+        seen["logits"] = largest(own(tokens).logits, whole(tokens).logits)
+        scores, own_scores = (m(tokens, targets=targets, with_correct=True) for m in (whole, own))
+        seen["scores"] = largest(own_scores.losses, scores.losses)
+        seen["wrong"] = float((own_scores.correct != scores.correct).sum())
+    return seen
+
+
+def bad_rows(mesh: Mesh) -> list[list[int]]:
+    """Which rows a guard has begin anew on this rank, and which it then finds so, where the last rank's heads alone are
+    spoiled, in row 1.
+    """
+    model = build("lmm")
+    distribute(model, mesh)
+    state = {name: tensor.detach().clone() for name, tensor in model(rows()[0]).state.flat().items()}
+    if mesh.tensor.index == mesh.tensor.size - 1:
+        state["layers.1.memory.memory.weights.0"][1] = math.nan
+    carried = CarriedStates(mesh, micro_batch_size=ROWS, accumulation=1)
+    carried.put(0, state)
+    return [StateGuard(carried, "reset").before_step(), carried.get(0)["restart"].nonzero().flatten().tolist()]
+
+
+def main(output: str, cases: list[str]) -> None:
+    world = initialize("cpu")
+    torch.set_num_threads(1)
+    mesh = Mesh.build(world, Layout(tensor=world.size))
+    seen = {"bad rows": bad_rows(mesh)} | {case: compare(case, mesh) for case in cases}
+    Path(f"{output}.{world.rank}").write_text(json.dumps(seen))
+    shutdown()
+    exit_now(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,56 @@
+"""Training in every layout gives the losses, gradient norms and final parameters of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parallel.layout_runs import differences, run_trials
+from tests.parallel.layout_table import run_table, written_lines
+from tests.parallel.layouts import COVERING, IN_BF16, Trial, table
+
+Seen = dict[Trial, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    folder: Path = tmp_path_factory.mktemp("layouts")
+    trials = [*COVERING, *IN_BF16]
+    return run_trials([*(trial.alone for trial in trials), *trials], folder)
+
+
+@pytest.mark.parametrize("trial", COVERING, ids=str)
+def test_a_layout_is_one_process(seen: Seen, trial: Trial) -> None:
+    found = differences(seen[trial], seen[trial.alone])
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("trial", IN_BF16, ids=str)
+def test_bf16_stays_near_one_process(seen: Seen, trial: Trial) -> None:
+    found, expected = seen[trial], seen[trial.alone]
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-2, atol=0)
+    torch.testing.assert_close(found["norms"][0], expected["norms"][0], rtol=2e-2, atol=0)
+
+
+def test_the_trials_are_no_trivial_ones(seen: Seen) -> None:
+    """The loss of the same rows falls, and gradients are clipped."""
+    for trial in COVERING:
+        losses, norms = seen[trial.alone]["losses"], seen[trial.alone]["norms"]
+        assert losses[2] < losses[0] and losses[3] < losses[1] and norms.max() > 0.5
+
+
+@pytest.mark.slow
+def test_every_layout_of_the_table_is_one_process(tmp_path: Path) -> None:
+    wrong = {str(trial): found for trial, found in run_table(tmp_path).items() if max(found.values()) > 1e-5}
+    assert not wrong
+
+
+def test_the_table_on_the_page_is_below_the_bound() -> None:
+    """As `python -m tests.parallel.layout_table` wrote it, of layouts that there are."""
+    places = {(t.ranks, t.pipeline, t.data, t.sequence, t.tensor, t.stage) for t in table()}
+    written = written_lines()
+    assert written and written.keys() <= places
+    assert all(float(number) < 1e-5 for row in written.values() for number in row[-4:-1])

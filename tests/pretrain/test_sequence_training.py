@@ -1,0 +1,60 @@
+"""Whole runs of a small MAG on ranks that share rows, as streams whose documents begin inside rows: they learn and
+score what data-parallel ranks do, and each goes on from the other's checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.distributed_helper import run_ranks
+from tests.training_cases import events, losses, make_data, recipe_fields
+
+WORKER = "tests/pretrain/train_worker.py"
+STEPS = 6
+SHARED = {"sequence": 2, "zero_stage": 3, "activation_checkpointing": True}
+RUNS = {
+    "data": [(STEPS, {"zero_stage": 1})],
+    "sequence": [(STEPS, SHARED)],
+    "sequence-then-data": [(3, {"sequence": 2}), (STEPS, {"zero_stage": 2})],
+    "data-then-sequence": [(3, {"zero_stage": 3}), (STEPS, {"sequence": 2, "zero_stage": 2})],
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "model": {"preset": "mag-tiny", "segment": None, "window": 12},
+    "training": {"segment_length": 16},
+    "evaluation": {"context": 45, "tokens": 300, "by_position": True, "reset_window": 16},  # ends in an odd stretch
+    "schedule": {"kind": "constant", "warmup_tokens": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    data, recipes = make_data(tmp_path_factory.mktemp("data")), []
+    for name, parts in RUNS.items():
+        for steps, parallel in parts:
+            fields = recipe_fields(data, folder / name, steps=steps, parallel=parallel, **FIELDS)
+            fields["data"] |= {"order": "streams", "reset_memory": True}
+            recipes.append(folder / f"{name}-{steps}.yaml")
+            recipes[-1].write_text(yaml.safe_dump(fields))
+    run_ranks([WORKER, *map(str, recipes)], ranks=2, timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("run", list(RUNS)[1:])
+def test_ranks_that_share_rows_learn_what_data_parallel_ranks_do(runs: Path, run: str) -> None:
+    expected, found = losses(runs / "data"), losses(runs / run)
+    assert len(found) == STEPS and found == pytest.approx(expected, rel=1e-5)
+    norms = [[event["gradient_norm"] for event in events(runs / each, "step")] for each in ("data", run)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_held_out_text_is_scored_once_by_position_too(runs: Path) -> None:
+    (expected,), (found,) = (events(runs / run, "eval") for run in ("data", "sequence"))
+    assert (found["scored_tokens"], found["text_bytes"]) == (expected["scored_tokens"], expected["text_bytes"])
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    (expected,), (found,) = (events(runs / run, "positions")[0]["losses"] for run in ("data", "sequence"))
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-4) and found["loss_reset"] != found["loss"]

@@ -1,0 +1,132 @@
+"""Checkpoints looked at, checked, and rewritten for another layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from parallel.mesh import Layout
+from parallel.state_files import KINDS, StateReader, state_file
+from pretrain.checkpoints import problems
+from tests.checkpoint_cases import STEP, make_checkpoint, small_model, value_of
+from tools.checkpoint.__main__ import main
+from tools.checkpoint.reshape import rank_shares
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Path]:
+    """Checkpoints by the layout that wrote them, to be left as they are."""
+    layouts = (Layout(), Layout(data=2, tensor=2))
+    return {layout: make_checkpoint(tmp_path_factory.mktemp("run") / "run", layout) for layout in layouts}
+
+
+def test_inspect_says_what_a_checkpoint_holds(saved: dict[Layout, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = saved[Layout(data=2, tensor=2)]
+    run = checkpoint.parent.parent
+    assert main(["inspect", str(run), "--parameters"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        str(checkpoint),
+        f"step {STEP} (1 of them skipped)",
+        "tokens 896",
+        "phase the only one",
+        "mac, 2 layers of width 32, 2 heads, vocabulary 400",
+        "4 rank(s); its state files by pipeline 1 x data 2 x sequence 1 x tensor 2",
+        "zero_stage 1, precision fp32",
+        "row 28 of 32 tokens each, order rows, seed 0, data 0123456789ab",
+        "carried rows 0",
+        "4 state (",
+        "embedding.weight [400, 32] 2 slices along axis 0",
+        "norm.weight [32] whole",
+    ):
+        assert expected in text, expected
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    config = small_model(run)
+    assert found["parameters"] == sum(value_of(config, name, "weight").numel() for name in found["tensors"])
+    assert found["files"]["state"]["bytes"] >= 12 * found["parameters"]
+
+
+def test_verify_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run", Layout(data=3))
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    assert "whole" in capsys.readouterr().out
+    altered = checkpoint / state_file(1, 3)
+    content = bytearray(altered.read_bytes())
+    content[-1] ^= 1
+    altered.write_bytes(content)
+    assert main(["verify", str(checkpoint)]) == 2
+    captured = capsys.readouterr()
+    assert "1 problem(s)" in captured.out and f"{altered} is altered" in captured.err
+    altered.unlink()
+    assert main(["verify", str(checkpoint)]) == 2
+    assert f"{altered} is missing" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "absent")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_verify_finds_parts_that_were_never_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that have the bytes that were written, and do not hold everything."""
+    monkeypatch.setattr("tests.checkpoint_cases.KINDS", KINDS[:2])
+    checkpoint = make_checkpoint(tmp_path / "run", Layout())
+    assert problems(checkpoint) == []
+    assert main(["verify", str(checkpoint)]) == 2
+    assert "exp_avg_sq of embedding.weight is not whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("layout", "stage"), [(Layout(), 0), (Layout(data=2, tensor=2), 1), (Layout(), 3)], ids=str)
+def test_reshape_gives_each_rank_its_file_and_changes_no_value(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], saved: dict[Layout, Path], layout: Layout, stage: int
+) -> None:
+    checkpoint, output = saved[layout], tmp_path / "new" / "checkpoint"
+    assert main(["reshape", str(checkpoint), "--output", str(output), "--ranks", "3", "--zero-stage", str(stage)]) == 0
+    assert "3 state file(s)" in capsys.readouterr().out
+    assert main(["verify", str(output)]) == 0
+    others = {path.name for path in checkpoint.iterdir() if not path.name.startswith(("state", "manifest"))}
+    assert {path.name for path in output.iterdir() if not path.name.startswith(("state", "manifest"))} == others
+    assert all((output / name).read_bytes() == (checkpoint / name).read_bytes() for name in others)
+    config = small_model(checkpoint.parent.parent)
+    with StateReader(output) as reader:
+        assert (reader.optimizer_step, reader.layout) == (STEP, Layout(data=3))
+        for name, shape in reader.shapes.items():
+            for kind in KINDS:
+                expected = value_of(config, name, kind).flatten()
+                assert torch.equal(reader.read(kind, name, 0, shape.numel()), expected)
+    for rank in range(1 if stage == 0 else 3):
+        with StateReader(output, nearest=rank / 2) as reader:
+            for share in rank_shares(config, Layout(data=3), rank, stage, context=32):
+                reader.read("exp_avg", share.parameter, share.start, share.numel, share.part)
+            assert reader.num_open == 1
+    sizes = [(output / state_file(rank, 3)).stat().st_size for rank in range(3)]
+    assert stage == 0 or max(sizes) < 1.2 * min(sizes)
+
+
+def test_files_that_are_streamed_are_those_of_the_library(tmp_path: Path, saved: dict[Layout, Path]) -> None:
+    checkpoint = saved[Layout()]
+    main(["reshape", str(checkpoint), "--output", str(tmp_path / "again"), "--ranks", "1", "--zero-stage", "1"])
+    written, streamed = (load_file(folder / state_file(0, 1)) for folder in (checkpoint, tmp_path / "again"))
+    assert written.keys() == streamed.keys()
+    assert all(torch.equal(streamed[key], values) for key, values in written.items())
+    with safe_open(tmp_path / "again" / state_file(0, 1), framework="pt") as file:
+        assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())
+
+
+def test_reshape_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run", Layout())
+
+    def refused(*options: str, output: str = "new") -> str:
+        assert main(["reshape", str(checkpoint), "--output", str(tmp_path / output), *options]) == 2
+        return capsys.readouterr().err
+
+    assert "is there already" in refused("--ranks", "1", output="run")
+    assert "3 ranks cannot be laid out" in refused("--ranks", "3", "--tensor", "2")
+    (checkpoint / "model.json").write_text("{}")
+    assert "model.json has 2 bytes" in refused("--ranks", "2")
+    assert not (tmp_path / "new").exists() and not (tmp_path / ".partial-new").exists()

@@ -1,0 +1,1 @@
+"""Looking at checkpoints, checking them, and rewriting them for another layout."""
