@@ -108,7 +108,7 @@ def test_every_option_has_a_help_text(name: str, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out
 
 
-WITHOUT_DEVICE = {"build"}
+WITHOUT_DEVICE = {"build", "data"}
 """Benchmarks of what no GPU has a part in."""
 
 
