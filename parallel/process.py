@@ -8,6 +8,7 @@ above has to know the difference.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import traceback
@@ -28,8 +29,8 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: its rank among `size`, its rank among the `local_size` of this node, and the device
-    it computes on.
+    """Where this process stands: its rank among `size`, its place among the ranks of its node, and the device that it
+    computes on.
     """
 
     rank: int
@@ -37,7 +38,9 @@ class World:
     local_rank: int
     device: torch.device
     local_size: int = 1
-    """Ranks of this node as its launcher says; 1 where it says nothing, so that each looks after itself."""
+    """Ranks whose host has this one's name."""
+    local_index: int = 0
+    """This rank's number among these, by rank: `local_rank` is the launcher's word, which picks the GPU."""
 
     @property
     def is_main(self) -> bool:
@@ -103,10 +106,17 @@ def initialize(device: DeviceName = "auto", *, timeout_minutes: float = 30.0, de
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **options)
     if size > 1:
         install_abort_hook(rank)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if present else 1
-    if not local_rank < local_size <= size:
-        local_size = 1
-    return World(rank, size, local_rank, chosen, local_size)
+    return World(rank, size, local_rank, chosen, *_place_on_node(rank, size))
+
+
+def _place_on_node(rank: int, size: int) -> tuple[int, int]:
+    """How many ranks are on this rank's host, and its number among them. By the hosts' names and not by the launcher's
+    variables: torchrun, DeepSpeed's launcher and srun each say it otherwise, or don't.
+    """
+    if size == 1:
+        return 1, 0
+    hosts = gather_objects(socket.gethostname())
+    return hosts.count(hosts[rank]), hosts[:rank].count(hosts[rank])
 
 
 def install_abort_hook(rank: int) -> None:

@@ -88,7 +88,7 @@ def _train_alone(
             # Of all that is left: what a later phase can't have, or finds damaged, should not be found out days later.
             left = phases.phases[len(state.done) :]
             backends = [explain_backends(phase, world) for phase in left]
-            damage = verify_data(left, Share(world.local_rank, world.local_size), log.say)
+            damage = verify_data(left, Share(world.local_index, world.local_size), log.say)
         place = choose_boundary_place(left[0].recipe, world)
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
         checkpoint = start_from

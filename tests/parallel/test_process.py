@@ -31,13 +31,26 @@ def test_a_process_that_nobody_launched_is_a_world_of_one() -> None:
     assert run_ranks(["-c", code], ranks=1, timeout=60).outputs == ["0 1 cpu\n"]
 
 
-@pytest.mark.parametrize(("said", "expected"), [(None, "1"), ("2", "2"), ("3", "1")])
-def test_ranks_know_how_many_share_their_node(monkeypatch: pytest.MonkeyPatch, said: str | None, expected: str) -> None:
+@pytest.mark.parametrize("said", [None, "1", "2", "3"])
+def test_ranks_know_how_many_share_their_node(monkeypatch: pytest.MonkeyPatch, said: str | None) -> None:
+    """Whatever the launcher says: DeepSpeed's and srun set no LOCAL_WORLD_SIZE."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if said is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
-    code = "from parallel.process import *; print(initialize('cpu').local_size); shutdown(); exit_now(0)"
-    assert run_ranks(["-c", code], ranks=2, timeout=60).outputs == [f"{expected}\n"] * 2
+    code = "from parallel.process import *; w = initialize('cpu'); print(w.local_size, w.local_index); shutdown(); "
+    assert run_ranks(["-c", code + "exit_now(0)"], ranks=2, timeout=60).outputs == ["2 0\n", "2 1\n"]
+
+
+@pytest.mark.parametrize("hosts", [["a", "a", "a", "b", "b", "b"], ["a", "b", "a", "b", "b", "c"]])
+def test_the_ranks_of_each_host_divide_its_work_whatever_order_they_have(
+    monkeypatch: pytest.MonkeyPatch, hosts: list[str]
+) -> None:
+    monkeypatch.setattr(process, "gather_objects", lambda own: hosts)
+    places = [process._place_on_node(rank, len(hosts)) for rank in range(len(hosts))]
+    for host in set(hosts):
+        of_host = [place for place, name in zip(places, hosts, strict=True) if name == host]
+        assert of_host == [(len(of_host), index) for index in range(len(of_host))]
+    assert process._place_on_node(0, 1) == (1, 0)
 
 
 def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
