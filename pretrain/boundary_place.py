@@ -9,7 +9,7 @@ from parallel.boundary_states import PLACES, Place
 from parallel.process import World, gather_objects
 from pretrain.config import Recipe
 from pretrain.devices import available_host_bytes, free_device_bytes
-from pretrain.plan import boundary_bytes_of_rank, memory_by_part
+from pretrain.plan import memory_by_part
 from pretrain.quantities import size_text
 
 SHARE = 0.5
@@ -25,7 +25,7 @@ class BoundaryPlace:
 
     place: Place
     bytes: int
-    """Those of a micro-batch, estimated from the shapes."""
+    """The most that a rank's take at a time, estimated from the shapes."""
     why: str
 
     def __str__(self) -> str:
@@ -40,13 +40,17 @@ def choose_boundary_place(recipe: Recipe, world: World) -> BoundaryPlace | None:
     """Where a phase's states wait, the same on every rank; None where there are none. Every rank calls it, before it
     builds the phase's engine: what that is estimated to take is set aside.
     """
-    asked, needed = recipe.training.boundary_states, boundary_bytes_of_rank(recipe)
+    asked = recipe.training.boundary_states
     if recipe.training.segment_length is None:
         return None
+    # Of all stages of a pipeline, as all ranks take the same place; counted as if they waited on the device.
+    training = recipe.training.model_copy(update={"boundary_states": "auto"})
+    parts = memory_by_part(recipe.model_copy(update={"training": training}), world.size).values()
+    needed = max(memory.boundary_states for _, memory in parts)
     if asked != "auto":
         return BoundaryPlace(asked, needed, "as training.boundary_states says")
-    engine = max(memory.total - memory.boundary_states for _, memory in memory_by_part(recipe, world.size).values())
-    host = available_host_bytes() // world.local_size
+    engine = max(memory.total - memory.boundary_states for _, memory in parts)
+    host = available_host_bytes() // world.local_size - max(memory.host for _, memory in parts)
     if world.device.type == "cuda":
         free = {"device": free_device_bytes(world.device) - engine, "host": host}
     else:

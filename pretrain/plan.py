@@ -37,11 +37,13 @@ class MemoryEstimate:
     """Those that wait on the device; with auto, which is to choose by them, those that would."""
     carried_states: int
     """Those that rows carry from step to step."""
+    host: int
+    """Of parameters and optimizer, what is kept in the host's memory instead, and is not counted above."""
 
     @property
     def total(self) -> int:
-        """Their sum."""
-        return sum(vars(self).values())
+        """The sum of what is on the device."""
+        return sum(vars(self).values()) - self.host
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -53,7 +55,7 @@ def num_parameters(config: ModelConfig) -> int:
 def estimate_memory(
     recipe: Recipe, parameters: int, ranks: int, *, stage: int = 0, layers: int | None = None
 ) -> MemoryEstimate:
-    """The memory of one rank of `ranks`, on its device.
+    """The memory of one rank of `ranks`.
 
     Args:
         parameters: those that the rank has of the model (`parallel.rank_model`), and ZeRO divides.
@@ -72,13 +74,15 @@ def estimate_memory(
     on_device = recipe.training.boundary_states in ("auto", "device")
     # The fp32 copy that the optimizer steps, and its two moments; without ZeRO in fp32 the parameters are that copy.
     copies = 2 if parallel.zero_stage == 0 else 3
+    weights, stepped = width * parameters // share(3), 4 * copies * parameters // share(1)
     return MemoryEstimate(
-        parameters=0 if parallel.offload_parameters else width * parameters // share(3),
+        parameters=0 if parallel.offload_parameters else weights,
         gradients=_gradient_bytes(recipe, parameters, layout),
-        optimizer=0 if parallel.offload_optimizer else 4 * copies * parameters // share(1),
+        optimizer=0 if parallel.offload_optimizer else stepped,
         activations=round(activations * part * graphs),
         boundary_states=_boundaries_of_stage(recipe, width, part, waiting, arrive=stage > 0) if on_device else 0,
         carried_states=round(carried_bytes(recipe, rows) // ranks_of_heads(recipe) * part),
+        host=weights * parallel.offload_parameters + stepped * parallel.offload_optimizer,
     )
 
 
@@ -267,6 +271,7 @@ def _phase_lines(recipe: Recipe, batches: Batches, data: Data | None, ranks: int
         "estimated from the shapes",
         *([] if whole else [f"  boundary states   {_boundary_text(recipe, memory)}"]),
         *([f"  carried states    {size_text(memory.carried_states)}, estimated from the shapes"] if carries else []),
+        *([f"  on the host       {size_text(memory.host)}, offloaded"] if memory.host else []),
     ]
 
 

@@ -11,14 +11,15 @@ from parallel.process import World
 from pretrain import boundary_place
 from pretrain.boundary_place import SHARE, choose_boundary_place
 from pretrain.config import Recipe, load_recipe
-from pretrain.plan import boundary_bytes, estimate_memory, num_parameters
+from pretrain.plan import boundary_bytes, estimate_memory, memory_by_part, num_parameters
 from tests.training_cases import write_recipe
 
 CPU, GPU = (World(0, 2, 0, torch.device(device), 2) for device in ("cpu", "cuda"))
 
 
-def recipe_with(folder: Path, **training: object) -> Recipe:
-    return load_recipe(write_recipe(folder / "shards", folder / "run", training={"segment_length": 8, **training}))
+def recipe_with(folder: Path, parallel: dict[str, object] | None = None, **training: object) -> Recipe:
+    fields = {"segment_length": 8, **training}
+    return load_recipe(write_recipe(folder / "shards", folder / "run", training=fields, parallel=parallel or {}))
 
 
 @pytest.fixture
@@ -60,6 +61,40 @@ def test_on_a_cpu_the_device_is_the_hosts_memory(tmp_path: Path, room) -> None:
     enough = engine_bytes(recipe) + round(boundary_bytes(recipe) / SHARE)
     for host, expected in ((2 * enough, "device"), (2 * enough - 4, "disk")):
         room(0, host)
+        chosen = choose_boundary_place(recipe, CPU)
+        assert chosen is not None and chosen.place == expected
+
+
+def test_the_stage_of_a_pipeline_that_holds_most_decides(tmp_path: Path, room) -> None:
+    """It holds half of the layers, but the states of two stretches and what the stage before sent."""
+    recipe = recipe_with(tmp_path, {"pipeline": 2}, gradient="truncated", truncate_every=2)
+    parts = [memory for _, memory in memory_by_part(recipe, 2).values()]
+    needed = max(memory.boundary_states for memory in parts)
+    assert needed != boundary_bytes(recipe)
+    engine = max(memory.total - memory.boundary_states for memory in parts)
+    enough = round(needed / SHARE)
+    for device, expected in ((engine + enough, "device"), (engine + enough - 2, "host")):
+        room(device, 10**15)
+        chosen = choose_boundary_place(recipe, GPU)
+        assert chosen is not None and (chosen.place, chosen.bytes) == (expected, needed)
+    on_disk = recipe_with(tmp_path, {"pipeline": 2}, gradient="truncated", truncate_every=2, boundary_states="disk")
+    chosen = choose_boundary_place(on_disk, GPU)
+    assert chosen is not None and (chosen.place, chosen.bytes) == ("disk", needed)
+
+
+@pytest.mark.parametrize("parts", [["optimizer"], ["optimizer", "parameters"]], ids="+".join)
+def test_what_is_offloaded_is_set_aside_of_the_hosts_memory(tmp_path: Path, room, parts: list[str]) -> None:
+    recipe = recipe_with(tmp_path, {"zero_stage": 3, **{f"offload_{part}": True for part in parts}})
+    # A share of the fp32 weights that are stepped, of two moments, and of the weights.
+    offloaded = num_parameters(recipe.model) * 4 * (3 + len(parts) - 1) // 2
+    enough = round(boundary_bytes(recipe) / SHARE)
+    for host, expected in ((offloaded + enough, "host"), (offloaded + enough - 2, "disk")):
+        room(0, 2 * host)
+        chosen = choose_boundary_place(recipe, GPU)
+        assert chosen is not None and chosen.place == expected
+    (estimate,) = (memory for _, memory in memory_by_part(recipe, 2).values())
+    for host, expected in ((offloaded + estimate.total, "device"), (offloaded + engine_bytes(recipe), "disk")):
+        room(0, 2 * (host + boundary_bytes(recipe)))
         chosen = choose_boundary_place(recipe, CPU)
         assert chosen is not None and chosen.place == expected
 

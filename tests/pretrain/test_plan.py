@@ -162,8 +162,12 @@ def test_what_is_kept_on_the_host_is_not_on_the_device(tmp_path: Path) -> None:
     alone = recipe_with(tmp_path)
     fields = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
     away = alone.model_copy(update={"parallel": alone.parallel.model_copy(update=fields)})
-    estimate = estimate_memory(away, 1000, 2)
-    assert estimate.parameters == estimate.optimizer == 0 < estimate.gradients
+    estimate, whole = estimate_memory(away, 1000, 2), estimate_memory(alone, 1000, 2)
+    assert estimate.parameters == estimate.optimizer == whole.host == 0 < estimate.gradients
+    assert estimate.host == 500 * 4 + 500 * 12
+    assert estimate.total == estimate.gradients + estimate.activations
+    assert "offloaded" in describe(Phases.alone(away), 2)
+    assert "offloaded" not in describe(Phases.alone(alone), 2)
 
 
 @pytest.mark.parametrize("fields", [{}, {"segment_length": 8}, {"segment_length": 4}], ids=str)

@@ -105,7 +105,9 @@ def _lines(phase: Phase, rates: Rates, plan: Candidate, cluster: Cluster) -> lis
     share = memory.total / cluster.device.memory_bytes
     room = "" if plan.fits(cluster) else f": more than the {USABLE:.0%} that can be used"
     lines.append(f"memory of a rank    {size_text(memory.total)}, {share:.0%} of the GPU's, at the most{room}")
-    lines += [f"  {name.replace('_', ' '):17} {size_text(value)}" for name, value in vars(memory).items()]
+    of_device = {name: value for name, value in vars(memory).items() if name != "host"}
+    lines += [f"  {name.replace('_', ' '):17} {size_text(value)}" for name, value in of_device.items()]
+    lines += [f"  on the host       {size_text(memory.host)}, offloaded"] if memory.host else []
     lines.append(f"a step              {time.total:.3g} s, {speed:,.0f} tokens/s")
     lines += [
         f"  {name.replace('_', ' '):17} {value:.3g} s, {value / time.total:.0%}" for name, value in vars(time).items()
