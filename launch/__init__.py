@@ -1,1 +1,1 @@
-"""From a recipe to processes: local and Slurm."""
+"""From a recipe to processes on this machine."""

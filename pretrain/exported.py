@@ -34,7 +34,7 @@ CONFIG, MANIFEST, TOKENIZER, RECIPE = "config.json", "mnemosyne.json", "tokenize
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "model."
 """Of the names of the weights: transformers' class holds the model under this name."""
-_HEAD = "head.weight"
+_HEAD, _EMBEDDING = "head.weight", "embedding.weight"
 
 
 class Provenance(BaseModel):
@@ -51,7 +51,7 @@ class Provenance(BaseModel):
     tokens: int
     """Training tokens that the weights have seen."""
     data_fingerprint: str
-    """Fingerprint of the training shards."""
+    """Fingerprint of the training shards; of several phases' the last one's."""
     tokenizer_sha256: str
     """The tokenizer that the shards were made with."""
 
@@ -143,21 +143,30 @@ def check_files(folder: Path) -> None:
 class ExportedWeights:
     """An exported model's weights as `Engine.load_weights` takes them. A context manager: it keeps the files open.
 
-    Raises ValueError for a weight whose name is none of an exported model's.
+    Raises ValueError for a weight whose name is none of an exported model's, and for a tied model's head that is not
+    its embedding.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = ExitStack()
         self._places: dict[str, Any] = {}
-        tied = read_config(folder).model.tie_embeddings
+        tied, head = read_config(folder).model.tie_embeddings, None
         for path in weight_files(folder):
             file = self._files.enter_context(safe_open(path, framework="pt"))
             for key in file.keys():
                 if not key.startswith(PREFIX):
                     raise ValueError(f"{path}: holds {key}, which is no weight of a Titans model")
-                if not (tied and key == PREFIX + _HEAD):  # the embedding once more
+                if tied and key == PREFIX + _HEAD:  # the embedding once more
+                    head = file
+                else:
                     self._places[key.removeprefix(PREFIX)] = file
+        if head is not None and _EMBEDDING in self._places:
+            if not torch.equal(head.get_tensor(PREFIX + _HEAD), self.tensor(_EMBEDDING)):
+                raise ValueError(
+                    f"{folder}: {CONFIG} says that the head is the embedding, but {PREFIX}{_HEAD} and {PREFIX}"
+                    f"{_EMBEDDING} differ; set tie_embeddings to false in its titans section, or drop one of them"
+                )
         self.shapes = {
             name: torch.Size(file.get_slice(PREFIX + name).get_shape()) for name, file in self._places.items()
         }

@@ -85,8 +85,11 @@ class Tokenizer:
             for group in pieces
         ]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], *, begins: bool = True) -> str:
         """The text of tokens; BOS, EOS and padding have none, bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            begins: whether a text begins here; False behind other text, where a space is one of the text's own.
 
         Raises UserError for a token outside the vocabulary.
         """
@@ -94,11 +97,15 @@ class Tokenizer:
         if tokens and not (0 <= min(tokens) and max(tokens) < self.vocab_size):
             raise UserError(f"tokens {min(tokens)}..{max(tokens)}: the vocabulary of {self.path} has {self.vocab_size}")
         text: str = self._processor.decode(tokens)
-        return text.removeprefix(self._prefix)
+        return text.removeprefix(self._prefix) if begins else text
 
     def token_bytes(self) -> np.ndarray:
         """uint16 [vocab_size]: the UTF-8 bytes that each token stands for, 0 for control tokens."""
         return np.array([self._text_bytes(token) for token in range(self.vocab_size)], np.uint16)
+
+    def begins_character(self, token: int) -> bool:
+        """Whether a token is the first byte of a character of several."""
+        return self._processor.is_byte(token) and int(self.piece(token)[1:-1], 16) >= 0xC0
 
     def piece(self, token: int) -> str:
         """The spelling of a token in the vocabulary, with U+2581 for a space."""

@@ -2,6 +2,9 @@
 
 Any layout's checkpoint will do: the weights are put together from all ranks' files. Every byte is checked first. The
 folder runs where there is nothing but transformers and torch, and a run can begin from it (`initialize_from`).
+
+The folder's recipe.yaml and its card README.md hold the run's whole recipe, with the paths and URLs of its data and
+folders: read them before you publish the folder.
 """
 
 from __future__ import annotations

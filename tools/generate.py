@@ -68,6 +68,8 @@ class Continuation:
         # Training rows are documents that each end with EOS, so a text begins after one; so does one after merged ones.
         begins = [] if unread else [tokenizer.eos_id]
         self._tokens = [*unread, *begins, *tokenizer.encode(prompt)]
+        # A session may have ended inside a character, of which it showed U+FFFD: the first token here may complete it.
+        self._inside = not prompt and bool(unread) and tokenizer.begins_character(unread[-1])
         try:
             self._stream = TokenStream(
                 loaded.model,
@@ -86,18 +88,20 @@ class Continuation:
     def pieces(self) -> Iterator[str]:
         """The text as it comes; stops at the end of a document.
 
-        Yields only text that later tokens can't change: bytes of an unfinished character are held back.
+        Yields only text that later tokens can't change: bytes of an unfinished character are held back. What was
+        yielded is not decoded again, so that a token's time does not grow with the text.
         """
         tokens, decode = self._tokens, self._tokenizer.decode
-        # Decoded together with the prompt: SentencePiece treats the first piece of a text differently.
-        shown = decode(tokens)
+        start, shown = len(tokens) - self._inside, "\ufffd" if self._inside else ""
+        if not decode(tokens[:start]):
+            start = 0  # the text begins here, and only there the tokenizer's own space is no part of it
         for token in self._stream:
             tokens.append(int(token))
-            text = decode(tokens)
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-        yield decode(tokens)[len(shown) :]
+            text = decode(tokens[start:], begins=start == 0)
+            if text and not text.endswith("\ufffd"):
+                yield text.removeprefix(shown)
+                start, shown = len(tokens), ""
+        yield decode(tokens[start:], begins=start == 0).removeprefix(shown)
 
     def session(self) -> Session:
         """Where the conversation stands after the pieces: the last token was chosen, but not read."""

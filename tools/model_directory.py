@@ -116,14 +116,28 @@ def _tokenizer_files(path: Path, config: ModelDirectoryConfig) -> dict[str, str]
 
 
 def _replace(building: Path, output: Path) -> None:
-    """Puts a finished folder in the place of an older one, which is removed only when the new one is there."""
+    """Puts a finished folder in the place of an older one, which is removed only when the new one is there, and put
+    back where that fails.
+    """
     for path in (*building.iterdir(), building):
         sync(path)
     old = building.with_name(f"{building.name}.old")
     if output.exists():
         os.replace(output, old)
-    os.replace(building, output)
+    try:
+        os.replace(building, output)
+    except OSError as error:
+        if old.exists():
+            _put_back(old, output, error)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, output: Path, error: OSError) -> None:
+    try:
+        os.replace(old, output)
+    except OSError as again:
+        raise OSError(f"{error}; what was there is in {old} now, as it can't be moved back: {again}") from error
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

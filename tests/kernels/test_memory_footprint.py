@@ -1,4 +1,4 @@
-"""No copies of the weights: peak memory grows by at most 20 KB a token (4 heads of 64, depth 2, expansion 4)."""
+"""No copies of the weights: peak memory grows by at most 18.5 KB a token (4 heads of 64, depth 2, expansion 4)."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def peak_kib(num_tokens: int) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_memory_grows_by_at_most_20_kb_a_token() -> None:
+def test_peak_memory_grows_by_at_most_18_kb_a_token() -> None:
     short, long = 4_096, 20_480
     growth = (peak_kib(long) - peak_kib(short)) * 1024 / (long - short)
     # Inputs, output and their gradients alone are 8.3 KB a token: less would mean that the test measures nothing.
-    assert 5_000 < growth < 20_000, f"{growth:.0f} bytes a token"
+    # 14.1 to 15.5 KB were measured: the bound is a quarter above, so that another copy of an input or two shows.
+    assert 5_000 < growth < 18_500, f"{growth:.0f} bytes a token"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pretrain.checkpoints import list_checkpoints
 from pretrain.data import ShardSet
 from tests.data_cases import documents, make_shards, make_tokenizer
 from tests.training_cases import events, make_data, pretrain, write_recipe
-from tools import evaluate, export, generate
+from tools import evaluate, export, generate, model_directory
 from tools.model_directory import load_model_directory
 
 STEPS = 8
@@ -83,6 +84,29 @@ def test_export_never_overwrites_unasked(run: Path, exported: Path, tmp_path: Pa
     assert export.main([str(run), "--output", str(tmp_path), "--overwrite"]) == 2
     assert (tmp_path / "mine").read_text() == "precious"
     assert "does not hold an exported model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("movable", [True, False])
+def test_an_export_that_fails_at_its_last_step_loses_no_model(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, movable: bool
+) -> None:
+    output, building = tmp_path / "model", tmp_path / ".model.new"
+    shutil.copytree(exported, output)
+    building.mkdir()
+    replace = os.replace
+
+    def refusing(source: Path, target: Path) -> None:
+        if source == building or (not movable and target == output):
+            raise OSError(5, "input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(model_directory.os, "replace", refusing)
+    with pytest.raises(OSError, match="input/output error") as caught:
+        model_directory._replace(building, output)
+    old = output if movable else tmp_path / ".model.new.old"
+    assert {path.name for path in old.iterdir()} == {path.name for path in exported.iterdir()}
+    assert output.exists() == movable
+    assert movable or f"what was there is in {old} now" in str(caught.value)
 
 
 def test_export_skips_a_damaged_checkpoint_and_refuses_a_named_one(run: Path, tmp_path: Path, capsys) -> None:

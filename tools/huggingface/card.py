@@ -40,7 +40,7 @@ def model_card(
         "parameters": f"{parameters:,}",
         "vocabulary": f"{model.vocab_size:,} tokens, sha256 of tokenizer.model `{config.tokenizer_sha256}`",
         "trained": f"{config.step:,} steps, {config.tokens:,} tokens, last in rows of {config.sequence_length:,}",
-        "training data": f"fingerprint `{config.data_fingerprint}`",
+        "training data": f"fingerprint `{config.data_fingerprint}` (of the last phase, where the recipe has several)",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---

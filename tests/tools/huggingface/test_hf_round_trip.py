@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from pretrain.exported import check_files, read_config
+from pretrain.errors import UserError
+from pretrain.exported import ExportedWeights, check_files, read_config
 from pretrain.initialization import is_exported, open_initial_weights
 from tools.model_directory import load_model_directory
 
@@ -79,6 +82,60 @@ def test_a_configuration_alone_makes_a_model_with_the_starts_of_training(hf: Any
     expected = type(own)(own.config)
     for (name, found), wanted in zip(model.model.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(found, wanted), name
+
+
+def changed_weights(folder: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of an exported model, as transformers writes one, whose weights were changed."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("mnemosyne.json"))
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [("mac", "model.norm.weight"), ("lmm", "model.head.weight"), ("mac", "model.embedding.weight")],
+)
+def test_a_weight_that_is_missing_is_told(hf: Any, exported, tmp_path: Path, case: str, name: str) -> None:
+    """And not left to what the memory holds."""
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+        if name == "model.embedding.weight":  # which transformers takes from the head where the two are tied
+            tensors.pop("model.head.weight", None)
+
+    folder = changed_weights(exported(case)[0], tmp_path / "model", drop)
+    with pytest.raises(ValueError, match=f"the weights lack {name}"):
+        hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(UserError, match=name.removeprefix("model.")):
+        load_model_directory(folder)
+
+
+def test_a_weight_of_another_shape_is_told_also_where_it_may_differ(hf: Any, exported, tmp_path: Path) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][1:].clone()
+
+    folder = changed_weights(exported("mac")[0], tmp_path / "model", cut)
+    with pytest.raises(ValueError, match="the weights lack model.norm.weight"):
+        hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, ignore_mismatched_sizes=True)
+
+
+def test_loading_tells_what_it_found_where_it_is_asked_to(hf: Any, exported) -> None:
+    options = {"trust_remote_code": True, "output_loading_info": True}
+    model, info = hf.AutoModelForCausalLM.from_pretrained(exported("mac")[0], **options)
+    assert not info["missing_keys"] and model.config.vocab_size == len(model.get_input_embeddings().weight)
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(exported, tmp_path: Path) -> None:
+    folder, own = exported("mac")
+    embedding = own.embedding.weight.detach()
+    with_head = changed_weights(folder, tmp_path / "equal", lambda t: t.update({"model.head.weight": embedding + 0}))
+    with ExportedWeights(with_head) as weights:
+        assert "head.weight" not in weights.shapes
+    other = changed_weights(folder, tmp_path / "other", lambda t: t.update({"model.head.weight": embedding + 1}))
+    with pytest.raises(UserError, match="head.weight and model.embedding.weight differ"):
+        load_model_directory(other)
 
 
 def test_weights_that_are_not_the_models_are_told(hf: Any, exported, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = True
+    _absent_with_head: frozenset[str] = frozenset()
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
 
     def __init__(self, config: TitansConfig) -> None:
@@ -36,10 +37,33 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`, with every weight where PyTorch would have put it."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        _align(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
+        """As `PreTrainedModel.from_pretrained`, with every weight where PyTorch would have put it.
+
+        Raises:
+            ValueError: there is no tensor for a weight, or one of another shape: nothing else would fill it.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if model.config.model_config().tie_embeddings:
+            absent -= cls._tied_weights_keys.keys()
+            absent |= model._absent_with_head
+        if absent:
+            raise ValueError(
+                f"the weights lack {', '.join(sorted(absent)[:5])} ({len(absent)} of the model's in all), or have them "
+                "in another shape: restore the files, or export the model again"
+            )
+        _align(model)
+        return (model, info) if wants_info else model
+
+    def mark_tied_weights_as_initialized(self, *loading_info: Any) -> None:
+        """As in `PreTrainedModel`. Transformers 5 takes an embedding that is tied for read here, though it and the head
+        are both missing, and reports neither.
+        """
+        missing = set(loading_info[0].missing_keys) if loading_info else set()
+        pairs = self._tied_weights_keys.items()
+        self._absent_with_head = frozenset(shared for head, shared in pairs if {head, shared} <= missing)
+        super().mark_tied_weights_as_initialized(*loading_info)
 
     def forward(
         self,
@@ -129,7 +153,7 @@ class TitansForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.set_activation_checkpointing(enable)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the model's own constructors have drawn its weights."""
+        """Nothing: the model's own constructors have drawn its weights, or `from_pretrained` fills all of them."""
 
 
 def _align(model: nn.Module) -> None:
