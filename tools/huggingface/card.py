@@ -60,7 +60,8 @@ Time](https://arxiv.org/abs/2501.00663).
 
 ## Use
 
-It needs transformers (4.57 and 5.23 are tested) and torch (2.13 is tested), and runs the code in this folder.
+It needs transformers (5.23 is tested; of 4.57 loading, logits, greedy generation and the tokenizer are) and torch (2.13
+is tested), and runs the code in this folder.
 
 ```python
 {_usage(has_tokenizer)}
