@@ -1,5 +1,6 @@
 """Opening and reading shard sets: damage of every kind is found and named."""
 
+import hashlib
 import json
 import os
 
@@ -8,6 +9,7 @@ import pytest
 
 from pretrain.data import ShardsConfig, ShardSet, Share, open_shards
 from pretrain.data.files import OpenFiles
+from pretrain.data.format import Manifest
 from pretrain.errors import UserError
 from tests.data_cases import documents, make_shards, make_tokenizer, write_jsonl
 from tools.documents import DocumentReader
@@ -197,3 +199,17 @@ def test_open_files_are_bounded_and_never_closed_in_use(tmp_path):
     files.close()
     assert len(files) == 0
     assert files.read(7, 1, 0) == b"7"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sha256": "../../precious"}, {"sha256": ""}, {"name": "../precious"}, {"name": ".."}]
+)
+@pytest.mark.parametrize("of", ["index", "shards"])
+def test_a_foreign_manifest_cannot_name_files_outside_of_its_folder_or_the_cache(shards, changes, of):
+    content = shards.manifest.model_dump(mode="json")
+    (content["shards"][0] if of == "shards" else content[of]).update(changes)
+    # As a foreigner would: with the fingerprint of what it says.
+    told = {key: value for key, value in content.items() if key != "fingerprint"}
+    fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    with pytest.raises(UserError, match=rf"field {of}\..*{next(iter(changes))}"):
+        Manifest.parse(json.dumps({**content, "fingerprint": fingerprint}).encode(), "manifest.json")
