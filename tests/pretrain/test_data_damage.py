@@ -4,6 +4,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from pretrain.data import Cursor, Division, ShardsConfig, Share
 from pretrain.data.damage import DamagedShard
 from pretrain.errors import UserError
+from pretrain.loop import Run
+from pretrain.resume import TrainerState
 from tests.data_cases import documents, make_shards, make_tokenizer
 from tests.order_oracle import stored_documents
 
@@ -214,6 +217,21 @@ def test_without_leave_a_shard_deleted_on_the_way_stops_the_run_with_its_name(sh
     with pytest.raises(DamagedShard, match=rf"{entry.name}: cannot be read: No such file.*{entry.sha256}, found none"):
         ranks.steps(STEPS)
     ranks.close()
+
+
+def test_each_shard_is_reported_once_whatever_the_order_in_which_they_are_found(shards):
+    config = section(shards, verify="sizes")
+    source = config.open(SEED, grid=8).train
+    told = []
+    log = SimpleNamespace(event=lambda kind, **fields: told.append(fields["shard"]), say=lambda text: None)
+    run, reported = SimpleNamespace(log=log), set()
+    with source.open_loader(Division(LENGTH, 1, ROWS, 0, 1), None) as loader:
+        for number in (4, 1, 3):  # what a cursor says is sorted by number
+            source.shards.skipped[number] = "nothing"
+            for _ in range(2):
+                state = TrainerState(phase="p", ranks=1, tokenizer_sha256=None, cursor=loader.cursor())
+                Run.report_damage(run, state, reported)
+    assert told == [shards.manifest.shards[number].name for number in (4, 1, 3)]
 
 
 def test_a_line_says_what_is_left_out(shards):
