@@ -38,7 +38,7 @@ from pretrain.guard import counted, end_of_run, guard_curves, report, too_many
 from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.optimizer import build_optimizer
-from pretrain.phase_data import check_data, verify_data
+from pretrain.phase_data import check_data, open_data, verify_data
 from pretrain.phases import Phase, Phases
 from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore, write_checkpoint
 from pretrain.rng import seed_rank
@@ -125,7 +125,7 @@ def run_phase(
     """
     recipe, batches = phase.recipe, phase.batches(world.size)
     with agreed(), phase.named_in_errors():
-        data = recipe.data.open(recipe.data_seed(), grid=recipe.model.grid)
+        data = open_data(phase)
     data.train.share_damage(gather_objects, damage)
     mesh = Mesh.build(world, recipe.parallel.layout(world.size))
     engine = build_engine(recipe, batches, mesh, place)
@@ -137,6 +137,7 @@ def run_phase(
                 engine.load_weights(weights)
         seed_rank(recipe.seed, world.rank)
     with ExitStack() as stack:
+        stack.enter_context(data)  # closed behind the loader, which reads from it
         with agreed(), phase.named_in_errors():
             loader = stack.enter_context(open_training_data(recipe, batches, mesh, data.train, state))
         if len(phases) > 1:

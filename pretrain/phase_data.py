@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pretrain.config import Batches, Recipe
-from pretrain.data import Damage, Share, Source, TokenizerInfo
+from pretrain.data import Damage, Data, Share, Source, TokenizerInfo
 from pretrain.errors import UserError
 from pretrain.phases import Phase, Phases
 from pretrain.quantities import size_text
@@ -20,8 +20,8 @@ def check_data(phases: Phases, ranks: int) -> tuple[TokenizerInfo | None, list[s
     sources: list[Source] = []
     descriptions = []
     for phase in phases:
-        with phase.named_in_errors():
-            sources.append(phase.recipe.data.open(phase.recipe.data_seed(), grid=phase.recipe.model.grid).train)
+        with phase.named_in_errors(), open_data(phase) as data:
+            sources.append(data.train)
             check_vocabulary(phase.recipe, sources[-1])
             require_same_tokenizer(sources[0], sources[-1])
             descriptions.append(describe_data(phase.recipe, phase.batches(ranks), sources[-1]))
@@ -53,10 +53,14 @@ def verify_data(phases: Sequence[Phase], share: Share, say: Callable[[str], None
         )
     damage: list[Damage] = []
     for phase in reading:
-        with phase.named_in_errors():
-            data = phase.recipe.data.open(phase.recipe.data_seed(), share, grid=phase.recipe.model.grid)
+        with phase.named_in_errors(), open_data(phase, share) as data:
             damage += data.train.damage
     return damage
+
+
+def open_data(phase: Phase, share: Share | None = None) -> Data:
+    """A phase's data; for `share` see SourceConfig.open. Raises UserError."""
+    return phase.recipe.data.open(phase.recipe.data_seed(), share, grid=phase.recipe.model.grid)
 
 
 def describe_data(recipe: Recipe, batches: Batches, source: Source) -> str:

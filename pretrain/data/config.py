@@ -1,5 +1,6 @@
 """The data section of a recipe, of whichever kind, and opening the shards that it names."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -195,8 +196,10 @@ class ShardsConfig(SourceConfig, StoreConfig):
     def to_verify(self) -> dict[str, int]:
         """The sets, unless sizes are enough; of those at URLs what the cache holds."""
         sets, validation = open_shards(self) if self.verify == "hashes" else ({}, None)
-        found = [*sets.values(), *([] if validation is None else [validation])]
-        here = {str(shards.folder): shards.store.bytes_here(shards.manifest.shards) for shards in found}
+        here = {}
+        for shards in [*sets.values(), *([] if validation is None else [validation])]:
+            here[str(shards.folder)] = shards.store.bytes_here(shards.manifest.shards)
+            shards.close()
         return {place: size for place, size in here.items() if size}
 
     def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
@@ -243,16 +246,30 @@ DataConfig = Annotated[ShardsConfig | SyntheticConfig, Field(discriminator="kind
 
 def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[dict[Location, ShardSet], ShardSet | None]:
     """Opens the training sets, by their places, and the validation set of `config`; `share` is the part of the hashes
-    to check (see SourceConfig.open).
+    to check (see SourceConfig.open). Together they keep about as many files open as one set alone would.
 
     Raises UserError for a missing or damaged set, and when they were not made with the same tokenizer.
     """
     hashes = config.verify == "hashes"
     verify, share = ("sizes", Share(0, 1)) if share is None else (config.verify, share)
-    sets = {place: ShardSet.open(place, verify, *share, config, hashes, config.on_damage) for place in config.locations}
+    sets: dict[Location, ShardSet] = {}
     validation = None
-    if config.validation is not None:
-        validation = ShardSet.open(config.validation, verify, *share, config, hashes)
+    with ExitStack() as opened:
+        for place in config.locations:
+            sets[place] = ShardSet.open(place, verify, *share, config, hashes, config.on_damage)
+            opened.callback(sets[place].close)
+        if config.validation is not None:
+            validation = ShardSet.open(config.validation, verify, *share, config, hashes)
+            opened.callback(validation.close)
+        _require_one_tokenizer(config, sets, validation)
+        opened.pop_all()
+    together = [*sets.values(), *([] if validation is None else [validation])]
+    for shards in together:
+        shards.limit_open_files(of=len(together))
+    return sets, validation
+
+
+def _require_one_tokenizer(config: ShardsConfig, sets: dict[Location, ShardSet], validation: ShardSet | None) -> None:
     first = next(iter(sets.values()))
     field = "data.train" if config.train is not None else "data.sources"
     others = [(f"{field} {place}", shards) for place, shards in sets.items()]
@@ -264,4 +281,3 @@ def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[dict[
                 f"{place}: made with another tokenizer than {field} {first.folder}: sha256 {shards.tokenizer.sha256} "
                 f"and {first.tokenizer.sha256}; build both with one tokenizer"
             )
-    return sets, validation

@@ -67,6 +67,11 @@ class ShardSource:
         found = {part.shards.fingerprint: None for part in self.parts}
         return next(iter(found)) if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
+    def close(self) -> None:
+        """See `Source.close`."""
+        for part in self.parts:
+            part.shards.close()
+
     @property
     def damage(self) -> list[Damage]:
         """See `Source.damage`."""
@@ -308,3 +313,7 @@ class HeldOutShards:
     def describe(self) -> str:
         """Documents and tokens."""
         return f"{self.shards.documents:,} documents, {self.shards.tokens:,} tokens"
+
+    def close(self) -> None:
+        """See `HeldOut.close`."""
+        self.shards.close()

@@ -196,6 +196,10 @@ class ShardSet:
             return None
         return np.isin(np.searchsorted(self.shard_documents, documents, side="right") - 1, list(self.skipped))
 
+    def limit_open_files(self, *, of: int) -> None:
+        """Keeps fewer files open, as one of so many sets that a process reads from at a time."""
+        self._files.limit = max(1, self.store.max_open_files // of)
+
     def close(self) -> None:
         """Closes the open files; reading again opens them again. What a cache keeps of a remote set may go then."""
         self._files.close()

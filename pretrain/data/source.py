@@ -43,6 +43,9 @@ class Source(Protocol):
     def tokenizer(self) -> TokenizerInfo | None:
         """The tokenizer that made the tokens; None where they stand for no text."""
 
+    def close(self) -> None:
+        """Closes the files that are open; may be called twice. The loaders have to be closed before."""
+
     @property
     def damage(self) -> list[Damage]:
         """What is left out as damaged, so far."""
@@ -84,13 +87,30 @@ class HeldOut(Protocol):
     def describe(self) -> str:
         """A line about the data."""
 
+    def close(self) -> None:
+        """Closes the files that are open; may be called twice."""
+
 
 @dataclass(frozen=True)
 class Data:
-    """What a data section opens."""
+    """What a data section opens. Use it as a context manager, or call `close()`: open files, and the places that they
+    keep in a cache, are let go then.
+    """
 
     train: Source
     held_out: HeldOut | None
+
+    def close(self) -> None:
+        """Closes both parts; may be called twice."""
+        self.train.close()
+        if self.held_out is not None:
+            self.held_out.close()
+
+    def __enter__(self) -> "Data":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class SourceConfig(BaseModel, ABC):
