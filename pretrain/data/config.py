@@ -1,5 +1,6 @@
 """The data section of a recipe, of whichever kind, and opening the shards that it names."""
 
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from model import ModelConfig
+from pretrain.data.damage import Damage
 from pretrain.data.packing import LongDocuments, Order, PackingName, Part, Selection, as_written, parts_of
 from pretrain.data.shard_source import HeldOutShards, ShardSource
 from pretrain.data.shards import OnDamage, ShardSet, Verify
@@ -202,9 +204,20 @@ class ShardsConfig(SourceConfig, StoreConfig):
             shards.close()
         return {place: size for place, size in here.items() if size}
 
-    def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
+    def refuse_damage(self, known: Sequence[Damage]) -> None:
+        """Raises UserError for shards of the validation set, and of training sets where damage stops the run."""
+        train = {} if self.on_damage == "skip" else dict.fromkeys(map(str, self.locations), "data.on_damage is stop")
+        stops = train | ({} if self.validation is None else {str(self.validation): "of validation none is left out"})
+        for damage in known:
+            if damage.place in stops:
+                raise UserError(
+                    f"{damage.place}: shard {damage.number} (from 0) is missing or damaged, found {damage.found}, as "
+                    f"was seen where it may be left out, but here {stops[damage.place]}; restore the shard and resume"
+                )
+
+    def open(self, seed: int, share: Share | None = None, *, grid: int, places: Collection[str] | None = None) -> Data:
         """See `open_shards`."""
-        sets, validation = open_shards(self, share)
+        sets, validation = open_shards(self, share, places)
         selection = Selection(
             order=self.order,
             packing=self.packing,
@@ -244,23 +257,31 @@ DataConfig = Annotated[ShardsConfig | SyntheticConfig, Field(discriminator="kind
 """The data section: `kind` says which of them."""
 
 
-def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[dict[Location, ShardSet], ShardSet | None]:
+def open_shards(
+    config: ShardsConfig, share: Share | None = None, places: Collection[str] | None = None
+) -> tuple[dict[Location, ShardSet], ShardSet | None]:
     """Opens the training sets, by their places, and the validation set of `config`; `share` is the part of the hashes
-    to check (see SourceConfig.open). Together they keep about as many files open as one set alone would.
+    to check, in `places` (see SourceConfig.open). Together they keep about as many files open as one set alone would.
 
     Raises UserError for a missing or damaged set, and when they were not made with the same tokenizer.
     """
     hashes = config.verify == "hashes"
-    verify, share = ("sizes", Share(0, 1)) if share is None else (config.verify, share)
+
+    def opened_set(place: Location, *, again: bool, on_damage: OnDamage) -> ShardSet:
+        read = hashes and share is not None and not again and (places is None or str(place) in places)
+        verify = "hashes" if read else "sizes"
+        return ShardSet.open(place, verify, *(share or Share(0, 1)), config, hashes, on_damage)
+
     sets: dict[Location, ShardSet] = {}
     validation = None
     with ExitStack() as opened:
         for place in config.locations:
-            sets[place] = ShardSet.open(place, verify, *share, config, hashes, config.on_damage)
+            sets[place] = opened_set(place, again=False, on_damage=config.on_damage)
             opened.callback(sets[place].close)
         if config.validation is not None:
-            validation = ShardSet.open(config.validation, verify, *share, config, hashes)
+            validation = opened_set(config.validation, again=config.validation in sets, on_damage="stop")
             opened.callback(validation.close)
+            config.refuse_damage([damage for shards in sets.values() for damage in shards.damage])
         _require_one_tokenizer(config, sets, validation)
         opened.pop_all()
     together = [*sets.values(), *([] if validation is None else [validation])]

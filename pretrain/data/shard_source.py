@@ -75,11 +75,7 @@ class ShardSource:
     @property
     def damage(self) -> list[Damage]:
         """See `Source.damage`."""
-        return [
-            Damage(str(part.shards.folder), number, found)
-            for part in self.parts
-            for number, found in part.shards.skipped.items()
-        ]
+        return [damage for part in self.parts for damage in part.shards.damage]
 
     def share_damage(self, agree: Agree, known: Sequence[Damage]) -> None:
         """See `Source.share_damage`."""
@@ -88,7 +84,8 @@ class ShardSource:
 
     def open_loader(self, division: Division, cursor: Cursor | None, agree: Agree | None = None) -> Loader:
         """The iterator over a rank's steps. Raises UserError for a set too small for one row, a cursor of another
-        length, seed or order, and one of other data where that is not allowed.
+        length, seed or order, one of other data where that is not allowed, and where all shards of a source are
+        damaged.
         """
         length, rows_per_step = division.sequence_length, division.rows_per_step
         lanes = rows_per_step if self.selection.order == "streams" else None
@@ -116,6 +113,7 @@ class ShardSource:
                 )
             self._skip_as_before(cursor, begin)
             begin = self._moved(cursor, begin, changed=bool(changes))
+        require_undamaged(self.parts)
         before = [begin.sources[name].before for name in self._names]
         packing = self._packing(length, rows_per_step, origin=begin.origin, before=before)
         agree = agree if self.on_damage == "skip" else None
@@ -124,8 +122,10 @@ class ShardSource:
     def describe(self, total_tokens: int, *, sequence_length: int, rows_per_step: int) -> str:
         """Documents, tokens, passes over them, padding, what of the rows is of each part, and damage that is left out.
 
-        Raises UserError where all of it may not be read as often as the run needs.
+        Raises UserError where all of it may not be read as often as the run needs, or all shards of a source are
+        damaged.
         """
+        require_undamaged(self.parts)
         packing = self._packing(sequence_length, rows_per_step)
         rows = -(-total_tokens // sequence_length)
         if packing.end is not None and packing.end < rows:
@@ -197,8 +197,10 @@ class PackedRows(RowReader):
         return self._packing.read(samples)
 
     def skip(self, damage: Sequence[Damage]) -> None:
-        """See `RowReader.skip`."""
-        skip([pool.part for pool in self._packing.pools], damage)
+        """See `RowReader.skip`. Raises UserError where no shard of a source is left."""
+        parts = [pool.part for pool in self._packing.pools]
+        skip(parts, damage)
+        require_undamaged(parts)
 
     def cursor_at(self, start: Cursor, position: int) -> Cursor:
         """See `RowReader.cursor_at`."""
@@ -246,6 +248,18 @@ def skip(parts: Sequence[Part], damage: Sequence[Damage]) -> None:
         for each in damage:
             if each.place == str(part.shards.folder):
                 part.shards.skipped.setdefault(each.number, each.found)
+
+
+def require_undamaged(parts: Sequence[Part]) -> None:
+    """Raises UserError where all shards of a part are left out: its rows would be without targets, unseen."""
+    for part in parts:
+        shards = part.shards
+        if len(shards.skipped) == len(shards.manifest.shards):
+            of = f" of data.sources.{part.name}" if part.name else ""
+            raise UserError(
+                f"{shards.folder}{of}: every shard is missing or damaged, {shards.manifest.shards[0].name} (found "
+                f"{shards.skipped[0]}) and all others: nothing is left to train on; restore them, or remove the source"
+            )
 
 
 def skipped_of(parts: Sequence[Part]) -> list[SkippedShard]:

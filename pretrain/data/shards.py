@@ -190,6 +190,11 @@ class ShardSet:
             raise self._outside_vocabulary(int(records["shard"][piece]), int(documents[piece]), int(out[found]))
         return out
 
+    @property
+    def damage(self) -> list[Damage]:
+        """The shards that are left out."""
+        return [Damage(str(self.folder), number, found) for number, found in self.skipped.items()]
+
     def is_skipped(self, documents: np.ndarray) -> np.ndarray | None:
         """bool [n]: which of the documents are left out; None where none of the set is."""
         if not self.skipped:

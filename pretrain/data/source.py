@@ -5,7 +5,7 @@ The loop, resume, evaluation and the dry run use these three and name no kind. A
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -166,12 +166,16 @@ class SourceConfig(BaseModel, ABC):
         """
         return {}
 
+    def refuse_damage(self, known: Sequence[Damage]) -> None:
+        """Raises UserError where one of these shards ends the run that reads this section."""
+
     @abstractmethod
-    def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
+    def open(self, seed: int, share: Share | None = None, *, grid: int, places: Collection[str] | None = None) -> Data:
         """Opens and checks the data; `seed` is the one to use (see Recipe.data_seed). Raises UserError.
 
         Args:
             grid: tokens at whose multiples the model's state may begin anew: ModelConfig.grid.
             share: this process's part in reading all content through, where the section asks for that; None: nothing is
                 read through.
+            places: those of `to_verify` that are read through, others have been; None: all.
         """

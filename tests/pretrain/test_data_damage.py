@@ -219,6 +219,23 @@ def test_without_leave_a_shard_deleted_on_the_way_stops_the_run_with_its_name(sh
     ranks.close()
 
 
+def test_a_source_of_which_no_shard_is_left_ends_the_run_at_the_start_and_on_the_way(shards):
+    config = section(shards, verify="sizes")
+    ranks = Ranks(config, 2)
+    for source in ranks.sources:
+        source.shards.close()
+    for entry in shards.manifest.shards:
+        (shards.folder / entry.name).unlink()
+    with pytest.raises(UserError, match="every shard is missing or damaged.*nothing is left to train on"):
+        ranks.steps(STEPS)
+    ranks.close()
+    source = config.open(SEED, grid=8).train
+    with pytest.raises(UserError, match="every shard is missing or damaged"):
+        source.describe(1000, sequence_length=LENGTH, rows_per_step=2)
+    with pytest.raises(UserError, match="every shard is missing or damaged"):
+        source.open_loader(Division(LENGTH, 1, ROWS, 0, 1), None)
+
+
 def test_each_shard_is_reported_once_whatever_the_order_in_which_they_are_found(shards):
     config = section(shards, verify="sizes")
     source = config.open(SEED, grid=8).train
