@@ -1,6 +1,5 @@
 """One folder of tokenised shards, opened and checked: documents by number, tokens by position."""
 
-import errno
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pretrain.data.damage import Damage, DamagedShard
 from pretrain.data.files import OpenFiles
 from pretrain.data.format import DTYPES, INDEX_DTYPE, MANIFEST_NAME, FileEntry, Manifest, no_manifest
 from pretrain.data.stores import DamagedError, LocalStore, NoRoomError, Store, StoreConfig, open_store
+from pretrain.data.stores.errors import DAMAGE
 from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
@@ -254,7 +254,7 @@ class ShardSet:
         """The error for a shard that cannot be read: its own where it is gone or its disk is broken, not where only
         this process cannot read it.
         """
-        if error.errno in (errno.ENOENT, errno.EIO, errno.ESTALE):
+        if error.errno in DAMAGE:
             return self._damaged(number, f"cannot be read: {error.strerror}")
         path = self.store.locate(self.manifest.shards[number].name)
         return UserError(f"{path}: cannot be read: {error.strerror}; mend that and resume")

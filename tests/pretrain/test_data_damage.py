@@ -1,9 +1,11 @@
 """Shards that are damaged, cut or gone: the run ends with their names, or all ranks leave out the same documents."""
 
+import errno
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from pretrain.data import Cursor, Division, ShardsConfig, Share
 from pretrain.data.damage import DamagedShard
+from pretrain.data.stores import DamagedError, UnreachableError, store
 from pretrain.errors import UserError
 from pretrain.loop import Run
 from pretrain.resume import TrainerState
@@ -234,6 +237,32 @@ def test_a_source_of_which_no_shard_is_left_ends_the_run_at_the_start_and_on_the
         source.describe(1000, sequence_length=LENGTH, rows_per_step=2)
     with pytest.raises(UserError, match="every shard is missing or damaged"):
         source.open_loader(Division(LENGTH, 1, ROWS, 0, 1), None)
+
+
+@pytest.mark.parametrize("function", ["stat", "sha256"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.EIO, errno.ESTALE])
+def test_what_this_process_may_not_read_is_not_left_out_as_damaged(shards, monkeypatch, function, number):
+    entry, stat, sha256 = shards.manifest.shards[2], Path.stat, store.file_sha256
+
+    def failing(of):
+        def call(path, **options):
+            if path.name == entry.name:
+                raise OSError(number, os.strerror(number))
+            return of(path, **options)
+
+        return call
+
+    if function == "stat":
+        monkeypatch.setattr(Path, "stat", failing(stat))
+    else:
+        monkeypatch.setattr(store, "file_sha256", failing(sha256))
+    if number == errno.EACCES:
+        with pytest.raises(UnreachableError, match=rf"{entry.name}: cannot be read: Permission denied"):
+            section(shards).open(SEED, Share(0, 1), grid=8)
+    else:
+        assert list(section(shards).open(SEED, Share(0, 1), grid=8).train.shards.skipped) == [2]
+        with pytest.raises(DamagedError, match=entry.name):
+            section(shards, on_damage="stop").open(SEED, Share(0, 1), grid=8)
 
 
 def test_each_shard_is_reported_once_whatever_the_order_in_which_they_are_found(shards):
