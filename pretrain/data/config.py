@@ -37,7 +37,7 @@ class MixedSource(BaseModel):
 
     max_epochs: PositiveFloat | None = None
     """Passes over it, padding included, after which it is read no more: what it would have had goes to the others by
-    their weights; none: any number."""
+    their weights; none: any number. Each phase counts its own passes. Not with order streams."""
 
 
 class ShardsConfig(SourceConfig, StoreConfig):
@@ -125,6 +125,17 @@ class ShardsConfig(SourceConfig, StoreConfig):
             raise ValueError(
                 f"packing is best_fit, whose rows hold whole documents, but order is {self.order}, in which rows go on "
                 "in others: set order to rows, or packing to stream"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_stream_ends(self) -> "ShardsConfig":
+        capped = [name for name, source in self.sources.items() if source.max_epochs is not None]
+        if capped and self.order == "streams":
+            raise ValueError(
+                f"sources.{capped[0]}.max_epochs is set, but order is streams, in which each row of a step is of one "
+                "source for good: no other could take the rows of one that has ended; remove max_epochs (in a phase by "
+                "null), or set another order"
             )
         return self
 

@@ -135,12 +135,12 @@ class ShardSource:
                 f"{packing.end * sequence_length}"
             )
         several, long = len(self.parts) > 1, self.selection.long_documents is not None
-        reads = [share * total_tokens for share in packing.shares]
-        if packing.end is not None:  # a limit may be reached on the way
-            reads = [count * sequence_length for count in packing.counts(rows)]
+        shares = packing.shares
+        if any(pool.limit is not None for pool in packing.pools):  # what one would have had, others get
+            shares = [count / rows for count in packing.counts(rows)]
         lines = [
-            _describe(pool, count, share if several else None, "" if long else pool.part.name)
-            for pool, count, share in zip(packing.pools, reads, packing.shares, strict=True)
+            _describe(pool, share * total_tokens, share if several else None, "" if long else pool.part.name)
+            for pool, share in zip(packing.pools, shares, strict=True)
         ]
         lines += [f"skipped as damaged: {shard}" for shard in skipped_of(self.parts)]
         return "; ".join(lines)

@@ -147,6 +147,22 @@ def test_a_source_at_its_cap_is_read_no_more_and_the_run_is_refused_where_all_ar
             next(loader)
 
 
+def test_the_description_says_what_is_read_of_a_source_that_reaches_its_cap_beside_one_without(sets):
+    config = section(sets, weights=(1, 1, 0), of={"code": {"max_epochs": 0.5}})
+    steps = 30
+    with open_loader(config) as loader:
+        for _ in range(steps):
+            next(loader)
+        read = {name: source.position for name, source in loader.cursor().sources.items()}
+        passes = loader.curves()
+    text = config.open(SEED, grid=8).train.describe(steps * ROWS * LENGTH, sequence_length=LENGTH, rows_per_step=ROWS)
+    assert passes["data/epochs/code"] <= 0.5
+    for line, name in zip(text.split("; "), ("code", "web"), strict=True):
+        assert line.startswith(f"{100 * read[name] / (steps * ROWS):.3g} % of the rows {name}: ")
+        tokens = read[name] * LENGTH
+        assert line.endswith(f": {tokens / (sets[name].tokens - 1):.2f} passes over them")
+
+
 def test_lanes_of_streams_are_shared_out_by_weight_and_none_may_have_none(sets):
     source = section(sets, order="streams").open(SEED, grid=8).train
     text = source.describe(10**4, sequence_length=LENGTH, rows_per_step=ROWS)
@@ -241,6 +257,10 @@ def test_a_source_that_is_gone_or_new_is_named(sets):
         (
             {"sources": {"b": {"train": "b", "weight": 1}}, "long_documents": {"at_least": 9, "share": 0.5}},
             "name a source of the same shards with min_document_tokens",
+        ),
+        (
+            {"sources": {"b": {"train": "b", "weight": 1, "max_epochs": 2}}, "order": "streams"},
+            "sources.b.max_epochs is set, but order is streams",
         ),
         ({"train": "a", "packing": "best_fit", "order": "streams"}, "set order to rows, or packing to stream"),
         ({"sources": {"b": {"train": "b", "weight": -1}}}, "greater than or equal to 0"),
