@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeF
 from model import ModelConfig
 from pretrain.data.damage import Damage
 from pretrain.data.packing import LongDocuments, Order, PackingName, Part, Selection, as_written, parts_of
-from pretrain.data.shard_source import HeldOutShards, ShardSource
+from pretrain.data.shard_source import ALONE, HeldOutShards, ShardSource
 from pretrain.data.shards import OnDamage, ShardSet, Verify
 from pretrain.data.source import Data, Share, SourceConfig
 from pretrain.data.stores import Location, StoreConfig
@@ -73,22 +73,28 @@ class ShardsConfig(SourceConfig, StoreConfig):
     the hash that was expected and found; skip, its documents are left out by all ranks from the same step on (EOS
     stands in their place, without a target), counted, logged, and noted in checkpoints, so that a resumed run leaves
     out the same. Other rows stay as they are. After the start only what is missing, cut or outside the vocabulary is
-    seen."""
+    seen. With either, the run ends where a source has no shard left, where a shard of the validation set is missing or
+    damaged, and where a shard is there but may not be read."""
 
     allow_changed: bool = False
     """Whether a run goes on from a checkpoint of other data, or of other sources, weights or filters. It then reads
-    them from the row on that it had come to in each; what changed is written to run.jsonl (data_changed)."""
+    them from the row on that it had come to in each; what changed is written to run.jsonl (data_changed). A source that
+    was left out at one resume and is back at a later one begins with its first row again, since a checkpoint holds the
+    sources of its own run alone."""
 
     order: Order = "rows"
     """`rows`: documents are permuted and packed, and the packed rows permuted too, so that a batch does not come from
     one long document. `documents`: rows follow each other as packed, so that row n+1 continues row n. `streams`: each
     row of a step goes on where the same row of the step before ended, and the model's state is carried from step to
-    step, for documents longer than a row: their gradient stops at the row's start."""
+    step, for documents longer than a row: their gradient stops at the row's start. With `streams` the order of all
+    documents is held in memory, which grows with their number; with the others, of 10 M documents and more, that of a
+    few million at a time."""
 
     packing: PackingName = "stream"
     """How documents lie in rows. `stream`: end to end, cut where a row ends. `best_fit`: into rows of whole documents,
     each where it leaves the least room (best-fit decreasing), so that only those longer than a row are cut; what is
-    left of a row is padding. For documents that are short beside a row; with order rows alone."""
+    left of a row is padding. For documents that are short beside a row; with order rows alone. All documents are placed
+    at once, about 60 bytes of memory a document in every rank."""
 
     reset_memory: bool = False
     """Whether the model's state (memory, convolutions, attention, positions) begins anew at each document's start. The
@@ -109,6 +115,12 @@ class ShardsConfig(SourceConfig, StoreConfig):
                 "train is missing: give --data.train FOLDER, or sources"
                 if self.train is None
                 else "train and sources are both set: remove one (in a phase by train: null)"
+            )
+        if taken := self.sources.keys() & {"", ALONE}:
+            name = min(taken)
+            raise ValueError(
+                f"sources has one called {name!r}, as checkpoints call the data of a run without sources: give it "
+                "another name"
             )
         if self.sources and not any(source.weight for source in self.sources.values()):
             raise ValueError("every weight of sources is 0: give one of them a weight")

@@ -101,7 +101,8 @@ class ShardSet:
         presence and bytes of each shard; the index against the manifest. With verify="hashes", each shard's sha256 too:
         of every `shares`-th shard from the `share`-th on, so that processes can divide the reading. Of remote shards
         those of the share alone are asked for, and hashes are checked when a shard is fetched. With on_damage="skip",
-        shards that differ are put among the skipped ones.
+        shards that differ are put among the skipped ones. Nothing is remembered of an earlier open: a process that has
+        no share (0 of 1) asks for every remote shard, and hashes the index, each time that it opens a set.
         `read_through`: whether a remote shard that is read by byte ranges is hashed before; None: with verify="hashes".
         Raises UserError naming the file, what was expected and what was found.
         """

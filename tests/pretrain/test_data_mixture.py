@@ -258,6 +258,8 @@ def test_a_source_that_is_gone_or_new_is_named(sets):
             {"sources": {"b": {"train": "b", "weight": 1}}, "long_documents": {"at_least": 9, "share": 0.5}},
             "name a source of the same shards with min_document_tokens",
         ),
+        ({"sources": {"train": {"train": "b", "weight": 1}}}, "sources has one called 'train'"),
+        ({"sources": {"": {"train": "b", "weight": 1}}}, "sources has one called ''"),
         (
             {"sources": {"b": {"train": "b", "weight": 1, "max_epochs": 2}}, "order": "streams"},
             "sources.b.max_epochs is set, but order is streams",
