@@ -10,7 +10,7 @@ from pretrain.data.best_fit import BestFit
 from pretrain.data.cursor import Cursor, SourceCursor
 from pretrain.data.damage import Damage, SkippedShard
 from pretrain.data.loader import Agree, Batch, Division, Loader, RowReader
-from pretrain.data.packing import Packing, Part, Pool, Selection, parts_of
+from pretrain.data.packing import Packing, Part, Pool, Selection
 from pretrain.data.rows import Rows
 from pretrain.data.shards import OnDamage, ShardSet, TokenizerInfo
 from pretrain.data.validation import sequential_batches
@@ -33,13 +33,6 @@ class ShardSource:
     """Whether a shard that is missing or damaged ends the run, or its documents are left out."""
     allow_changed: bool = False
     """Whether a cursor of other data is gone on from."""
-
-    @classmethod
-    def of(
-        cls, shards: ShardSet, seed: int, selection: Selection, num_workers: int, **options: object
-    ) -> "ShardSource":
-        """The source of one set."""
-        return cls(tuple(parts_of(shards, selection)), seed, selection, num_workers, **options)
 
     @property
     def shards(self) -> ShardSet:

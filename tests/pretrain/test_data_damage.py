@@ -201,7 +201,7 @@ def test_a_resumed_run_leaves_out_the_same_although_the_shard_is_back(shards):
     ranks = Ranks(config, 2)
     hidden = path.rename(path.with_suffix(".hidden"))
     first = ranks.steps(3)
-    cursor = Cursor.from_json(ranks.loaders[0].cursor().to_json())
+    cursor = Cursor.model_validate_json(ranks.loaders[0].cursor().model_dump_json())
     rest = ranks.steps(3)
     ranks.close()
     hidden.rename(path)

@@ -102,7 +102,7 @@ def test_rows_do_not_depend_on_ranks_micro_batch_or_workers_or_where_they_resume
     with open_loader(section(sets, num_workers=2, **case), world_size=3, rank=2) as loader:
         for _ in range(17):
             next(loader)
-        cursor = Cursor.from_json(loader.cursor().to_json())
+        cursor = Cursor.model_validate_json(loader.cursor().model_dump_json())
     assert all(source.epoch for source in cursor.sources.values())
     found = rows_of(section(sets, num_workers=1, **case), steps - 17, world_size=2, micro=6, cursor=cursor)
     assert torch.equal(found, expected[:, 17 * ROWS :])
@@ -215,7 +215,9 @@ def test_changed_data_is_refused_with_what_changed_and_gone_on_from_when_allowed
     }
     # What follows is exact again, and needs no permission any more.
     expected = rows_of(allowed, 12, cursor=cursor)
-    found = rows_of(section(sets, **changed), 7, world_size=4, micro=1, cursor=Cursor.from_json(then.to_json()))
+    found = rows_of(
+        section(sets, **changed), 7, world_size=4, micro=1, cursor=Cursor.model_validate_json(then.model_dump_json())
+    )
     assert torch.equal(found, expected[:, 5 * ROWS :])
 
 
