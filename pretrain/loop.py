@@ -38,7 +38,7 @@ from pretrain.guard import counted, end_of_run, guard_curves, report, too_many
 from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.optimizer import build_optimizer
-from pretrain.phase_data import check_data, verify_data
+from pretrain.phase_data import check_data, open_data, verify_data
 from pretrain.phases import Phase, Phases
 from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore, write_checkpoint
 from pretrain.rng import seed_rank
@@ -125,7 +125,7 @@ def run_phase(
     """
     recipe, batches = phase.recipe, phase.batches(world.size)
     with agreed(), phase.named_in_errors():
-        data = recipe.data.open(recipe.data_seed(), grid=recipe.model.grid)
+        data = open_data(phase)
     data.train.share_damage(gather_objects, damage)
     mesh = Mesh.build(world, recipe.parallel.layout(world.size))
     engine = build_engine(recipe, batches, mesh, place)
@@ -137,6 +137,7 @@ def run_phase(
                 engine.load_weights(weights)
         seed_rank(recipe.seed, world.rank)
     with ExitStack() as stack:
+        stack.enter_context(data)  # closed behind the loader, which reads from it
         with agreed(), phase.named_in_errors():
             loader = stack.enter_context(open_training_data(recipe, batches, mesh, data.train, state))
         if len(phases) > 1:
@@ -307,7 +308,7 @@ class Run:
         and the newest checkpoint, `checkpoint` where no step was left.
         """
         recipe, batch_tokens = self.recipe, self.recipe.training.batch_tokens
-        watch, waiting, skipped = Stopwatch(), Stopwatch(), 0
+        watch, waiting, reported = Stopwatch(), Stopwatch(), set()
         while not state.is_done(self.phase):
             step, tokens = state.step + 1, state.phase_tokens + batch_tokens
             last = tokens >= recipe.training.tokens
@@ -326,7 +327,7 @@ class Run:
             watch.stop()
             update = {"step": step, "tokens": state.tokens + batch_tokens, "cursor": loader.cursor()}
             state = counted(state.model_copy(update=update | {"ranks": self.world.size}), result)
-            skipped = self.report_damage(state, skipped)
+            self.report_damage(state, reported)
             report(self.log, state, result, recipe.training, **self.phase_field)
             if too_many(state, recipe.training):
                 self.give_up(state, result)
@@ -341,15 +342,16 @@ class Run:
             self.log.say(f"{recipe.name}: done, {state.tokens:,} tokens; checkpoint in {self.checkpoints.folder}")
         return state, checkpoint
 
-    def report_damage(self, state: TrainerState, known: int) -> int:
-        """Write which shards are left out, where they have become more than `known`; how many they are."""
-        shards = () if state.cursor is None else state.cursor.skipped
-        for shard in shards[known:]:
+    def report_damage(self, state: TrainerState, reported: set[tuple[str, str]]) -> None:
+        """Write which shards are left out that are not among those `reported`, by source and file; add them there."""
+        for shard in () if state.cursor is None else state.cursor.skipped:
+            if (shard.source, shard.shard) in reported:
+                continue
+            reported.add((shard.source, shard.shard))
             lost = {"documents_lost": shard.documents, "tokens_lost": shard.tokens}
             of_shard = shard.model_dump(include={"source", "shard", "expected", "found"})
             self.log.event("damage", step=state.step, tokens=state.tokens, **of_shard, **lost)
             self.log.say(f"skipped as damaged: {shard}")
-        return len(shards)
 
     def record(
         self, result: StepResult, rate: float, state: TrainerState, watch: Stopwatch, of_data: dict[str, float]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from pretrain.config import Batches, Recipe
-from pretrain.data import Damage, Share, Source, TokenizerInfo
+from pretrain.data import Damage, Data, Share, Source, TokenizerInfo
 from pretrain.errors import UserError
 from pretrain.phases import Phase, Phases
 from pretrain.quantities import size_text
@@ -20,8 +20,8 @@ def check_data(phases: Phases, ranks: int) -> tuple[TokenizerInfo | None, list[s
     sources: list[Source] = []
     descriptions = []
     for phase in phases:
-        with phase.named_in_errors():
-            sources.append(phase.recipe.data.open(phase.recipe.data_seed(), grid=phase.recipe.model.grid).train)
+        with phase.named_in_errors(), open_data(phase) as data:
+            sources.append(data.train)
             check_vocabulary(phase.recipe, sources[-1])
             require_same_tokenizer(sources[0], sources[-1])
             descriptions.append(describe_data(phase.recipe, phase.batches(ranks), sources[-1]))
@@ -36,15 +36,15 @@ def verify_data(phases: Sequence[Phase], share: Share, say: Callable[[str], None
         share: this process's part of the reading.
         say: told what is read, before it is.
 
-    Returns what was found damaged where that is left out. Raises UserError for it elsewhere.
+    Returns what was found damaged where that is left out. Raises UserError where it is not, in any of the phases.
     """
     found: dict[str, int] = {}
-    reading = []
+    reading: list[tuple[Phase, set[str]]] = []
     for phase in phases:
         with phase.named_in_errors():
             places = phase.recipe.data.to_verify()
-        if places.keys() - found.keys():
-            reading.append(phase)
+        if new := places.keys() - found.keys():
+            reading.append((phase, new))
             found |= places
     if found:
         say(
@@ -52,11 +52,18 @@ def verify_data(phases: Sequence[Phase], share: Share, say: Callable[[str], None
             "data.verify sizes skips it"
         )
     damage: list[Damage] = []
-    for phase in reading:
-        with phase.named_in_errors():
-            data = phase.recipe.data.open(phase.recipe.data_seed(), share, grid=phase.recipe.model.grid)
+    for phase, places in reading:
+        with phase.named_in_errors(), open_data(phase, share, places) as data:
             damage += data.train.damage
+    for phase in phases:  # what one leaves out may end another, which did not read it again
+        with phase.named_in_errors():
+            phase.recipe.data.refuse_damage(damage)
     return damage
+
+
+def open_data(phase: Phase, share: Share | None = None, places: Collection[str] | None = None) -> Data:
+    """A phase's data; for `share` and `places` see SourceConfig.open. Raises UserError."""
+    return phase.recipe.data.open(phase.recipe.data_seed(), share, grid=phase.recipe.model.grid, places=places)
 
 
 def describe_data(recipe: Recipe, batches: Batches, source: Source) -> str:

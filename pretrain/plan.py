@@ -232,6 +232,8 @@ def describe(phases: Phases, ranks: int) -> str:
             if sources:
                 require_same_tokenizer(sources[0], sources[-1])
             of_phase = _phase_lines(phase.recipe, phase.batches(ranks), data, ranks)
+            if data is not None:
+                data.close()
         if len(phases) > 1:
             lines += ["", phase.title]
             of_phase = [f"  {line}" for line in of_phase]

@@ -17,11 +17,11 @@ def index_only(documents: int, shards: int, *, mean_tokens: int = 500) -> ShardS
     index["shard"] = np.repeat(np.arange(shards), np.diff(edges))
     tokens = np.add.reduceat(index["tokens"], edges[:-1])
     entries = [
-        ShardEntry(name=f"{n}.tar", sha256="", bytes=0, documents=int(count), tokens=int(total))
+        ShardEntry(name=f"{n}.tar", sha256="0" * 64, bytes=0, documents=int(count), tokens=int(total))
         for n, (count, total) in enumerate(zip(np.diff(edges), tokens, strict=True))
     ]
-    tokenizer = {"name": "t", "sha256": "", "bytes": 0, "vocab_size": 10, "eos_id": 0}
-    file = {"name": "i", "sha256": "", "bytes": 0}
+    tokenizer = {"name": "t", "sha256": "0" * 64, "bytes": 0, "vocab_size": 10, "eos_id": 0}
+    file = {"name": "i", "sha256": "0" * 64, "bytes": 0}
     manifest = Manifest(
         dtype="uint16",
         tokenizer={**tokenizer, "unk_id": None, "bos_id": None, "pad_id": None},

@@ -1,13 +1,16 @@
 """The data section of a recipe, of whichever kind, and opening the shards that it names."""
 
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from model import ModelConfig
+from pretrain.data.damage import Damage
 from pretrain.data.packing import LongDocuments, Order, PackingName, Part, Selection, as_written, parts_of
-from pretrain.data.shard_source import HeldOutShards, ShardSource
+from pretrain.data.shard_source import ALONE, HeldOutShards, ShardSource
 from pretrain.data.shards import OnDamage, ShardSet, Verify
 from pretrain.data.source import Data, Share, SourceConfig
 from pretrain.data.stores import Location, StoreConfig
@@ -34,7 +37,7 @@ class MixedSource(BaseModel):
 
     max_epochs: PositiveFloat | None = None
     """Passes over it, padding included, after which it is read no more: what it would have had goes to the others by
-    their weights; none: any number."""
+    their weights; none: any number. Each phase counts its own passes. Not with order streams."""
 
 
 class ShardsConfig(SourceConfig, StoreConfig):
@@ -70,22 +73,28 @@ class ShardsConfig(SourceConfig, StoreConfig):
     the hash that was expected and found; skip, its documents are left out by all ranks from the same step on (EOS
     stands in their place, without a target), counted, logged, and noted in checkpoints, so that a resumed run leaves
     out the same. Other rows stay as they are. After the start only what is missing, cut or outside the vocabulary is
-    seen."""
+    seen. With either, the run ends where a source has no shard left, where a shard of the validation set is missing or
+    damaged, and where a shard is there but may not be read."""
 
     allow_changed: bool = False
     """Whether a run goes on from a checkpoint of other data, or of other sources, weights or filters. It then reads
-    them from the row on that it had come to in each; what changed is written to run.jsonl (data_changed)."""
+    them from the row on that it had come to in each; what changed is written to run.jsonl (data_changed). A source that
+    was left out at one resume and is back at a later one begins with its first row again, since a checkpoint holds the
+    sources of its own run alone."""
 
     order: Order = "rows"
     """`rows`: documents are permuted and packed, and the packed rows permuted too, so that a batch does not come from
     one long document. `documents`: rows follow each other as packed, so that row n+1 continues row n. `streams`: each
     row of a step goes on where the same row of the step before ended, and the model's state is carried from step to
-    step, for documents longer than a row: their gradient stops at the row's start."""
+    step, for documents longer than a row: their gradient stops at the row's start. With `streams` the order of all
+    documents is held in memory, which grows with their number; with the others, of 10 M documents and more, that of a
+    few million at a time."""
 
     packing: PackingName = "stream"
     """How documents lie in rows. `stream`: end to end, cut where a row ends. `best_fit`: into rows of whole documents,
     each where it leaves the least room (best-fit decreasing), so that only those longer than a row are cut; what is
-    left of a row is padding. For documents that are short beside a row; with order rows alone."""
+    left of a row is padding. For documents that are short beside a row; with order rows alone. All documents are placed
+    at once, about 60 bytes of memory a document in every rank."""
 
     reset_memory: bool = False
     """Whether the model's state (memory, convolutions, attention, positions) begins anew at each document's start. The
@@ -107,6 +116,12 @@ class ShardsConfig(SourceConfig, StoreConfig):
                 if self.train is None
                 else "train and sources are both set: remove one (in a phase by train: null)"
             )
+        if taken := self.sources.keys() & {"", ALONE}:
+            name = min(taken)
+            raise ValueError(
+                f"sources has one called {name!r}, as checkpoints call the data of a run without sources: give it "
+                "another name"
+            )
         if self.sources and not any(source.weight for source in self.sources.values()):
             raise ValueError("every weight of sources is 0: give one of them a weight")
         if self.sources and self.long_documents is not None:
@@ -122,6 +137,17 @@ class ShardsConfig(SourceConfig, StoreConfig):
             raise ValueError(
                 f"packing is best_fit, whose rows hold whole documents, but order is {self.order}, in which rows go on "
                 "in others: set order to rows, or packing to stream"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_stream_ends(self) -> "ShardsConfig":
+        capped = [name for name, source in self.sources.items() if source.max_epochs is not None]
+        if capped and self.order == "streams":
+            raise ValueError(
+                f"sources.{capped[0]}.max_epochs is set, but order is streams, in which each row of a step is of one "
+                "source for good: no other could take the rows of one that has ended; remove max_epochs (in a phase by "
+                "null), or set another order"
             )
         return self
 
@@ -195,13 +221,26 @@ class ShardsConfig(SourceConfig, StoreConfig):
     def to_verify(self) -> dict[str, int]:
         """The sets, unless sizes are enough; of those at URLs what the cache holds."""
         sets, validation = open_shards(self) if self.verify == "hashes" else ({}, None)
-        found = [*sets.values(), *([] if validation is None else [validation])]
-        here = {str(shards.folder): shards.store.bytes_here(shards.manifest.shards) for shards in found}
+        here = {}
+        for shards in [*sets.values(), *([] if validation is None else [validation])]:
+            here[str(shards.folder)] = shards.store.bytes_here(shards.manifest.shards)
+            shards.close()
         return {place: size for place, size in here.items() if size}
 
-    def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
+    def refuse_damage(self, known: Sequence[Damage]) -> None:
+        """Raises UserError for shards of the validation set, and of training sets where damage stops the run."""
+        train = {} if self.on_damage == "skip" else dict.fromkeys(map(str, self.locations), "data.on_damage is stop")
+        stops = train | ({} if self.validation is None else {str(self.validation): "of validation none is left out"})
+        for damage in known:
+            if damage.place in stops:
+                raise UserError(
+                    f"{damage.place}: shard {damage.number} (from 0) is missing or damaged, found {damage.found}, as "
+                    f"was seen where it may be left out, but here {stops[damage.place]}; restore the shard and resume"
+                )
+
+    def open(self, seed: int, share: Share | None = None, *, grid: int, places: Collection[str] | None = None) -> Data:
         """See `open_shards`."""
-        sets, validation = open_shards(self, share)
+        sets, validation = open_shards(self, share, places)
         selection = Selection(
             order=self.order,
             packing=self.packing,
@@ -241,18 +280,40 @@ DataConfig = Annotated[ShardsConfig | SyntheticConfig, Field(discriminator="kind
 """The data section: `kind` says which of them."""
 
 
-def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[dict[Location, ShardSet], ShardSet | None]:
+def open_shards(
+    config: ShardsConfig, share: Share | None = None, places: Collection[str] | None = None
+) -> tuple[dict[Location, ShardSet], ShardSet | None]:
     """Opens the training sets, by their places, and the validation set of `config`; `share` is the part of the hashes
-    to check (see SourceConfig.open).
+    to check, in `places` (see SourceConfig.open). Together they keep about as many files open as one set alone would.
 
     Raises UserError for a missing or damaged set, and when they were not made with the same tokenizer.
     """
     hashes = config.verify == "hashes"
-    verify, share = ("sizes", Share(0, 1)) if share is None else (config.verify, share)
-    sets = {place: ShardSet.open(place, verify, *share, config, hashes, config.on_damage) for place in config.locations}
+
+    def opened_set(place: Location, *, again: bool, on_damage: OnDamage) -> ShardSet:
+        read = hashes and share is not None and not again and (places is None or str(place) in places)
+        verify = "hashes" if read else "sizes"
+        return ShardSet.open(place, verify, *(share or Share(0, 1)), config, hashes, on_damage)
+
+    sets: dict[Location, ShardSet] = {}
     validation = None
-    if config.validation is not None:
-        validation = ShardSet.open(config.validation, verify, *share, config, hashes)
+    with ExitStack() as opened:
+        for place in config.locations:
+            sets[place] = opened_set(place, again=False, on_damage=config.on_damage)
+            opened.callback(sets[place].close)
+        if config.validation is not None:
+            validation = opened_set(config.validation, again=config.validation in sets, on_damage="stop")
+            opened.callback(validation.close)
+            config.refuse_damage([damage for shards in sets.values() for damage in shards.damage])
+        _require_one_tokenizer(config, sets, validation)
+        opened.pop_all()
+    together = [*sets.values(), *([] if validation is None else [validation])]
+    for shards in together:
+        shards.limit_open_files(of=len(together))
+    return sets, validation
+
+
+def _require_one_tokenizer(config: ShardsConfig, sets: dict[Location, ShardSet], validation: ShardSet | None) -> None:
     first = next(iter(sets.values()))
     field = "data.train" if config.train is not None else "data.sources"
     others = [(f"{field} {place}", shards) for place, shards in sets.items()]
@@ -264,4 +325,3 @@ def open_shards(config: ShardsConfig, share: Share | None = None) -> tuple[dict[
                 f"{place}: made with another tokenizer than {field} {first.folder}: sha256 {shards.tokenizer.sha256} "
                 f"and {first.tokenizer.sha256}; build both with one tokenizer"
             )
-    return sets, validation

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
 from pretrain.data.damage import SkippedShard
 from pretrain.data.packing import LongDocuments, Order, PackingName
@@ -88,20 +88,6 @@ class Cursor(BaseModel):
         if self.rows_per_step is not None and self.position % self.rows_per_step:
             raise ValueError(f"position {self.position} is inside a step of {self.rows_per_step} rows")
         return self
-
-    def to_json(self) -> str:
-        """The cursor as JSON text."""
-        return self.model_dump_json()
-
-    @classmethod
-    def from_json(cls, text: str) -> "Cursor":
-        """Reads what `to_json` wrote; raises UserError naming a field that is missing, unknown or wrong."""
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "JSON"
-            raise UserError(f"data cursor: {field}: {first['msg']}; the checkpoint that holds it is damaged") from None
 
     def require_order_of(self, now: "Cursor") -> None:
         """Raises UserError where `now`, the beginning of this run's data, has another order, seed or length: with

@@ -12,8 +12,8 @@ NO_ROOM_SECONDS = 60.0
 
 
 class OpenFiles:
-    """Files by number, of which at most `limit` that are not in use stay open: any number of shards fits the process's
-    limit.
+    """Files by number, of which at most `limit` that are not in use stay open: a set of any number of shards fits the
+    process's limit. Sets that are open at a time add up, so that each has to have its part.
 
     A descriptor in use is never closed: its number could be given to another file while a read is under way.
     """
@@ -21,7 +21,8 @@ class OpenFiles:
     def __init__(self, open_file: Callable[[int], int], limit: int = 128) -> None:
         """`open_file`: gives a descriptor of a file by its number; several threads may be in it."""
         self._open_file = open_file
-        self._limit = limit
+        self.limit = limit
+        """How many files that are not in use stay open; may be changed."""
         self._lock = Lock()
         self._no_room: dict[int, tuple[float, str]] = {}  # until when room is not asked for again, and why
         self._users: dict[int, int] = {}
@@ -103,8 +104,8 @@ class OpenFiles:
     def _release(self, number: int) -> None:
         with self._lock:
             self._users[number] -= 1
-            if len(self._descriptors) > self._limit:
-                self._evict(self._limit)
+            if len(self._descriptors) > self.limit:
+                self._evict(self.limit)
 
     def _evict(self, limit: int) -> None:
         idle = [number for number in self._descriptors if not self._users[number]]

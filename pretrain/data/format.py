@@ -15,10 +15,10 @@ is ever unpickled.
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from pretrain.errors import UserError
 
@@ -40,6 +40,13 @@ INDEX_DTYPE = np.dtype([("shard", "<i8"), ("offset", "<i8"), ("tokens", "<i8"), 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "uint64": np.dtype("<u8")}
 
 
+def _in_its_folder(name: str) -> str:
+    # What is read is also written into caches and removed from them: no name may lead out of the folder.
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file in the manifest's folder")
+    return name
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -47,8 +54,8 @@ class _Entry(BaseModel):
 class FileEntry(_Entry):
     """A file beside the shards."""
 
-    name: str
-    sha256: str
+    name: Annotated[str, AfterValidator(_in_its_folder)]
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: NonNegativeInt
 
 

@@ -91,7 +91,7 @@ class Part:
     field: str = "data.min_document_tokens"
     """Of the recipe, that `at_least` comes from."""
     max_epochs: Fraction | None = None
-    """Passes after which the part is read no more; None: any number."""
+    """Passes after which the part is read no more; None: any number, as it has to be with order "streams"."""
 
 
 def parts_of(shards: ShardSet, selection: Selection) -> list[Part]:
@@ -193,14 +193,7 @@ class Packing:
         """The row that there is none of any more, as every part has been read as often as it may be; None: there is no
         end.
         """
-        if not self._has_lanes:
-            return None if self._interleave.end is None else self.origin + self._interleave.end
-        ends = [
-            (pool.limit - before) // pool.lanes
-            for pool, before in zip(self.pools, self.before, strict=True)
-            if pool.limit is not None and pool.lanes
-        ]
-        return self.origin + min(ends) * self.rows_per_step if ends else None
+        return None if self._interleave.end is None else self.origin + self._interleave.end
 
     def counts(self, position: int) -> list[int]:
         """Rows of each pool among the first `position`."""

@@ -10,7 +10,7 @@ from pretrain.data.best_fit import BestFit
 from pretrain.data.cursor import Cursor, SourceCursor
 from pretrain.data.damage import Damage, SkippedShard
 from pretrain.data.loader import Agree, Batch, Division, Loader, RowReader
-from pretrain.data.packing import Packing, Part, Pool, Selection, parts_of
+from pretrain.data.packing import Packing, Part, Pool, Selection
 from pretrain.data.rows import Rows
 from pretrain.data.shards import OnDamage, ShardSet, TokenizerInfo
 from pretrain.data.validation import sequential_batches
@@ -33,13 +33,6 @@ class ShardSource:
     """Whether a shard that is missing or damaged ends the run, or its documents are left out."""
     allow_changed: bool = False
     """Whether a cursor of other data is gone on from."""
-
-    @classmethod
-    def of(
-        cls, shards: ShardSet, seed: int, selection: Selection, num_workers: int, **options: object
-    ) -> "ShardSource":
-        """The source of one set."""
-        return cls(tuple(parts_of(shards, selection)), seed, selection, num_workers, **options)
 
     @property
     def shards(self) -> ShardSet:
@@ -67,14 +60,15 @@ class ShardSource:
         found = {part.shards.fingerprint: None for part in self.parts}
         return next(iter(found)) if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
+    def close(self) -> None:
+        """See `Source.close`."""
+        for part in self.parts:
+            part.shards.close()
+
     @property
     def damage(self) -> list[Damage]:
         """See `Source.damage`."""
-        return [
-            Damage(str(part.shards.folder), number, found)
-            for part in self.parts
-            for number, found in part.shards.skipped.items()
-        ]
+        return [damage for part in self.parts for damage in part.shards.damage]
 
     def share_damage(self, agree: Agree, known: Sequence[Damage]) -> None:
         """See `Source.share_damage`."""
@@ -83,7 +77,8 @@ class ShardSource:
 
     def open_loader(self, division: Division, cursor: Cursor | None, agree: Agree | None = None) -> Loader:
         """The iterator over a rank's steps. Raises UserError for a set too small for one row, a cursor of another
-        length, seed or order, and one of other data where that is not allowed.
+        length, seed or order, one of other data where that is not allowed, and where all shards of a source are
+        damaged.
         """
         length, rows_per_step = division.sequence_length, division.rows_per_step
         lanes = rows_per_step if self.selection.order == "streams" else None
@@ -111,6 +106,7 @@ class ShardSource:
                 )
             self._skip_as_before(cursor, begin)
             begin = self._moved(cursor, begin, changed=bool(changes))
+        require_undamaged(self.parts)
         before = [begin.sources[name].before for name in self._names]
         packing = self._packing(length, rows_per_step, origin=begin.origin, before=before)
         agree = agree if self.on_damage == "skip" else None
@@ -119,8 +115,10 @@ class ShardSource:
     def describe(self, total_tokens: int, *, sequence_length: int, rows_per_step: int) -> str:
         """Documents, tokens, passes over them, padding, what of the rows is of each part, and damage that is left out.
 
-        Raises UserError where all of it may not be read as often as the run needs.
+        Raises UserError where all of it may not be read as often as the run needs, or all shards of a source are
+        damaged.
         """
+        require_undamaged(self.parts)
         packing = self._packing(sequence_length, rows_per_step)
         rows = -(-total_tokens // sequence_length)
         if packing.end is not None and packing.end < rows:
@@ -130,12 +128,12 @@ class ShardSource:
                 f"{packing.end * sequence_length}"
             )
         several, long = len(self.parts) > 1, self.selection.long_documents is not None
-        reads = [share * total_tokens for share in packing.shares]
-        if packing.end is not None:  # a limit may be reached on the way
-            reads = [count * sequence_length for count in packing.counts(rows)]
+        shares = packing.shares
+        if any(pool.limit is not None for pool in packing.pools):  # what one would have had, others get
+            shares = [count / rows for count in packing.counts(rows)]
         lines = [
-            _describe(pool, count, share if several else None, "" if long else pool.part.name)
-            for pool, count, share in zip(packing.pools, reads, packing.shares, strict=True)
+            _describe(pool, share * total_tokens, share if several else None, "" if long else pool.part.name)
+            for pool, share in zip(packing.pools, shares, strict=True)
         ]
         lines += [f"skipped as damaged: {shard}" for shard in skipped_of(self.parts)]
         return "; ".join(lines)
@@ -192,8 +190,10 @@ class PackedRows(RowReader):
         return self._packing.read(samples)
 
     def skip(self, damage: Sequence[Damage]) -> None:
-        """See `RowReader.skip`."""
-        skip([pool.part for pool in self._packing.pools], damage)
+        """See `RowReader.skip`. Raises UserError where no shard of a source is left."""
+        parts = [pool.part for pool in self._packing.pools]
+        skip(parts, damage)
+        require_undamaged(parts)
 
     def cursor_at(self, start: Cursor, position: int) -> Cursor:
         """See `RowReader.cursor_at`."""
@@ -241,6 +241,18 @@ def skip(parts: Sequence[Part], damage: Sequence[Damage]) -> None:
         for each in damage:
             if each.place == str(part.shards.folder):
                 part.shards.skipped.setdefault(each.number, each.found)
+
+
+def require_undamaged(parts: Sequence[Part]) -> None:
+    """Raises UserError where all shards of a part are left out: its rows would be without targets, unseen."""
+    for part in parts:
+        shards = part.shards
+        if len(shards.skipped) == len(shards.manifest.shards):
+            of = f" of data.sources.{part.name}" if part.name else ""
+            raise UserError(
+                f"{shards.folder}{of}: every shard is missing or damaged, {shards.manifest.shards[0].name} (found "
+                f"{shards.skipped[0]}) and all others: nothing is left to train on; restore them, or remove the source"
+            )
 
 
 def skipped_of(parts: Sequence[Part]) -> list[SkippedShard]:
@@ -308,3 +320,7 @@ class HeldOutShards:
     def describe(self) -> str:
         """Documents and tokens."""
         return f"{self.shards.documents:,} documents, {self.shards.tokens:,} tokens"
+
+    def close(self) -> None:
+        """See `HeldOut.close`."""
+        self.shards.close()

@@ -1,6 +1,5 @@
 """One folder of tokenised shards, opened and checked: documents by number, tokens by position."""
 
-import errno
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pretrain.data.damage import Damage, DamagedShard
 from pretrain.data.files import OpenFiles
 from pretrain.data.format import DTYPES, INDEX_DTYPE, MANIFEST_NAME, FileEntry, Manifest, no_manifest
 from pretrain.data.stores import DamagedError, LocalStore, NoRoomError, Store, StoreConfig, open_store
+from pretrain.data.stores.errors import DAMAGE
 from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
@@ -101,7 +101,8 @@ class ShardSet:
         presence and bytes of each shard; the index against the manifest. With verify="hashes", each shard's sha256 too:
         of every `shares`-th shard from the `share`-th on, so that processes can divide the reading. Of remote shards
         those of the share alone are asked for, and hashes are checked when a shard is fetched. With on_damage="skip",
-        shards that differ are put among the skipped ones.
+        shards that differ are put among the skipped ones. Nothing is remembered of an earlier open: a process that has
+        no share (0 of 1) asks for every remote shard, and hashes the index, each time that it opens a set.
         `read_through`: whether a remote shard that is read by byte ranges is hashed before; None: with verify="hashes".
         Raises UserError naming the file, what was expected and what was found.
         """
@@ -190,11 +191,20 @@ class ShardSet:
             raise self._outside_vocabulary(int(records["shard"][piece]), int(documents[piece]), int(out[found]))
         return out
 
+    @property
+    def damage(self) -> list[Damage]:
+        """The shards that are left out."""
+        return [Damage(str(self.folder), number, found) for number, found in self.skipped.items()]
+
     def is_skipped(self, documents: np.ndarray) -> np.ndarray | None:
         """bool [n]: which of the documents are left out; None where none of the set is."""
         if not self.skipped:
             return None
         return np.isin(np.searchsorted(self.shard_documents, documents, side="right") - 1, list(self.skipped))
+
+    def limit_open_files(self, *, of: int) -> None:
+        """Keeps fewer files open, as one of so many sets that a process reads from at a time."""
+        self._files.limit = max(1, self.store.max_open_files // of)
 
     def close(self) -> None:
         """Closes the open files; reading again opens them again. What a cache keeps of a remote set may go then."""
@@ -245,7 +255,7 @@ class ShardSet:
         """The error for a shard that cannot be read: its own where it is gone or its disk is broken, not where only
         this process cannot read it.
         """
-        if error.errno in (errno.ENOENT, errno.EIO, errno.ESTALE):
+        if error.errno in DAMAGE:
             return self._damaged(number, f"cannot be read: {error.strerror}")
         path = self.store.locate(self.manifest.shards[number].name)
         return UserError(f"{path}: cannot be read: {error.strerror}; mend that and resume")

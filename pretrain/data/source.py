@@ -5,7 +5,7 @@ The loop, resume, evaluation and the dry run use these three and name no kind. A
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -42,6 +42,9 @@ class Source(Protocol):
     @property
     def tokenizer(self) -> TokenizerInfo | None:
         """The tokenizer that made the tokens; None where they stand for no text."""
+
+    def close(self) -> None:
+        """Closes the files that are open; may be called twice. The loaders have to be closed before."""
 
     @property
     def damage(self) -> list[Damage]:
@@ -84,13 +87,30 @@ class HeldOut(Protocol):
     def describe(self) -> str:
         """A line about the data."""
 
+    def close(self) -> None:
+        """Closes the files that are open; may be called twice."""
+
 
 @dataclass(frozen=True)
 class Data:
-    """What a data section opens."""
+    """What a data section opens. Use it as a context manager, or call `close()`: open files, and the places that they
+    keep in a cache, are let go then.
+    """
 
     train: Source
     held_out: HeldOut | None
+
+    def close(self) -> None:
+        """Closes both parts; may be called twice."""
+        self.train.close()
+        if self.held_out is not None:
+            self.held_out.close()
+
+    def __enter__(self) -> "Data":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class SourceConfig(BaseModel, ABC):
@@ -146,12 +166,16 @@ class SourceConfig(BaseModel, ABC):
         """
         return {}
 
+    def refuse_damage(self, known: Sequence[Damage]) -> None:
+        """Raises UserError where one of these shards ends the run that reads this section."""
+
     @abstractmethod
-    def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
+    def open(self, seed: int, share: Share | None = None, *, grid: int, places: Collection[str] | None = None) -> Data:
         """Opens and checks the data; `seed` is the one to use (see Recipe.data_seed). Raises UserError.
 
         Args:
             grid: tokens at whose multiples the model's state may begin anew: ModelConfig.grid.
             share: this process's part in reading all content through, where the section asks for that; None: nothing is
                 read through.
+            places: those of `to_verify` that are read through, others have been; None: all.
         """

@@ -14,7 +14,6 @@ are held in memory, whatever the number of documents, and a run is resumed by ma
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Lock
 
@@ -109,11 +108,6 @@ class Stream:
             if len(rows):
                 found.append(self._of_group(self._group(epoch, number), rows, starts[rows] - edges[number], length + 1))
         return Pieces.joined(found)
-
-    def epoch_documents(self, epoch: int) -> Iterator[np.ndarray]:
-        """The documents of an epoch in order, a group at a time."""
-        for number in range(len(self._epoch(epoch).first) - 1):
-            yield self._group(epoch, number).documents
 
     def _of_group(self, group: _Group, rows: np.ndarray, starts: np.ndarray, width: int) -> Pieces:
         low, high = np.maximum(starts, 0), np.minimum(starts + width, group.starts[-1])

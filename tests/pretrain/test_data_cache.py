@@ -1,5 +1,6 @@
 """The cache of remote files: bounded, atomic, shared by processes, and never taking away what is read."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -324,6 +325,25 @@ def test_open_files_that_nobody_reads_make_room(tmp_path, local, caplog):
         assert sum(kept) <= limit and len(kept) >= 4
         assert all(site.ranges(shard.name) == [None] for shard in manifest.shards)
     assert "byte ranges" not in caplog.text
+
+
+def test_a_file_of_another_user_is_left_and_the_cache_folder_named(tmp_path, monkeypatch):
+    cache, source = Cache(tmp_path, 10_000), Source()
+    os.close(source.open(cache, 1))
+    path, os_open = cache.path(entry(1)), os.open
+
+    def refuse(name, *arguments, **options):
+        if Path(name) == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return os_open(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr("pretrain.data.stores.cache.file_sha256", lambda name: os.close(os.open(name, os.O_RDONLY)))
+    cache.discard_damaged(entry(1))
+    assert path.exists()
+    with pytest.raises(NoRoomError, match=rf"the cache {tmp_path} holds .*Permission denied; give each user"):
+        source.open(cache, 1)
+    assert source.fetched == [1]
 
 
 def test_room_that_is_not_there_is_not_asked_for_at_every_read(monkeypatch):

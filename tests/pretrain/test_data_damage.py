@@ -1,16 +1,22 @@
 """Shards that are damaged, cut or gone: the run ends with their names, or all ranks leave out the same documents."""
 
+import errno
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pretrain.data import Cursor, Division, ShardsConfig, Share
 from pretrain.data.damage import DamagedShard
+from pretrain.data.stores import DamagedError, UnreachableError, store
 from pretrain.errors import UserError
+from pretrain.loop import Run
+from pretrain.resume import TrainerState
 from tests.data_cases import documents, make_shards, make_tokenizer
 from tests.order_oracle import stored_documents
 
@@ -195,7 +201,7 @@ def test_a_resumed_run_leaves_out_the_same_although_the_shard_is_back(shards):
     ranks = Ranks(config, 2)
     hidden = path.rename(path.with_suffix(".hidden"))
     first = ranks.steps(3)
-    cursor = Cursor.from_json(ranks.loaders[0].cursor().to_json())
+    cursor = Cursor.model_validate_json(ranks.loaders[0].cursor().model_dump_json())
     rest = ranks.steps(3)
     ranks.close()
     hidden.rename(path)
@@ -214,6 +220,64 @@ def test_without_leave_a_shard_deleted_on_the_way_stops_the_run_with_its_name(sh
     with pytest.raises(DamagedShard, match=rf"{entry.name}: cannot be read: No such file.*{entry.sha256}, found none"):
         ranks.steps(STEPS)
     ranks.close()
+
+
+def test_a_source_of_which_no_shard_is_left_ends_the_run_at_the_start_and_on_the_way(shards):
+    config = section(shards, verify="sizes")
+    ranks = Ranks(config, 2)
+    for source in ranks.sources:
+        source.shards.close()
+    for entry in shards.manifest.shards:
+        (shards.folder / entry.name).unlink()
+    with pytest.raises(UserError, match="every shard is missing or damaged.*nothing is left to train on"):
+        ranks.steps(STEPS)
+    ranks.close()
+    source = config.open(SEED, grid=8).train
+    with pytest.raises(UserError, match="every shard is missing or damaged"):
+        source.describe(1000, sequence_length=LENGTH, rows_per_step=2)
+    with pytest.raises(UserError, match="every shard is missing or damaged"):
+        source.open_loader(Division(LENGTH, 1, ROWS, 0, 1), None)
+
+
+@pytest.mark.parametrize("function", ["stat", "sha256"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.EIO, errno.ESTALE])
+def test_what_this_process_may_not_read_is_not_left_out_as_damaged(shards, monkeypatch, function, number):
+    entry, stat, sha256 = shards.manifest.shards[2], Path.stat, store.file_sha256
+
+    def failing(of):
+        def call(path, **options):
+            if path.name == entry.name:
+                raise OSError(number, os.strerror(number))
+            return of(path, **options)
+
+        return call
+
+    if function == "stat":
+        monkeypatch.setattr(Path, "stat", failing(stat))
+    else:
+        monkeypatch.setattr(store, "file_sha256", failing(sha256))
+    if number == errno.EACCES:
+        with pytest.raises(UnreachableError, match=rf"{entry.name}: cannot be read: Permission denied"):
+            section(shards).open(SEED, Share(0, 1), grid=8)
+    else:
+        assert list(section(shards).open(SEED, Share(0, 1), grid=8).train.shards.skipped) == [2]
+        with pytest.raises(DamagedError, match=entry.name):
+            section(shards, on_damage="stop").open(SEED, Share(0, 1), grid=8)
+
+
+def test_each_shard_is_reported_once_whatever_the_order_in_which_they_are_found(shards):
+    config = section(shards, verify="sizes")
+    source = config.open(SEED, grid=8).train
+    told = []
+    log = SimpleNamespace(event=lambda kind, **fields: told.append(fields["shard"]), say=lambda text: None)
+    run, reported = SimpleNamespace(log=log), set()
+    with source.open_loader(Division(LENGTH, 1, ROWS, 0, 1), None) as loader:
+        for number in (4, 1, 3):  # what a cursor says is sorted by number
+            source.shards.skipped[number] = "nothing"
+            for _ in range(2):
+                state = TrainerState(phase="p", ranks=1, tokenizer_sha256=None, cursor=loader.cursor())
+                Run.report_damage(run, state, reported)
+    assert told == [shards.manifest.shards[number].name for number in (4, 1, 3)]
 
 
 def test_a_line_says_what_is_left_out(shards):

@@ -102,7 +102,7 @@ def test_rows_do_not_depend_on_ranks_micro_batch_or_workers_or_where_they_resume
     with open_loader(section(sets, num_workers=2, **case), world_size=3, rank=2) as loader:
         for _ in range(17):
             next(loader)
-        cursor = Cursor.from_json(loader.cursor().to_json())
+        cursor = Cursor.model_validate_json(loader.cursor().model_dump_json())
     assert all(source.epoch for source in cursor.sources.values())
     found = rows_of(section(sets, num_workers=1, **case), steps - 17, world_size=2, micro=6, cursor=cursor)
     assert torch.equal(found, expected[:, 17 * ROWS :])
@@ -145,6 +145,22 @@ def test_a_source_at_its_cap_is_read_no_more_and_the_run_is_refused_where_all_ar
         next(loader)
         with pytest.raises(UserError, match="behind the last one"):
             next(loader)
+
+
+def test_the_description_says_what_is_read_of_a_source_that_reaches_its_cap_beside_one_without(sets):
+    config = section(sets, weights=(1, 1, 0), of={"code": {"max_epochs": 0.5}})
+    steps = 30
+    with open_loader(config) as loader:
+        for _ in range(steps):
+            next(loader)
+        read = {name: source.position for name, source in loader.cursor().sources.items()}
+        passes = loader.curves()
+    text = config.open(SEED, grid=8).train.describe(steps * ROWS * LENGTH, sequence_length=LENGTH, rows_per_step=ROWS)
+    assert passes["data/epochs/code"] <= 0.5
+    for line, name in zip(text.split("; "), ("code", "web"), strict=True):
+        assert line.startswith(f"{100 * read[name] / (steps * ROWS):.3g} % of the rows {name}: ")
+        tokens = read[name] * LENGTH
+        assert line.endswith(f": {tokens / (sets[name].tokens - 1):.2f} passes over them")
 
 
 def test_lanes_of_streams_are_shared_out_by_weight_and_none_may_have_none(sets):
@@ -199,7 +215,9 @@ def test_changed_data_is_refused_with_what_changed_and_gone_on_from_when_allowed
     }
     # What follows is exact again, and needs no permission any more.
     expected = rows_of(allowed, 12, cursor=cursor)
-    found = rows_of(section(sets, **changed), 7, world_size=4, micro=1, cursor=Cursor.from_json(then.to_json()))
+    found = rows_of(
+        section(sets, **changed), 7, world_size=4, micro=1, cursor=Cursor.model_validate_json(then.model_dump_json())
+    )
     assert torch.equal(found, expected[:, 5 * ROWS :])
 
 
@@ -241,6 +259,12 @@ def test_a_source_that_is_gone_or_new_is_named(sets):
         (
             {"sources": {"b": {"train": "b", "weight": 1}}, "long_documents": {"at_least": 9, "share": 0.5}},
             "name a source of the same shards with min_document_tokens",
+        ),
+        ({"sources": {"train": {"train": "b", "weight": 1}}}, "sources has one called 'train'"),
+        ({"sources": {"": {"train": "b", "weight": 1}}}, "sources has one called ''"),
+        (
+            {"sources": {"b": {"train": "b", "weight": 1, "max_epochs": 2}}, "order": "streams"},
+            "sources.b.max_epochs is set, but order is streams",
         ),
         ({"train": "a", "packing": "best_fit", "order": "streams"}, "set order to rows, or packing to stream"),
         ({"sources": {"b": {"train": "b", "weight": -1}}}, "greater than or equal to 0"),

@@ -63,7 +63,7 @@ def read(config, world_size, steps, cursor=None):
         with open_loader(config, world_size, rank, cursor) as loader:
             ranks.append(np.stack([ids_of(next(loader)) for _ in range(steps)]))
             behind = loader.cursor()
-    return by_sample(ranks), Cursor.from_json(behind.to_json())
+    return by_sample(ranks), Cursor.model_validate_json(behind.model_dump_json())
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -84,7 +84,7 @@ def test_200_steps_are_the_same_when_they_go_on_on_other_ranks_and_workers(sourc
 
 def rank_of_a_run(sources, name, workers, world_size, rank, folder, text):
     """One rank: each step's tokens into its file, rank 0's cursor behind step STOP; then it goes on, and waits."""
-    cursor = None if text is None else Cursor.from_json(text)
+    cursor = None if text is None else Cursor.model_validate_json(text)
     with (
         open_loader(section(sources, name, workers), world_size, rank, cursor) as loader,
         open(folder / f"rank-{rank}", "wb", buffering=0) as file,
@@ -92,7 +92,7 @@ def rank_of_a_run(sources, name, workers, world_size, rank, folder, text):
         for step in range(1, (STOP if cursor else STOP + 3) + 1):
             file.write(ids_of(next(loader)).tobytes())
             if rank == 0 and step == STOP:
-                (folder / "cursor.json").write_text(loader.cursor().to_json())
+                (folder / "cursor.json").write_text(loader.cursor().model_dump_json())
         if cursor is None:
             signal.pause()
 

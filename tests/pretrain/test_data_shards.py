@@ -1,13 +1,17 @@
 """Opening and reading shard sets: damage of every kind is found and named."""
 
+import gc
+import hashlib
 import json
 import os
 
 import numpy as np
 import pytest
 
-from pretrain.data import ShardsConfig, ShardSet, Share, open_shards
+from pretrain.data import Division, ShardsConfig, ShardSet, Share, open_shards
 from pretrain.data.files import OpenFiles
+from pretrain.data.format import Manifest
+from pretrain.data.stores import LocalStore
 from pretrain.errors import UserError
 from tests.data_cases import documents, make_shards, make_tokenizer, write_jsonl
 from tools.documents import DocumentReader
@@ -197,3 +201,45 @@ def test_open_files_are_bounded_and_never_closed_in_use(tmp_path):
     files.close()
     assert len(files) == 0
     assert files.read(7, 1, 0) == b"7"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sha256": "../../precious"}, {"sha256": ""}, {"name": "../precious"}, {"name": ".."}]
+)
+@pytest.mark.parametrize("of", ["index", "shards"])
+def test_a_foreign_manifest_cannot_name_files_outside_of_its_folder_or_the_cache(shards, changes, of):
+    content = shards.manifest.model_dump(mode="json")
+    (content["shards"][0] if of == "shards" else content[of]).update(changes)
+    # As a foreigner would: with the fingerprint of what it says.
+    told = {key: value for key, value in content.items() if key != "fingerprint"}
+    fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    with pytest.raises(UserError, match=rf"field {of}\..*{next(iter(changes))}"):
+        Manifest.parse(json.dumps({**content, "fingerprint": fingerprint}).encode(), "manifest.json")
+
+
+def test_data_of_several_sets_keep_together_as_many_files_open_as_one_and_close_them(tmp_path, model):
+    sets = {str(n): make_shards(tmp_path / str(n), model, documents(12, seed=n), shard_tokens=20) for n in range(3)}
+    assert all(len(shards.manifest.shards) > 8 for shards in sets.values())
+    sources = {name: {"train": shards.folder, "weight": 1} for name, shards in sets.items()}
+    config = ShardsConfig(sources=sources, validation=sets["0"].folder, num_workers=0)
+    before = open_descriptors()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStore, "max_open_files", 20)
+        with config.open(0, grid=8) as data:
+            opened = open_descriptors()  # the indexes
+            division = Division(sequence_length=8, micro_batch_size=50, accumulation=1, rank=0, world_size=1)
+            with data.train.open_loader(division, None) as loader:
+                next(loader)
+            for _ in data.held_out.batches(sequence_length=8, batch_size=50, max_tokens=None, rank=0, world_size=1):
+                pass
+            assert 4 <= open_descriptors() - opened <= 20
+        assert open_descriptors() == opened
+    del data, loader
+    gc.collect()
+    assert open_descriptors() == before
+    config.to_verify()
+    assert open_descriptors() == before
+
+
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd"))

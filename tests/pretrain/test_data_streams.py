@@ -1,7 +1,5 @@
 """Documents padded to a grid, lanes that go on from step to step, and a share of long documents, against oracles."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -88,7 +86,8 @@ def test_each_row_goes_on_where_it_ended_in_the_step_before(shards, grid, rows_p
 
 def open_loader(shards, *, world_size=1, rank=0, micro=2, workers=0, cursor=None, rows=12, **selection):
     division = Division(LENGTH, micro, rows // (micro * world_size), rank, world_size)
-    source = ShardSource.of(shards, SEED, Selection(**{"order": "streams", "grid": GRID, **selection}), workers)
+    chosen = Selection(**{"order": "streams", "grid": GRID, **selection})
+    source = ShardSource(tuple(parts_of(shards, chosen)), SEED, chosen, workers)
     return source.open_loader(division, cursor)
 
 
@@ -121,7 +120,7 @@ def test_steps_do_not_depend_on_ranks_micro_batch_or_workers_or_where_they_resum
     with open_loader(shards, world_size=3, rank=1, workers=2, **options) as loader:
         for _ in range(7):
             next(loader)
-        cursor = Cursor.from_json(loader.cursor().to_json())
+        cursor = Cursor.model_validate_json(loader.cursor().model_dump_json())
     found = steps_of(shards, steps - 7, world_size=2, micro=6, workers=1, cursor=cursor, **options)
     assert torch.equal(found, expected[7:])
 
@@ -147,9 +146,9 @@ def test_a_cursor_of_another_order_is_refused(shards, changes, message):
 
 def test_a_cursor_inside_a_step_is_damaged(shards):
     with open_loader(shards) as loader:
-        text = loader.cursor().to_json().replace('"position":0', '"position":5')
-    with pytest.raises(UserError, match="position 5 is inside a step of 12 rows"):
-        Cursor.from_json(text)
+        text = loader.cursor().model_dump_json().replace('"position":0', '"position":5')
+    with pytest.raises(ValueError, match="position 5 is inside a step of 12 rows"):
+        Cursor.model_validate_json(text)
 
 
 def test_a_cursor_from_before_these_fields_goes_on(shards):
@@ -157,7 +156,7 @@ def test_a_cursor_from_before_these_fields_goes_on(shards):
     with open_loader(shards, order="rows", grid=None) as loader:
         expected = [next(loader) for _ in range(3)]
         cursor = loader.cursor()
-    with open_loader(shards, order="rows", grid=None, cursor=Cursor.from_json(json.dumps(old))) as loader:
+    with open_loader(shards, order="rows", grid=None, cursor=Cursor.model_validate(old)) as loader:
         found = next(loader)
         assert loader.cursor() == cursor
     assert found[0].resets is None
@@ -258,7 +257,8 @@ def test_data_that_is_too_small_is_named(shards, options, message):
 
 def test_a_line_says_what_is_padding_and_what_is_long(shards):
     def line(**selection):
-        source = ShardSource.of(shards, SEED, Selection(**selection), 0)
+        chosen = Selection(**selection)
+        source = ShardSource(tuple(parts_of(shards, chosen)), SEED, chosen, 0)
         return source.describe(10 * shards.tokens, sequence_length=LENGTH, rows_per_step=7)
 
     assert line() == f"40 documents, {shards.tokens:,} tokens: 10.00 passes over them"

@@ -187,7 +187,7 @@ def test_any_layout_and_a_resume_over_another_give_the_same_rows(name: str) -> N
         expected.append((tokens + [PAD] * padding, targets + [IGNORED] * padding))
     first = load(SyntheticSource(task, 4, 2), 2, 1)
     rows = step_rows(first, 3)
-    cursor = Cursor.from_json(first[1].cursor().to_json())
+    cursor = Cursor.model_validate_json(first[1].cursor().model_dump_json())
     assert cursor.position == 18
     rows += step_rows(load(SyntheticSource(task, 4, 0), 1, 2, cursor=cursor), 3)
     assert rows == expected

@@ -154,6 +154,14 @@ def test_a_journal_that_was_cut_counts_up_to_its_last_whole_line(tmp_path, sourc
     assert contents(tmp_path / "out") == whole
 
 
+def test_a_line_of_the_journal_that_was_damaged_is_named(tmp_path, source, model, monkeypatch, capsys):
+    words, building = failing_build(tmp_path, source, model, monkeypatch)
+    journal = building / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"shard"', b'"shart"', 1))
+    assert main(words) == 2
+    assert f"the build that was killed cannot go on: remove {building} to begin anew" in capsys.readouterr().err
+
+
 def test_a_finished_shard_that_was_damaged_is_named(tmp_path, source, model, monkeypatch, capsys):
     words, building = failing_build(tmp_path, source, model, monkeypatch)
     path = building / "shards/train/shards-000001.tar"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import webdataset
 
 from pretrain.data import Cursor, Division, ShardsConfig, ShardSet
 from pretrain.data.format import EOS_SEPARATOR, INDEX_DTYPE, TOKENS_SUFFIX, ShardEntry, SplitEntry
+from pretrain.devices import peak_memory_bytes
 from tools.bench.benchmark import Benchmark
 from tools.bench.cases import Row, run_cases
 from tools.bench.tables import Column, Presentation, megabytes, milliseconds, times, whole
@@ -190,7 +191,7 @@ def _resume(folder: Path, length: int, position: int, options: dict[str, str]) -
     return {
         "open_s": opened - start,
         "first_step_s": done - opened,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": peak_memory_bytes(torch.device("cpu")),
     }
 
 

@@ -48,8 +48,6 @@ class Built:
     """Tokens that were encoded, without those of shards that an earlier, killed build had finished."""
     duplicates: int
     """Documents left out because their text had been there before."""
-    resumed_shards: int
-    """Shards that an earlier, killed build had finished."""
 
 
 class _Item(NamedTuple):
@@ -195,7 +193,7 @@ def build(
                 writer.close()
         _publish(folder / SHARDS, output)
         shutil.rmtree(folder)
-    return Built(manifests, progress.seconds, tokens, sorter.duplicates, sum(map(len, finished.values())))
+    return Built(manifests, progress.seconds, tokens, sorter.duplicates)
 
 
 def belongs_to_validation(text: bytes, fraction: float) -> bool:

@@ -57,7 +57,7 @@ class Journal:
     def read(self, build: dict[str, Any], shards_folder: Path) -> dict[str, list[FinishedShard]] | None:
         """The finished shards of each part, in order; None where there is no journal of this very build.
 
-        Raises UserError for a shard that is not as it was finished.
+        Raises UserError for a line that is no such line, and a shard that is not as it was finished.
         """
         try:
             lines = self._path.read_bytes().split(b"\n")
@@ -68,8 +68,8 @@ class Journal:
         finished: dict[str, list[FinishedShard]] = {}
         # The last piece is empty, or a line that a kill cut.
         for text in lines[1:-1]:
-            line = _Line.model_validate_json(text)
             try:
+                line = _Line.model_validate_json(text)
                 LocalStore(shards_folder / line.part).check(line.shard, hashes=True)
                 index = np.load(self._rows_path(line.part, line.shard), allow_pickle=False)
             except (OSError, ValueError) as error:

@@ -84,7 +84,7 @@ class Cache:
         path = self.path(entry)
         try:
             found = file_sha256(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # who then opens it is told
             return
         except OSError as error:
             found = f"none ({error.strerror})"
@@ -98,6 +98,11 @@ class Cache:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
+        except PermissionError as error:
+            raise NoRoomError(
+                f"the cache {self.folder} holds a file that cannot be read: {path}: {error.strerror}; give each user a "
+                "data.cache_folder of their own"
+            ) from error
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         found = os.fstat(descriptor)
         if found.st_nlink and found.st_size == entry.bytes:

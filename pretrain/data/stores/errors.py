@@ -1,6 +1,12 @@
 """The two ways in which a store fails, told apart by what may be done about them."""
 
+import errno
+
 from pretrain.errors import UserError
+
+DAMAGE = (errno.ENOENT, errno.EIO, errno.ESTALE)
+"""Numbers of errors that say of a file that it is gone, or its disk broken, not that this process alone cannot read it.
+"""
 
 
 class DamagedError(UserError):
@@ -20,6 +26,16 @@ def missing(place: str, expected_bytes: int | None, why: str = "") -> DamagedErr
     """A file, called `place`, that is not there."""
     size = "" if expected_bytes is None else f": expected {expected_bytes} bytes"
     return DamagedError(f"{place}: missing{why and f' ({why})'}{size}; restore the file", "none")
+
+
+def unreadable(place: str, expected_bytes: int, error: OSError) -> UserError:
+    """A local file that cannot be read: DamagedError where that is the file's fault, else UnreachableError."""
+    why = error.strerror or str(error)
+    if error.errno == errno.ENOENT:
+        return missing(place, expected_bytes, why)
+    if error.errno in DAMAGE:
+        return DamagedError(f"{place}: cannot be read: {why}; restore the file", f"none ({why})")
+    return UnreachableError(f"{place}: cannot be read: {why}; mend that and start again")
 
 
 def other_size(place: str, expected: int, found: int) -> DamagedError:

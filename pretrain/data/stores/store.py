@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pretrain.data.format import FileEntry
 from pretrain.data.stores.config import StoreConfig, is_remote, parse_location
-from pretrain.data.stores.errors import missing, other_hash, other_size
+from pretrain.data.stores.errors import other_hash, other_size, unreadable
 from pretrain.durable import file_sha256
 from pretrain.errors import UserError
 
@@ -82,7 +82,7 @@ class LocalStore(Store):
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise missing(str(path), entry.bytes, str(error.strerror)) from None
+            raise unreadable(str(path), entry.bytes, error) from None
         if found != entry.bytes:
             raise other_size(str(path), entry.bytes, found)
         if not hashes:
@@ -90,7 +90,7 @@ class LocalStore(Store):
         try:
             digest = file_sha256(path)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}; restore the file") from error
+            raise unreadable(str(path), entry.bytes, error) from error
         if digest != entry.sha256:
             raise other_hash(str(path), entry.sha256, digest)
 

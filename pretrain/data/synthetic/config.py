@@ -1,5 +1,6 @@
 """The data section of a recipe for rows that are drawn."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,6 +48,6 @@ class SyntheticConfig(SourceConfig):
     def missing(self) -> Path | None:
         """Nothing: no file is read."""
 
-    def open(self, seed: int, share: Share | None = None, *, grid: int) -> Data:
+    def open(self, seed: int, share: Share | None = None, *, grid: int, places: Collection[str] | None = None) -> Data:
         """The two streams of the task."""
         return Data(SyntheticSource(self.task, seed, self.num_workers), HeldOutDraws(self.task, seed))

@@ -94,6 +94,9 @@ class SyntheticSource:
     def share_damage(self, agree: Agree, known: Sequence[Damage]) -> None:
         """Nothing: there is none."""
 
+    def close(self) -> None:
+        """Nothing: no file is open."""
+
     def describe(self, total_tokens: int, *, sequence_length: int, rows_per_step: int) -> str:
         """The task's numbers."""
         task = self.task
@@ -131,6 +134,9 @@ class HeldOutDraws:
     def describe(self) -> str:
         """Where the rows come from."""
         return "rows of the same task from another stream"
+
+    def close(self) -> None:
+        """Nothing: no file is open."""
 
     def _batches(self, length: int, batch_size: int, total: int, rank: int, world_size: int) -> Iterator[Batch]:
         rows = DrawnRows(self.task, self.seed, "held-out", length)
