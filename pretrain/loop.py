@@ -21,7 +21,7 @@ from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_s
 from parallel.distribute import distribute
 from parallel.engine import Engine, StepResult
 from parallel.engines import make_engine
-from parallel.mesh import Mesh
+from parallel.mesh import Layout, Mesh
 from parallel.pipeline_schedule import expected_bubble
 from parallel.process import World, gather_objects
 from parallel.watchdog import Watchdog
@@ -91,22 +91,30 @@ def _train_alone(
             damage = verify_data(left, Share(world.local_rank, world.local_size), log.say)
         place = choose_boundary_place(left[0].recipe, world)
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
-        checkpoint = start_from
+        checkpoint, meshes = start_from, {}
         for phase in left:
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
-            state, checkpoint = run_phase(phases, phase, world, checkpoints, log, state, checkpoint, place, damage)
+            mesh = mesh_of(phase.recipe.parallel.layout(world.size), world, meshes)
+            state, checkpoint = run_phase(phases, phase, mesh, checkpoints, log, state, checkpoint, place, damage)
             state = state.moved_on(phases)
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
             if world.device.type == "cuda":
                 torch.cuda.empty_cache()  # in blocks of the sizes that the next one asks for
 
 
+def mesh_of(layout: Layout, world: World, made: dict[Layout, Mesh]) -> Mesh:
+    """The mesh of a layout, of those that were made where it is among them: process groups stay, and are few."""
+    if layout not in made:
+        made[layout] = Mesh.build(world, layout)
+    return made[layout]
+
+
 def run_phase(
     phases: Phases,
     phase: Phase,
-    world: World,
+    mesh: Mesh,
     checkpoints: Checkpoints,
     log: RunLog,
     state: TrainerState,
@@ -119,15 +127,16 @@ def run_phase(
     A phase behind another takes over what that one saved, whether the run was stopped in between or not.
 
     Args:
+        mesh: of the phase's layout.
         checkpoint: holds weights, optimizer and generators; None: they begin here.
         place: of the states between segments, where there are any.
         damage: what this rank found when it read data through.
     """
-    recipe, batches = phase.recipe, phase.batches(world.size)
+    recipe, world = phase.recipe, mesh.world
+    batches = phase.batches(world.size)
     with agreed(), phase.named_in_errors():
         data = recipe.data.open(recipe.data_seed(), grid=recipe.model.grid)
     data.train.share_damage(gather_objects, damage)
-    mesh = Mesh.build(world, recipe.parallel.layout(world.size))
     engine = build_engine(recipe, batches, mesh, place)
     if checkpoint is not None:
         restore(checkpoint, engine, state, recipe.seed, world)

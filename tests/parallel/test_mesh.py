@@ -17,13 +17,13 @@ from parallel.mesh import Layout, Mesh
 from parallel.process import initialize, shutdown, exit_now
 world = initialize("cpu")
 mesh = Mesh.build(world, Layout.of(world.size, pipeline=2, tensor=2))
-for group in (mesh.tensor, mesh.sequence, mesh.data, mesh.replicas, mesh.pipeline, mesh.model):
+for group in (mesh.tensor, mesh.sequence, mesh.data, mesh.replicas, mesh.pipeline, mesh.same_rows):
     total = torch.tensor(2**world.rank)
     if group.handle is not None:
         dist.all_reduce(total, group=group.handle)
     assert total == sum(2**rank for rank in group.ranks), group
     assert group.ranks[group.index] == world.rank
-print(mesh.place, mesh.tensor.ranks, mesh.pipeline.ranks, mesh.model.ranks, mesh.replicas.size)
+print(mesh.place, mesh.tensor.ranks, mesh.pipeline.ranks, mesh.same_rows.ranks, mesh.replicas.size)
 shutdown()
 exit_now(0)
 """
