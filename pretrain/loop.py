@@ -142,7 +142,8 @@ def run_phase(
         restore(checkpoint, engine, state, recipe.seed, world)
     else:
         if recipe.initialize_from is not None:
-            with open_initial_weights(recipe.initialize_from) as weights:
+            nearest = world.rank / max(world.size - 1, 1)
+            with open_initial_weights(recipe.initialize_from, nearest=nearest) as weights:
                 engine.load_weights(weights)
         seed_rank(recipe.seed, world.rank)
     with ExitStack() as stack:
