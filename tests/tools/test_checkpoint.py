@@ -116,7 +116,8 @@ def test_reshape_gives_each_rank_its_file_and_changes_no_value(
 
 
 def test_reshape_balances_stages_as_the_recipe_says(tmp_path: Path) -> None:
-    fields = {"parallel": {"pipeline": 2, "balance_stages": "parameters"}, "model": {"num_layers": 6, "vocab_size": 4000}}
+    model = {"num_layers": 6, "vocab_size": 4000}
+    fields = {"parallel": {"pipeline": 2, "balance_stages": "parameters"}, "model": model}
     checkpoint, output = make_checkpoint(tmp_path / "run", Layout(), **fields), tmp_path / "new"
     assert main(["reshape", str(checkpoint), "--output", str(output), "--ranks", "2", "--pipeline", "2"]) == 0
     config, layout = small_model(tmp_path / "run", **fields), Layout(pipeline=2)
