@@ -91,24 +91,20 @@ def _train_alone(
             damage = verify_data(left, Share(world.local_rank, world.local_size), log.say)
         place = choose_boundary_place(left[0].recipe, world)
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
-        checkpoint, meshes = start_from, {}
+        checkpoint, meshes = start_from, dict[Layout, Mesh]()
         for phase in left:
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
-            mesh = mesh_of(phase.recipe.parallel.layout(world.size), world, meshes)
+            layout = phase.recipe.parallel.layout(world.size)
+            if layout not in meshes:  # process groups stay, and there can be but so many
+                meshes[layout] = Mesh.build(world, layout)
+            mesh = meshes[layout]
             state, checkpoint = run_phase(phases, phase, mesh, checkpoints, log, state, checkpoint, place, damage)
             state = state.moved_on(phases)
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
             if world.device.type == "cuda":
                 torch.cuda.empty_cache()  # in blocks of the sizes that the next one asks for
-
-
-def mesh_of(layout: Layout, world: World, made: dict[Layout, Mesh]) -> Mesh:
-    """The mesh of a layout, of those that were made where it is among them: process groups stay, and are few."""
-    if layout not in made:
-        made[layout] = Mesh.build(world, layout)
-    return made[layout]
 
 
 def run_phase(
