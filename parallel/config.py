@@ -178,3 +178,9 @@ class ParallelConfig(BaseModel):
     def keeps_gradients_whole(self, backward_passes: int) -> bool:
         """Whether each rank holds the gradients of all parameters through a step of so many backward passes."""
         return self.zero_stage < 2 or (self.reduce_gradients == "step" and backward_passes > 1)
+
+    def sums_beside_backward(self, backward_passes: int) -> bool:
+        """Whether GPUs sum gradients over ranks while the backward pass, of so many in a step, goes on."""
+        if self.zero_stage == 0 or self.pipeline > 1:
+            return False
+        return backward_passes == 1 or self.reduce_gradients == "backward"

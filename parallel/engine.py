@@ -48,7 +48,7 @@ class StepResult:
     """
 
     loss: Tensor
-    """Mean over the step's tokens, in nats."""
+    """Mean over the step's tokens that count, in nats; 0 where none does."""
 
     grad_norm: Tensor
     """Global l2 norm of the mean gradient, before clipping; inf or nan where it is not finite."""
@@ -195,7 +195,7 @@ class Engine:
         if norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         return StepResult(
-            loss=loss_sum / tokens,
+            loss=loss_sum / tokens.clamp(min=1),
             grad_norm=norm.detach(),
             tokens=tokens,
             stats=None if stats is None else mean_over(self.mesh, stats),

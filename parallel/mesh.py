@@ -1,7 +1,8 @@
 """Where each rank stands: pipeline x data x sequence x tensor, and the process groups along these axes.
 
 Ranks are numbered with tensor innermost, then sequence, data, pipeline: the ranks that talk most are next to each other
-on a node. Groups are made once, here, and handed to what needs them; nothing looks one up.
+on a node. Groups are made here and handed to what needs them; nothing looks one up. They stay as long as the process:
+who trains in one layout several times keeps its mesh.
 """
 
 from __future__ import annotations
@@ -140,9 +141,6 @@ class Mesh:
     pipeline: Group
     """Hold other layers, for the same tokens."""
 
-    model: Group
-    """pipeline x tensor: hold one copy of the model together."""
-
     same_rows: Group
     """pipeline x sequence x tensor: read the same rows, and hold the parts of their states."""
 
@@ -166,7 +164,6 @@ class Mesh:
             "data": ("data",),
             "replicas": ("data", "sequence"),
             "pipeline": ("pipeline",),
-            "model": ("pipeline", "tensor"),
             "same_rows": ("pipeline", "sequence", "tensor"),
         }
         groups = {name: _own_group(world, layout.groups(*axes)) for name, axes in of_axes.items()}

@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
+from parallel.watchdog import show_stacks_when_asked
+
 DeviceName = Literal["auto", "cpu", "cuda"]
 T = TypeVar("T")
 
@@ -80,6 +82,7 @@ def initialize(device: DeviceName = "auto", *, timeout_minutes: float = 30.0, de
     Raises:
         ValueError: some but not all of the launcher's variables are set, or the device does not exist.
     """
+    show_stacks_when_asked()  # first: joining may hang too
     present = [name for name in _VARIABLES if name in os.environ]
     if present == ["LOCAL_RANK"]:  # left by an earlier call in this process
         present = []

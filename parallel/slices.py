@@ -6,7 +6,6 @@ whole. Checkpoints speak of whole parameters alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,12 +84,6 @@ class Slice:
         changes the whole.
         """
         return whole.unflatten(self.axis, (self.groups, self.count, -1)).select(self.axis + 1, self.index)
-
-
-def joined(parts: Sequence[Tensor], axis: int, groups: int = 1) -> Tensor:
-    """The whole of all its slices, by index."""
-    grouped = [part.unflatten(axis, (groups, -1)) for part in parts]
-    return torch.cat(grouped, axis + 1).flatten(axis, axis + 1)
 
 
 def slice_of(parameter: Tensor) -> Slice | None:

@@ -142,6 +142,30 @@ def write_index(
     return path
 
 
+class _Index(NamedTuple):
+    """What `state.json` says."""
+
+    ranks: int
+    optimizer_step: int
+    shapes: dict[str, torch.Size]
+    layout: Layout | None
+
+
+def _read_index(folder: Path) -> _Index:
+    """Raises ValueError, naming the file, where it is damaged or of another version."""
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        version = index.get("version")
+        if version in _READABLE:
+            shapes = {name: torch.Size(shape) for name, shape in index["parameters"].items()}
+            layout = Layout(**index["layout"]) if "layout" in index else None
+            return _Index(int(index["ranks"]), int(index["optimizer_step"]), shapes, layout)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    raise ValueError(f"{path}: version {version}, this program reads {' and '.join(map(str, _READABLE))}")
+
+
 class WeightReader(Protocol):
     """Weights by parameter, wherever they were saved."""
 
@@ -166,21 +190,18 @@ class StateReader:
         nearest: the file that most is expected in, from 0 to 1 for the first to the last: it is looked into first, and
             then those next to it, only as long as something is missing. None: all files are opened, and must be whole.
 
-    Raises ValueError for a folder whose files do not hold every element of every parameter, or, with `nearest`, of what
-    is asked for.
+    Raises ValueError for a folder whose files do not hold every element of every parameter once, or, with `nearest`, of
+    what is asked for; and for a damaged `state.json`.
     """
 
     def __init__(self, folder: Path, *, nearest: float | None = None) -> None:
         self.folder = folder
-        index: dict[str, Any] = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        if index.get("version") not in _READABLE:
-            known = " and ".join(map(str, _READABLE))
-            raise ValueError(f"{folder / INDEX_FILE}: version {index.get('version')}, this program reads {known}")
-        self.ranks: int = index["ranks"]
+        index = _read_index(folder)
+        self.ranks = index.ranks
         """How many files there are."""
-        self.optimizer_step: int = index["optimizer_step"]
-        self.shapes = {name: torch.Size(shape) for name, shape in index["parameters"].items()}
-        self.layout = Layout(**index["layout"]) if "layout" in index else None
+        self.optimizer_step = index.optimizer_step
+        self.shapes = index.shapes
+        self.layout = index.layout
         """Of the ranks that wrote it, where it says so."""
         self._open_files = ExitStack()
         self._saved: dict[tuple[str, str], list[_Saved]] = defaultdict(list)
@@ -242,11 +263,25 @@ class StateReader:
         found = sum(_copy(saved, values, start, part, shape) for saved in self._saved[kind, name])
         while found < numel and self._unopened:
             found += sum(_copy(saved, values, start, part, shape) for saved in self._open_next()[kind, name])
-        if found != numel:
+        if found == numel:
+            self._require_once(kind, name)
+        else:
             raise ValueError(
                 f"{self.folder}: {kind} of {name} is not whole (has {found} of {numel} elements asked for)"
             )
         return values
+
+    def _require_once(self, kind: str, name: str) -> None:
+        """Raises ValueError where the open files hold elements twice: as many as were asked for are not all of them
+        then.
+        """
+        saved = self._saved[kind, name]
+        kinds = {None if s.part is None else (s.part.axis, s.part.count, s.part.groups) for s in saved}
+        ends: dict[Slice | None, int] = {}
+        for stretch in sorted(saved, key=lambda s: s.start):
+            if len(kinds) > 1 or stretch.start < ends.get(stretch.part, 0):
+                raise ValueError(f"{self.folder}: {kind} of {name} is there twice from element {stretch.start} on")
+            ends[stretch.part] = stretch.stop
 
     def weight(self, name: str) -> Tensor:
         """The whole fp32 weight of a parameter, in its shape."""

@@ -26,9 +26,14 @@ LAST_RESORT_SECONDS = 5.0
 hangs holding the interpreter's lock."""
 
 STACKS_SIGNAL = signal.SIGUSR2
-"""Makes a watched process print its stacks, whatever it is doing, and go on."""
+"""Makes a rank print its stacks, whatever it is doing, and go on (see `show_stacks_when_asked`)."""
 
 _STDERR = 2  # by number: a hanging thread may hold the lock of the stream
+
+
+def show_stacks_when_asked() -> None:
+    """From now on `STACKS_SIGNAL` shows this process's stacks, instead of ending it."""
+    faulthandler.register(STACKS_SIGNAL, file=_STDERR, all_threads=True)
 
 
 class Watchdog(AbstractContextManager["Watchdog"]):
@@ -48,7 +53,6 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        faulthandler.register(STACKS_SIGNAL, file=_STDERR, all_threads=True)
         self._thread.start()
         return self
 
@@ -58,7 +62,6 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self.rest()
         self._ended.set()
         self._thread.join()
-        faulthandler.unregister(STACKS_SIGNAL)
 
     def feed(self, doing: str) -> None:
         """A piece of work begins, and the one before is done.

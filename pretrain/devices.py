@@ -28,11 +28,16 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """Peak FLOP/s of a device at a precision ("bf16" or "fp32"); None for a device that is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for part, (bf16, fp32) in PEAKS.items():
-        if part in name:
-            return bf16 if precision == "bf16" else fp32
-    return None
+    part = listed_device(torch.cuda.get_device_name(device))
+    if part is None:
+        return None
+    bf16, fp32 = PEAKS[part]
+    return bf16 if precision == "bf16" else fp32
+
+
+def listed_device(name: str) -> str | None:
+    """Which of `PEAKS` a device is that torch calls so; None where it is not listed."""
+    return next((part for part in PEAKS if part in name), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -59,9 +59,13 @@ def check_initial_weights(recipe: Recipe, tokenizer: TokenizerInfo | None, *, ev
         )
 
 
-def open_initial_weights(folder: Path) -> AbstractContextManager[WeightReader]:
-    """The weights of a folder that was checked, to be read while the context lasts."""
-    return ExportedWeights(folder) if is_exported(folder) else StateReader(folder)
+def open_initial_weights(folder: Path, *, nearest: float | None = None) -> AbstractContextManager[WeightReader]:
+    """The weights of a folder that was checked, to be read while the context lasts.
+
+    Args:
+        nearest: of a checkpoint's files, as `StateReader` takes it: those that are not needed are not opened.
+    """
+    return ExportedWeights(folder) if is_exported(folder) else StateReader(folder, nearest=nearest)
 
 
 def is_exported(folder: Path) -> bool:

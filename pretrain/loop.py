@@ -21,7 +21,7 @@ from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_s
 from parallel.distribute import distribute
 from parallel.engine import Engine, StepResult
 from parallel.engines import make_engine
-from parallel.mesh import Mesh
+from parallel.mesh import Layout, Mesh
 from parallel.pipeline_schedule import expected_bubble
 from parallel.process import World, gather_objects
 from parallel.watchdog import Watchdog
@@ -91,12 +91,16 @@ def _train_alone(
             damage = verify_data(left, Share(world.local_index, world.local_size), log.say)
         place = choose_boundary_place(left[0].recipe, world)
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
-        checkpoint = start_from
+        checkpoint, meshes = start_from, dict[Layout, Mesh]()
         for phase in left:
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
             checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
-            state, checkpoint = run_phase(phases, phase, world, checkpoints, log, state, checkpoint, place, damage)
+            layout = phase.recipe.parallel.layout(world.size)
+            if layout not in meshes:  # process groups stay, and there can be but so many
+                meshes[layout] = Mesh.build(world, layout)
+            mesh = meshes[layout]
+            state, checkpoint = run_phase(phases, phase, mesh, checkpoints, log, state, checkpoint, place, damage)
             state = state.moved_on(phases)
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
             if world.device.type == "cuda":
@@ -106,7 +110,7 @@ def _train_alone(
 def run_phase(
     phases: Phases,
     phase: Phase,
-    world: World,
+    mesh: Mesh,
     checkpoints: Checkpoints,
     log: RunLog,
     state: TrainerState,
@@ -119,21 +123,23 @@ def run_phase(
     A phase behind another takes over what that one saved, whether the run was stopped in between or not.
 
     Args:
+        mesh: of the phase's layout.
         checkpoint: holds weights, optimizer and generators; None: they begin here.
         place: of the states between segments, where there are any.
         damage: what this rank found when it read data through.
     """
-    recipe, batches = phase.recipe, phase.batches(world.size)
+    recipe, world = phase.recipe, mesh.world
+    batches = phase.batches(world.size)
     with agreed(), phase.named_in_errors():
         data = open_data(phase)
     data.train.share_damage(gather_objects, damage)
-    mesh = Mesh.build(world, recipe.parallel.layout(world.size))
     engine = build_engine(recipe, batches, mesh, place)
     if checkpoint is not None:
         restore(checkpoint, engine, state, recipe.seed, world)
     else:
         if recipe.initialize_from is not None:
-            with open_initial_weights(recipe.initialize_from) as weights:
+            nearest = world.rank / max(world.size - 1, 1)
+            with open_initial_weights(recipe.initialize_from, nearest=nearest) as weights:
                 engine.load_weights(weights)
         seed_rank(recipe.seed, world.rank)
     with ExitStack() as stack:

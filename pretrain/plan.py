@@ -93,7 +93,7 @@ def _in_flight(recipe: Recipe, *, behind: int, rows: int) -> tuple[int, float]:
     training = recipe.training
     if training.segment_length is None:
         return min(behind + 1, max(rows // training.micro_batch_size, 1)), 0.0
-    stretch = _stretch(recipe)
+    stretch = stretch_segments(recipe)
     # The last pass of each stretch keeps its own; another one is being run again.
     graphs = 1 + behind // stretch + (1 if behind and stretch > 1 else 0)
     return graphs, (stretch + behind) / stretch
@@ -104,12 +104,13 @@ def _boundaries_of_stage(recipe: Recipe, width: int, part: float, stretches: flo
     training = recipe.training
     held = boundary_bytes_of_rank(recipe) * part
     if arrive and training.segment_length is not None:
-        tokens = training.micro_batch_size * training.segment_length * _stretch(recipe) // recipe.parallel.sequence
+        segments = training.micro_batch_size * stretch_segments(recipe)
+        tokens = segments * training.segment_length // recipe.parallel.sequence
         held += width * tokens * recipe.model.dim
     return round(held * stretches)
 
 
-def _stretch(recipe: Recipe) -> int:
+def stretch_segments(recipe: Recipe) -> int:
     """Segments that gradients flow through at a time."""
     training = recipe.training
     return min(training.truncate_every or training.num_segments, training.num_segments)
@@ -154,7 +155,7 @@ def boundary_bytes(recipe: Recipe) -> int:
     training, width = recipe.training, 2 if recipe.parallel.precision == "bf16" else 4
     if training.segment_length is None:
         return 0
-    stretch = _stretch(recipe)
+    stretch = stretch_segments(recipe)
     # Before each segment that gradients flow through at a time stands one, but there is none at the row's beginning.
     segments = range(max(1, training.num_segments - stretch), training.num_segments)
     held = sum(state_bytes(recipe.model, width, segment * training.segment_length) for segment in segments)

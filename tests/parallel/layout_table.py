@@ -1,7 +1,8 @@
 """Runs the table of layouts and writes it into parallel/README.md: `python -m tests.parallel.layout_table`.
 
 All of it takes hours on two cores; `--ranks 2 4` runs the layouts of so many ranks, `--variants mac` of those models
-alone. The lines of layouts that are not run stay as they are.
+alone. The lines of layouts that are not run stay as they are. A line that also names variants that are not run keeps
+them, and the larger of the differences; so the table can be filled one variant at a time.
 """
 
 from __future__ import annotations
@@ -49,6 +50,25 @@ def lines(found: Mapping[Trial, Mapping[str, float]], measured: str) -> dict[Pla
     return made
 
 
+def merged(before: Sequence[str], now: Sequence[str]) -> list[str]:
+    """The line of a layout where another was written before: of the variants of both, unless all were run again."""
+    at, numbers = len(PLACE), slice(len(PLACE) + 2, len(PLACE) + 5)
+    known, run = before[at].split(", "), now[at].split(", ")
+    if set(known) <= set(run):
+        return list(now)
+    names = [name.removesuffix("-window") for name in VARIANTS]
+    modes = {*before[at + 1].split(", "), *now[at + 1].split(", ")}
+    worst = [f"{max(float(a), float(b)):.1e}" for a, b in zip(before[numbers], now[numbers], strict=True)]
+    measured = "; ".join(dict.fromkeys([*before[-1].split("; "), now[-1]]))
+    return [
+        *now[:at],
+        ", ".join(name for name in names if name in {*known, *run}),
+        ", ".join(mode for mode in MODES if mode in modes),
+        *worst,
+        measured,
+    ]
+
+
 def written_lines() -> dict[Place, list[str]]:
     """Those on the page."""
     rows = [line.strip("| ").split(" | ") for line in _parts()[1].splitlines()[2:]]
@@ -72,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as folder:
         found = run_table(Path(folder), asked.ranks, asked.variants)
     before, _, after = _parts()
-    rows = written_lines() | lines(found, f"{datetime.now(UTC):%Y-%m-%d}, {commit}")
+    rows = written_lines()
+    for place, line in lines(found, f"{datetime.now(UTC):%Y-%m-%d}, {commit}").items():
+        rows[place] = merged(rows[place], line) if place in rows else line
     text = [COLUMNS, ["---"] * len(COLUMNS), *(row for _, row in sorted(rows.items()))]
     body = "".join(f"| {' | '.join(row)} |\n" for row in text)
     PAGE.write_text(before + BEGIN + body + END + after, encoding="utf-8")

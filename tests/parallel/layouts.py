@@ -91,5 +91,10 @@ COVERING = [
     )
 ]
 """Every axis, mode, variant and stage at least once, in pairs of those that meet; fewer steps than in the table."""
-IN_BF16 = [Trial("mag", "bf16", tensor=2, steps=4)]
+IN_BF16 = [
+    Trial("mag", "bf16", tensor=2, steps=4),
+    Trial("mag", "bf16", pipeline=2, data=2, steps=4),
+    Trial("mag", "bf16", 3, sequence=2, steps=4),
+    Trial("mag", "bf16", 3, tensor=2, steps=4),
+]
 """Rows at once, in bf16: what differs is rounding, which is not that of one process."""

@@ -131,8 +131,10 @@ def run(trial: Trial, world: World, folder: Path) -> dict[str, Any]:
     barrier()
     engine = build(trial, world)
     results = take(trial, engine, range(HALF))
+    half = {}
     if trial.thorough:
         engine.save(folder)
+        half = engine.full_parameters()
     results += take(trial, engine, range(HALF, STEPS))
     whole = engine.full_parameters()
     seen = {
@@ -141,6 +143,7 @@ def run(trial: Trial, world: World, folder: Path) -> dict[str, Any]:
         "tokens": [int(result.tokens) for result in results],
         "stats": [{name: float(value) for name, value in layer.items()} for layer in results[-1].stats or []],
         "bubble": results[-1].bubble,
+        "half": half,
         "parameters": whole,
     }
     if trial.thorough:

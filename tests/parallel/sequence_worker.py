@@ -9,26 +9,15 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from parallel.distribute import distribute
 from parallel.mesh import Layout, Mesh
 from parallel.process import exit_now, initialize, shutdown
 from parallel.sequence_parallel import HEADS, TOKENS, exchange
 from parallel.slices import slice_of
-from tests.parallel.tensor_worker import build, largest, rows, run
+from tests.parallel.tensor_worker import build, largest, part_of_heads, rows, run
 
 CUT = 12
-
-
-def part_of_heads(name: str, own: Tensor, whole: Tensor, mesh: Mesh) -> Tensor:
-    """This rank's part of a whole state's tensor: along the axis whose length differs, where one does."""
-    parts = mesh.tensor.size * mesh.sequence.size
-    for axis, (short, long) in enumerate(zip(own.shape, whole.shape, strict=True)):
-        if short != long:
-            assert long == short * parts, name
-            return whole.chunk(parts, axis)[mesh.tensor.index * mesh.sequence.size + mesh.sequence.index]
-    return whole
 
 
 def compare(case: str, mesh: Mesh, *, checkpointing: bool) -> dict[str, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -62,17 +61,14 @@ def largest(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-3))
 
 
-def of_heads(mesh: Mesh) -> Callable[[str, Tensor, Tensor], Tensor]:
+def part_of_heads(name: str, own: Tensor, whole: Tensor, mesh: Mesh) -> Tensor:
     """This rank's part of a whole state's tensor: along the axis whose length differs, where one does."""
-
-    def part(name: str, own: Tensor, whole: Tensor) -> Tensor:
-        for axis, (short, long) in enumerate(zip(own.shape, whole.shape, strict=True)):
-            if short != long:
-                assert long == short * mesh.tensor.size, name
-                return whole.chunk(mesh.tensor.size, axis)[mesh.tensor.index]
-        return whole
-
-    return part
+    parts = mesh.tensor.size * mesh.sequence.size
+    for axis, (short, long) in enumerate(zip(own.shape, whole.shape, strict=True)):
+        if short != long:
+            assert long == short * parts, name
+            return whole.chunk(parts, axis)[mesh.tensor.index * mesh.sequence.size + mesh.sequence.index]
+    return whole
 
 
 def compare(case: str, mesh: Mesh) -> dict[str, float]:
@@ -81,7 +77,6 @@ def compare(case: str, mesh: Mesh) -> dict[str, float]:
     assert [name for name, _ in own.named_parameters()] == [name for name, _ in whole.named_parameters()]
     loss, state, arriving = run(whole)
     own_loss, own_state, own_arriving = run(own)
-    part = of_heads(mesh)
     seen = {"loss": largest(own_loss, loss), "held": 0.0, "gradient": 0.0, "state": 0.0, "state_gradient": 0.0}
     expected = dict(whole.named_parameters())
     for name, parameter in own.named_parameters():
@@ -91,10 +86,12 @@ def compare(case: str, mesh: Mesh) -> dict[str, float]:
         seen["held"] += parameter.numel() / whole.num_parameters()
     for name, tensor in own_state.named_tensors():
         expected_tensor = dict(state.named_tensors())[name]
-        seen["state"] = max(seen["state"], largest(tensor.double(), part(name, tensor, expected_tensor).double()))
+        part = part_of_heads(name, tensor, expected_tensor, mesh)
+        seen["state"] = max(seen["state"], largest(tensor.double(), part.double()))
     assert own_arriving.keys() == arriving.keys()
     for name, gradient in own_arriving.items():
-        seen["state_gradient"] = max(seen["state_gradient"], largest(gradient, part(name, gradient, arriving[name])))
+        part = part_of_heads(name, gradient, arriving[name], mesh)
+        seen["state_gradient"] = max(seen["state_gradient"], largest(gradient, part))
     tokens, targets, _ = rows()
     with torch.no_grad():
         seen["logits"] = largest(own(tokens).logits, whole(tokens).logits)

@@ -127,3 +127,21 @@ def test_the_saved_weights_are_readable_on_one_process(seen: dict[int, Any], lay
     shapes = {name: p.shape for name, p in work.Small().named_parameters()}
     assert {name: value.shape for name, value in saved.items()} == shapes
     assert all(value.dtype == torch.float32 for value in saved.values())
+
+
+UNCOUNTED = """
+from parallel.process import exit_now, initialize, shutdown
+from tests.parallel.engine_worker import build, own_rows
+world = initialize("cpu")
+engine, batches = build(world, "zero1-fp32", 2), own_rows(world, 0, 2)
+for batch in batches:
+    batch.targets.fill_(-100)
+result = engine.train_step(batches, 1e-3)
+print(float(result.loss), float(result.grad_norm), int(result.tokens), result.skipped)
+shutdown()
+exit_now(0)
+"""
+
+
+def test_a_step_in_which_no_target_counts_has_no_loss_and_is_no_bad_one() -> None:
+    assert run_ranks(["-c", UNCOUNTED], ranks=1, timeout=60).outputs == ["0.0 0.0 0 False\n"]

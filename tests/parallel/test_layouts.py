@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.parallel.layout_runs import differences, run_trials
-from tests.parallel.layout_table import run_table, written_lines
+from tests.parallel.layout_table import lines, merged, run_table, written_lines
 from tests.parallel.layouts import COVERING, IN_BF16, Trial, table
 
 Seen = dict[Trial, dict[str, Any]]
@@ -54,3 +54,15 @@ def test_the_table_on_the_page_is_below_the_bound() -> None:
     written = written_lines()
     assert written and written.keys() <= places
     assert all(float(number) < 1e-5 for row in written.values() for number in row[-4:-1])
+
+
+def test_the_table_is_filled_a_variant_at_a_time() -> None:
+    def line(case: str, loss: float, norm: float, measured: str) -> list[str]:
+        found = {Trial(case, data=2): {"loss": loss, "norm": norm, "parameters": 1e-7}}
+        return lines(found, measured)[2, 1, 2, 1, 1, 1]
+
+    mag, mac = line("mag", 2e-6, 1e-7, "day 1"), line("mac", 1e-6, 3e-7, "day 2")
+    both = merged(mag, mac)
+    assert both[6:] == ["mac, mag", "whole", "2.0e-06", "3.0e-07", "1.0e-07", "day 1; day 2"]
+    assert merged(both, line("mag", 1e-7, 1e-7, "day 3"))[6] == "mac, mag"
+    assert merged(mag, line("mag", 1e-7, 1e-7, "day 3")) == line("mag", 1e-7, 1e-7, "day 3")

@@ -15,6 +15,7 @@ from parallel.slices import WHOLE, Slice
 from parallel.state_files import (
     INDEX_FILE,
     KINDS,
+    WEIGHT,
     StateReader,
     Stretch,
     load_parameters,
@@ -197,6 +198,24 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / state_file(1, 2)).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="state-00001-of-00002.safetensors is damaged"):
         read_parameters(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["[]", "{", '{"version": 2}', '{"version": 2, "ranks": 1, "optimizer_step": 0}'])
+def test_a_damaged_index_is_named(tmp_path: Path, damage: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(damage)
+    with pytest.raises(ValueError, match="state.json is damaged"):
+        StateReader(tmp_path)
+
+
+def test_elements_that_are_there_twice_do_not_stand_for_others(tmp_path: Path) -> None:
+    """Eight of the first half, and of the second one none."""
+    for rank in range(2):
+        write_rank(tmp_path, rank, 2, [Stretch(WEIGHT, "w", 0, torch.ones(4))])
+    write_index(tmp_path, ranks=2, optimizer_step=0, shapes={"w": torch.Size([8])})
+    with StateReader(tmp_path, nearest=0.0) as reader:
+        assert torch.equal(reader.read(WEIGHT, "w", 0, 4), torch.ones(4))
+        with pytest.raises(ValueError, match="weight of w is there twice from element 0 on"):
+            reader.read(WEIGHT, "w", 0, 8)
 
 
 def test_the_first_version_is_read_and_a_later_one_refused(tmp_path: Path) -> None:

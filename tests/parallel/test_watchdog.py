@@ -77,16 +77,26 @@ def test_work_that_goes_on_and_rest_are_left_alone() -> None:
 
 ASKED = """
 import os, time
+from parallel.process import exit_now, initialize, shutdown
 from parallel.watchdog import STACKS_SIGNAL, Watchdog
-def here():
+def before():
     os.kill(os.getpid(), STACKS_SIGNAL)
+def within():
+    os.kill(os.getpid(), STACKS_SIGNAL)
+def behind():
+    os.kill(os.getpid(), STACKS_SIGNAL)
+initialize("cpu")
+before()
 with Watchdog(60, rank=0, ranks=1):
-    here()
-    print("goes on")
+    within()
+behind()
+print("goes on")
+shutdown()
+exit_now(0)
 """
 
 
 def test_stacks_are_shown_when_asked_for() -> None:
     finished = run_ranks(["-c", ASKED], ranks=1, timeout=30)
     assert finished.outputs == ["goes on\n"]
-    assert "in here" in finished.errors[0]
+    assert all(f"in {name}" in finished.errors[0] for name in ("before", "within", "behind"))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from parallel.deepspeed_import import import_deepspeed
+from parallel.mesh import Mesh
 from parallel.process import exit_now, initialize, shutdown
 from pretrain import loop
 from pretrain.checkpoints import Checkpoints
@@ -62,7 +63,10 @@ def attempt(recipe: str, death: tuple[str, str, int] | None, port: int) -> int:
     world = initialize("cpu")
     if death is not None:
         die_at(*death)
+    made, build = [], Mesh.build
+    Mesh.build = lambda world, layout: made.append(layout) or build(world, layout)
     loop.train(load_phases(recipe), world)
+    assert len(made) == len(set(made)), "process groups stay: phases of a layout share a mesh"
     shutdown()
     exit_now(0)
 

@@ -14,9 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from parallel.mesh import Mesh
+from parallel.mesh import Layout, Mesh
 from parallel.process import World, initialize, shutdown
-from parallel.state_files import read_parameters
+from parallel.state_files import StateReader, read_parameters
 from pretrain.checkpoints import checkpoint_name
 from pretrain.data import TokenizerInfo
 from pretrain.errors import UserError
@@ -24,6 +24,7 @@ from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.loop import build_engine
 from pretrain.phases import Phases, load_phases
 from pretrain.plan import describe
+from tests.checkpoint_cases import make_checkpoint, small_model, value_of
 from tests.distributed_helper import run_ranks
 from tests.training_cases import events, losses, make_data, write_recipe
 from tools.export import DTYPES, export
@@ -202,3 +203,14 @@ def test_an_export_of_half_the_bits_is_taken_as_it_is(
     found = engine.full_parameters()
     assert all(torch.equal(found[name], weight.bfloat16().float()) for name, weight in expected.items())
     engine.destroy()
+
+
+def test_a_rank_opens_the_files_of_a_checkpoint_that_it_needs_alone(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run", Layout(data=3))
+    with open_initial_weights(checkpoint, nearest=1.0) as weights:
+        assert isinstance(weights, StateReader)
+        numel = weights.shapes["embedding.weight"].numel()
+        values = weights.read("weight", "embedding.weight", numel - 8, 8)
+        assert weights.num_open == 1
+    config = small_model(tmp_path / "run")
+    assert torch.equal(values, value_of(config, "embedding.weight", "weight").flatten()[-8:])

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from parallel.mesh import Layout
-from parallel.state_files import KINDS, StateReader, state_file
+from parallel.state_files import INDEX_FILE, KINDS, StateReader, state_file
 from pretrain.checkpoints import problems
 from tests.checkpoint_cases import STEP, make_checkpoint, small_model, value_of
 from tools.checkpoint.__main__ import main
@@ -70,6 +70,13 @@ def test_verify_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no such folder" in capsys.readouterr().err
 
 
+def test_inspect_names_a_damaged_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run", Layout())
+    (checkpoint / INDEX_FILE).write_text('{"version": 2}')
+    assert main(["inspect", str(checkpoint)]) == 2
+    assert f"{checkpoint / INDEX_FILE} is damaged (KeyError: 'parameters')" in capsys.readouterr().err
+
+
 def test_verify_finds_parts_that_were_never_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +115,18 @@ def test_reshape_gives_each_rank_its_file_and_changes_no_value(
     assert stage == 0 or max(sizes) < 1.2 * min(sizes)
 
 
+def test_reshape_balances_stages_as_the_recipe_says(tmp_path: Path) -> None:
+    model = {"num_layers": 6, "vocab_size": 4000}
+    fields = {"parallel": {"pipeline": 2, "balance_stages": "parameters"}, "model": model}
+    checkpoint, output = make_checkpoint(tmp_path / "run", Layout(), **fields), tmp_path / "new"
+    assert main(["reshape", str(checkpoint), "--output", str(output), "--ranks", "2", "--pipeline", "2"]) == 0
+    config, layout = small_model(tmp_path / "run", **fields), Layout(pipeline=2)
+    first, other = (rank_shares(config, layout, 0, 1, context=32, balance=by) for by in ("parameters", "flops"))
+    assert {share.parameter for share in first} != {share.parameter for share in other}
+    with safe_open(output / state_file(0, 2), framework="pt") as file:
+        assert {key.split(":")[1] for key in file.keys()} == {share.parameter for share in first}
+
+
 def test_files_that_are_streamed_are_those_of_the_library(tmp_path: Path, saved: dict[Layout, Path]) -> None:
     checkpoint = saved[Layout()]
     main(["reshape", str(checkpoint), "--output", str(tmp_path / "again"), "--ranks", "1", "--zero-stage", "1"])
@@ -127,6 +146,8 @@ def test_reshape_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Captur
 
     assert "is there already" in refused("--ranks", "1", output="run")
     assert "3 ranks cannot be laid out" in refused("--ranks", "3", "--tensor", "2")
+    assert "zero_stage 2 with pipeline 2" in refused("--ranks", "2", "--pipeline", "2", "--zero-stage", "2")
+    assert "model.variant is mac" in refused("--ranks", "2", "--sequence", "2")
     (checkpoint / "model.json").write_text("{}")
     assert "model.json has 2 bytes" in refused("--ranks", "2")
     assert not (tmp_path / "new").exists() and not (tmp_path / ".partial-new").exists()

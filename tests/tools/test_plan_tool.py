@@ -12,6 +12,7 @@ import yaml
 
 from model import ModelConfig, TitansLM
 from model.flops import flops_per_token
+from parallel.deepspeed_config import deepspeed_config
 from parallel.mesh import Layout
 from pretrain.config import Recipe, load_recipe
 from pretrain.errors import UserError
@@ -24,7 +25,7 @@ from tools.plan.cluster import DEVICES, GB, Cluster, find_device
 from tools.plan.memory import rank_memory
 from tools.plan.rates import Measured, Rates, calibrated, fitted, measured_steps
 from tools.plan.search import plan_layout
-from tools.plan.timing import step_time
+from tools.plan.timing import _pipeline_seconds, _Step, step_time
 
 RATES = Rates(model=1e12, memory=1e11, source="made up")
 TOLERANCE = 0.2
@@ -72,11 +73,16 @@ def test_steps_of_two_million_tokens_are_predicted_from_short_ones() -> None:
 def test_a_record_of_another_device_is_refused() -> None:
     record = read_record(RECORDS / "long-cpu.json")
     with pytest.raises(UserError, match="measured on a CPU, and the plan is for H100"):
-        calibrated(record, "H100")
+        calibrated(record, "H100", "fp32")
     on_gpu = record | {"settings": record["settings"] | {"device": "cuda"}, "hardware": {"gpu": "NVIDIA H100 80GB"}}
-    assert calibrated(on_gpu, "H100").source.startswith("measured: python -m tools.bench long")
+    assert calibrated(on_gpu, "H100", "fp32").source.startswith("measured: python -m tools.bench long")
+    with pytest.raises(UserError, match=r"measured in fp32, and parallel\.precision is bf16"):
+        calibrated(on_gpu, "H100", "bf16")
+    for name in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL"):  # others than that of the plan
+        with pytest.raises(UserError, match=f"measured on {name}, and the plan is for H100"):
+            calibrated(on_gpu | {"hardware": {"gpu": name}}, "H100", "fp32")
     with pytest.raises(UserError, match="holds no training steps"):
-        calibrated(on_gpu | {"name": "memory"}, "H100")
+        calibrated(on_gpu | {"name": "memory"}, "H100", "fp32")
 
 
 def test_a_record_of_training_steps_counts_what_was_recomputed() -> None:
@@ -126,6 +132,43 @@ def test_a_step_is_divided_into_what_it_is_spent_on(tmp_path: Path) -> None:
     assert step_time(again, Layout(), cluster_of(1, 1), RATES).memory_updates == pytest.approx(
         4 / 3 * alone.memory_updates
     )
+
+
+@pytest.mark.parametrize(("truncate_every", "again"), [(None, 7 / 8), (1, 0), (2, 1 / 2), (4, 3 / 4)])
+def test_all_segments_of_a_stretch_but_its_last_are_computed_again(
+    tmp_path: Path, truncate_every: int | None, again: float
+) -> None:
+    exact = {} if truncate_every is None else {"gradient": "truncated", "truncate_every": truncate_every}
+    recipe = recipe_with(tmp_path, training={"micro_batch_size": 1, "segment_length": 4} | exact)
+    time = step_time(recipe, Layout(), cluster_of(1, 1), RATES)
+    flops = flops_per_token(recipe.model, 32)
+    assert time.memory_updates == pytest.approx((3 + again) / 3 * 128 * flops.memory / RATES.memory)
+
+
+def test_sequence_ranks_send_a_stretch_to_the_next_stage(tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path)
+    whole, stretch = (
+        _pipeline_seconds(_Step(recipe, layout, cluster_of(1, 4), passes=4, tokens=128, forwards=1.0))
+        for layout in (Layout(pipeline=2), Layout(pipeline=2, sequence=2))
+    )
+    assert stretch == pytest.approx(whole / 2) and stretch > 0
+
+
+def test_sums_that_wait_for_the_last_pass_are_waited_for(tmp_path: Path) -> None:
+    """As DeepSpeed is told to overlap them; only then the backward pass hides them."""
+    for rows, stage, hidden in ((1, 1, True), (2, 1, False), (1, 0, False), (2, 2, False), (1, 2, True)):
+        training, parallel = {"micro_batch_size": 1, "batch_tokens": 64 * rows}, {"zero_stage": stage}
+        recipe = recipe_with(tmp_path, training=training, parallel=parallel)
+        slow = Rates(model=1.0, memory=1.0, source="made up")  # would hide any traffic
+        time = step_time(recipe, Layout(data=2), cluster_of(1, 2), slow)
+        sizes = {"micro_batch_size": 1, "accumulation": rows, "data_ranks": 2, "num_parameters": 9}
+        settings = deepspeed_config(recipe.parallel, **sizes, gradient_clip=0.0, on_gpu=True)
+        overlap = settings["zero_optimization"]["overlap_comm"]
+        held = 4 * TitansLM(recipe.model).num_parameters() / 2 / cluster_of(1, 2).link_bytes(2)
+        gathered = held if stage else 0.0
+        summed = held * (2 if stage == 0 else 1)
+        assert overlap is hidden
+        assert time.collectives == pytest.approx(gathered + (0.0 if hidden else summed))
 
 
 @pytest.mark.parametrize(("segments", "stages"), [(1, 2), (8, 2)])

@@ -45,8 +45,10 @@ def _parser() -> argparse.ArgumentParser:
         "reshape",
         help="rewrite a checkpoint for another layout",
         description="Write a checkpoint again with the state files that the ranks of another layout hold, so that each "
-        "reads a file of its own. Any layout reads any checkpoint without this, but reads more. To go on from it: a "
-        "run whose folder holds no checkpoints, with --resume OUTPUT.",
+        "reads a file of its own. Any layout reads any checkpoint without this, but reads more. Stages of a "
+        "pipeline are balanced as the checkpoint's recipe says. Files of states that rows carry (streams) and of "
+        "random generators are copied as they are. To go on from it: a run whose folder holds no checkpoints, with "
+        "--resume OUTPUT.",
     )
     command.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder for its newest whole one")
     command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the checkpoint to make")

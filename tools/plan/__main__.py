@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--record", type=Path, metavar="FILE",
-        help="of `tools.bench train` or `long`, measured on such a GPU: it gives the speed of computing",
+        help="of `tools.bench train` or `long`, measured on such a GPU in the recipe's precision: it gives the "
+        "speed of computing",
     )  # fmt: skip
     parser.add_argument("--suggest", action="store_true", help="also search the layouts that the model can have there")
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -67,10 +68,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     if arguments.gpu_link is not None:
         device = dataclasses.replace(device, link_bytes=arguments.gpu_link * GB)
     cluster = Cluster(device, arguments.nodes, arguments.gpus_per_node, arguments.node_link * GB)
-    measured = None if arguments.record is None else calibrated(read_record(arguments.record), device.name)
+    record = None if arguments.record is None else read_record(arguments.record)
     found = []
     for phase in load_phases(arguments.recipe, given):
-        rates = measured or assumed(cluster.peak_flops(phase.recipe.parallel.precision))
+        precision = phase.recipe.parallel.precision
+        rates = assumed(cluster.peak_flops(precision)) if record is None else calibrated(record, device.name, precision)
         plan = plan_layout(phase.recipe, cluster, rates)
         others = _search(arguments.recipe, given, phase, cluster, rates) if arguments.suggest else None
         found.append((phase, rates, plan, others))

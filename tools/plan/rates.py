@@ -12,6 +12,7 @@ import torch
 
 from model import ModelConfig
 from model.flops import flops_per_token
+from pretrain.devices import listed_device
 from pretrain.errors import UserError
 from tools.bench.long import model_config
 
@@ -21,8 +22,6 @@ ASSUMED_MEMORY = 0.1
 ones."""
 _ALIKE = 0.02
 """Steps differ less than this, relatively, in what they spend on model and memory."""
-RECOMPUTED = 4 / 3
-"""Operations of a forward, a backward and another forward, over those of the first two."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,27 @@ class Measured(NamedTuple):
     seconds: float
 
 
-def calibrated(record: Mapping[str, Any], gpu: str) -> Rates:
+def calibrated(record: Mapping[str, Any], gpu: str, precision: str) -> Rates:
     """The rates that explain the steps of a record of `tools.bench train` or `tools.bench long`.
 
     The two rates fit the steps of all models, in relative error; what a variant took beside that is its scale.
 
-    Raises UserError for a record without training steps, or of another device than `gpu` names.
+    Args:
+        gpu: the device that is planned for, as `pretrain.devices.PEAKS` has it.
+        precision: what the recipe computes in.
+
+    Raises UserError for a record without training steps, of another device, or of another precision.
     """
     measured_on = record["hardware"].get("gpu", "no GPU") if record["settings"].get("device") == "cuda" else "a CPU"
-    if gpu not in measured_on:
+    if listed_device(measured_on) != gpu:
         raise UserError(
             f"the record was measured on {measured_on}, and the plan is for {gpu}: give one of the same GPU"
+        )
+    measured_in = record["settings"].get("dtype", "fp32")  # tools.bench long knows no other
+    if measured_in != precision:
+        raise UserError(
+            f"the record was measured in {measured_in}, and parallel.precision is {precision}: give a record of "
+            f"`tools.bench train --dtype {precision}`"
         )
     return fitted(list(measured_steps(record)), f"{record['command']} of {record['date']}")
 
@@ -100,15 +109,16 @@ def measured_steps(record: Mapping[str, Any]) -> Iterator[Measured]:
     for row in record["results"]:
         if record["name"] == "train" and "seconds_per_step" in row:
             config = ModelConfig.preset(row["preset"])
-            recomputed, seconds = row["activations"] == "recomputed", row["seconds_per_step"]
+            again, seconds = float(row["activations"] == "recomputed"), row["seconds_per_step"]
             tokens = row["batch"] * row["length"]
         elif record["name"] == "long" and "seconds" in row:
             names = ("dim", "heads", "layers", "chunk_size", "window")
             config = model_config(row["variant"], **{name: settings[name] for name in names})
-            recomputed = row["gradient"] == "exact" and row["length"] > settings["segment_length"]
+            # Of segments that the gradient flows through, all but the last.
+            again = max(0.0, 1 - settings["segment_length"] / row["length"]) if row["gradient"] == "exact" else 0.0
             tokens, seconds = row["length"], row["seconds"]
         else:
             continue
         flops = flops_per_token(config, row["length"])
-        factor = tokens * (RECOMPUTED if recomputed else 1.0)
+        factor = tokens * (3 + again) / 3  # a backward costs two forwards
         yield Measured(config.variant, row["length"], factor * flops.model, factor * flops.memory, seconds)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from model.flops import flops_per_token, head_flops
 from parallel.mesh import Layout
 from pretrain.config import Recipe
+from pretrain.plan import stretch_segments
 from tools.plan.cluster import Cluster
 from tools.plan.memory import held_parameters, layers_of_stages, number_bytes
 from tools.plan.rates import Rates
@@ -42,8 +43,8 @@ class _Step(NamedTuple):
     """Backward passes of a step: micro-batches times segments."""
     tokens: int
     """Of a data rank's step."""
-    forwards: int
-    """Of each pass: one more where activations, or whole segments, are computed again."""
+    forwards: float
+    """Of each pass, in the mean: more than one where activations, or whole segments, are computed again."""
 
     @property
     def split(self) -> int:
@@ -54,14 +55,14 @@ class _Step(NamedTuple):
 def step_time(recipe: Recipe, layout: Layout, cluster: Cluster, rates: Rates) -> StepTime:
     """The time of one step. Raises UserError where the batch does not divide over the layout."""
     training = recipe.training
-    exact = training.gradient == "exact" and training.num_segments > 1
+    stretch = stretch_segments(recipe)  # of which all but the last are computed again
     step = _Step(
         recipe,
         layout,
         cluster,
         passes=recipe.batches(layout.ranks).accumulation * training.num_segments,
         tokens=training.batch_tokens // layout.data,
-        forwards=1 + exact + recipe.parallel.activation_checkpointing,
+        forwards=1 + (stretch - 1) / stretch + recipe.parallel.activation_checkpointing,
     )
     compute, memory = max((_computing(step, stage, rates) for stage in _stages(step)), key=sum)
     exposed = _replica_seconds(step, compute + memory) + _tensor_seconds(step) + _sequence_seconds(step)
@@ -90,8 +91,8 @@ def _computing(step: _Step, stage: _Stage, rates: Rates) -> tuple[float, float]:
 
 
 def _replica_seconds(step: _Step, computing: float) -> float:
-    """ZeRO: gradients are summed behind the last pass, beside its backward; parameters are gathered behind the step,
-    or, in stage 3, before every use, beside the computing.
+    """ZeRO: gradients are summed behind the last pass or every one, or beside its backward; parameters are gathered
+    behind the step, or, in stage 3, before every use, beside the computing.
     """
     layout, parallel = step.layout, step.recipe.parallel
     replicas = layout.data * layout.sequence
@@ -104,7 +105,7 @@ def _replica_seconds(step: _Step, computing: float) -> float:
     width, stage = number_bytes(step.recipe), parallel.zero_stage
     reductions = step.passes if parallel.reduce_gradients == "backward" else 1
     summed = 4 * elements * way * (2 if stage == 0 else 1)
-    backward = computing / step.passes * 2 / 3
+    backward = computing / step.passes * 2 / 3 if parallel.sums_beside_backward(step.passes) else 0.0
     exposed = reductions * max(0.0, summed - backward)
     gathered = width * elements * way
     if stage == 3:
@@ -144,5 +145,5 @@ def _pipeline_seconds(step: _Step) -> float:
     """Activations to the next stage, and their gradients back."""
     if step.layout.pipeline == 1:
         return 0.0
-    size = number_bytes(step.recipe) * step.tokens * step.recipe.model.dim
+    size = number_bytes(step.recipe) * step.tokens / step.layout.sequence * step.recipe.model.dim
     return 2 * size / step.cluster.link_bytes(step.layout.ranks)
