@@ -28,7 +28,7 @@ WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("c
 
 def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *overrides: tuple[str, str]) -> torch.nn.Module:
     """The model that is handed to the engine."""
-    monkeypatch.setattr(loop, "Engine", lambda model, *arguments, **options: model)
+    monkeypatch.setattr(loop, "make_engine", lambda model, *arguments, **options: model)
     recipe = load_recipe(write_recipe(Path("shards"), tmp_path / "run"), overrides)
     return loop.build_engine(recipe, recipe.batches(1), Mesh.data_parallel(WORLD))
 
