@@ -44,10 +44,20 @@ def test_a_layout_that_a_model_does_not_admit_is_refused_with_the_reason_and_the
         require_layout(ParallelConfig(**fields), model(**changes), lengths=LENGTHS)
 
 
+def refusal(variant: str, fields: dict[str, int]) -> str | None:
+    """What is said against a layout; None where it is let pass."""
+    try:
+        require_layout(ParallelConfig(**fields), model(variant), lengths=LENGTHS)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm", "transformer"])
 def test_layouts_that_fit_are_let_pass(variant: str) -> None:
-    for fields in ({}, {"tensor": 4}, {"pipeline": 2, "tensor": 2}, {"sequence": 1 if variant == "mac" else 4}):
-        require_layout(ParallelConfig(**fields), model(variant), lengths=LENGTHS)
+    fitting = [{}, {"tensor": 4}, {"pipeline": 2, "tensor": 2}, {"sequence": 1 if variant == "mac" else 4}]
+    assert [refusal(variant, fields) for fields in fitting] == [None] * len(fitting)
+    assert refusal(variant, {"tensor": 8}) is not None, "what is said would be seen"
 
 
 @pytest.mark.parametrize("stage", [2, 3])
