@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from parallel.config import ParallelConfig
 from parallel.engine import Engine, StepResult
 from parallel.mesh import Mesh
 from parallel.process import World, barrier, exit_now, initialize, shutdown
+from parallel.scoring import Rows
 from parallel.segments import Segments
 from tests.model_cases import build_model, random_tokens
 
@@ -48,13 +48,6 @@ TRIALS = [
     *(Trial("lmm-softmax", stage) for stage in (2, 3)),
     Trial("transformer-window", 2),
 ]
-
-
-@dataclass(frozen=True)
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    resets: Tensor | None
 
 
 def streams() -> Rows:

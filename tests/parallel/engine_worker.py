@@ -20,6 +20,7 @@ from parallel.config import ParallelConfig
 from parallel.engine import Engine, StepResult
 from parallel.mesh import Mesh
 from parallel.process import World, exit_now, initialize, shutdown
+from parallel.scoring import Rows
 
 VOCABULARY, WIDTH, LENGTH, GLOBAL_ROWS, STEPS, CLIP = 32, 16, 12, 8, 20, 0.5
 
@@ -30,13 +31,6 @@ class Output:
     stats: list[dict[str, Tensor]] | None
     correct: Tensor | None
     losses: Tensor | None
-
-
-@dataclass(frozen=True)
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    resets: Tensor | None = None
 
 
 class Layer(nn.Module):

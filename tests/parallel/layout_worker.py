@@ -5,12 +5,10 @@ saw. Arguments: OUTPUT.pt TRIAL... (tests.parallel.layouts), all of as many rank
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from model import TitansLM
 from parallel.config import ParallelConfig
@@ -19,19 +17,13 @@ from parallel.engine import Engine
 from parallel.engines import make_engine
 from parallel.mesh import Layout, Mesh
 from parallel.process import World, exit_now, initialize, shutdown
+from parallel.scoring import Rows
 from parallel.segments import Segments
 from pretrain.optimizer import OptimizerConfig, build_optimizer
 from tests.model_cases import build_model, random_tokens
 from tests.parallel.layouts import Trial
 
 ROWS, LENGTH, SEGMENTS, ACCUMULATION, CLIP, RATE = 4, 16, 2, 2, 0.5, 1e-2
-
-
-@dataclass(frozen=True)
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    resets: Tensor | None = None
 
 
 def own_rows(mesh: Mesh, step: int, mode: str) -> list[Rows]:

@@ -20,6 +20,7 @@ from parallel.engine import Engine, StepResult
 from parallel.engines import make_engine
 from parallel.mesh import Mesh
 from parallel.process import World, barrier, exit_now, initialize, shutdown
+from parallel.scoring import Rows
 from parallel.segments import Segments
 from tests.model_cases import build_model, random_tokens
 
@@ -62,13 +63,6 @@ class Trial:
     def parse(cls, text: str) -> Trial:
         values = zip(fields(cls), text.split(","), strict=True)
         return cls(*(value if field.type == "str" else int(value) for field, value in values))
-
-
-@dataclass(frozen=True)
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    resets: Tensor | None = None
 
 
 def own_rows(trial: Trial, mesh: Mesh, step: int) -> list[Rows]:

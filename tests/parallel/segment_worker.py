@@ -21,6 +21,7 @@ from parallel.config import ParallelConfig
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 from parallel.process import World, exit_now, initialize, shutdown
+from parallel.scoring import Rows
 from parallel.segments import Segments
 from parallel.state_files import StateReader
 from tests.model_cases import build_model, random_tokens
@@ -58,13 +59,6 @@ class Trial:
         case, stage, segments, every, accumulation, recompute, precision, place, reduce = text.split(",")
         numbers = (int(stage), int(segments), int(every), int(accumulation))
         return cls(case, *numbers, bool(int(recompute)), precision, place, reduce)
-
-
-@dataclass(frozen=True)
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    resets: Tensor | None = None
 
 
 def own_rows(world: World, step: int, accumulation: int) -> list[Rows]:

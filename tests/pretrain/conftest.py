@@ -1,4 +1,4 @@
-"""Fixtures for tests of full disks."""
+"""Fixtures: the data of small runs, and full disks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.training_cases import make_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of training and held-out text, as `make_data` makes them; shared by a file's tests, which alter copies."""
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

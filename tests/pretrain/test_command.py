@@ -19,11 +19,6 @@ from tests.training_cases import events, losses, make_data, pretrain, write_reci
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def finished_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 8 steps with checkpoints at 4 and 8; its recipe lies beside it."""
     folder = tmp_path_factory.mktemp("finished") / "run"

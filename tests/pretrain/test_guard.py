@@ -18,7 +18,7 @@ from pretrain.checkpoints import problems
 from pretrain.loop import train
 from pretrain.phases import load_phases
 from pretrain.schedule import learning_rate
-from tests.training_cases import events, losses, make_data, write_recipe
+from tests.training_cases import events, losses, write_recipe
 
 MICRO_BATCHES = 2
 
@@ -28,11 +28,6 @@ def world() -> Iterator[World]:
     alone = process.initialize("cpu")
     yield alone
     process.shutdown()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 Spoil = Callable[..., None]

@@ -12,14 +12,9 @@ from pretrain.config import load_recipe
 from pretrain.errors import UserError
 from tests.distributed_helper import run_ranks
 from tests.pretrain.spoiling_worker import ROW, ROWS, STEP
-from tests.training_cases import events, losses, make_data, write_recipe
+from tests.training_cases import events, losses, write_recipe
 
 STEPS = 5
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

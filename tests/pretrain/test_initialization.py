@@ -26,7 +26,7 @@ from pretrain.phases import Phases, load_phases
 from pretrain.plan import describe
 from tests.checkpoint_cases import make_checkpoint, small_model, value_of
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, losses, make_data, write_recipe
+from tests.training_cases import events, losses, write_recipe
 from tools.export import DTYPES, export
 
 WORKER = "tests/pretrain/train_worker.py"
@@ -37,11 +37,6 @@ STEPS = 2
 def world():
     yield initialize("cpu")
     shutdown()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def recipe_from(data: Path, folder: Path, source: Path | None, **sections: Any) -> Path:

@@ -14,18 +14,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, make_data, write_recipe
+from tests.training_cases import events, write_recipe
 from tools import evaluate, export
 
 ROOT = Path(__file__).parents[2]
 WORKER = "tests/pretrain/train_worker.py"
 STEPS, CONTEXT, WINDOW = 4, 208, 48
 LONG = {"context": CONTEXT, "by_position": True, "reset_window": WINDOW, "tokens": 1000}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from pretrain.resume import TrainerState, read_trainer_state
 from pretrain.schedule import learning_rate
 from tests.distributed_helper import free_port, run_ranks
 from tests.pretrain.test_training import read_curves
-from tests.training_cases import events, losses, make_data, recipe_fields
+from tests.training_cases import events, losses, recipe_fields
 
 WORKER = "tests/pretrain/phase_worker.py"
 MAG = {
@@ -101,11 +101,6 @@ def train_all(recipes: list[tuple[Path, list[Any]]], ranks: int) -> None:
     ports = [free_port() for _ in range(attempts)]
     named = json.dumps([(str(path), each) for path, each in recipes])
     run_ranks([WORKER, named, json.dumps(ports)], ranks=ranks, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def both_ways(data: Path, folder: Path) -> list[tuple[Path, list[Any]]]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, losses, make_data, write_recipe
+from tests.training_cases import events, losses, write_recipe
 
 STEPS, HALF = 4, 2
 WORKER = "tests/pretrain/train_worker.py"
@@ -31,11 +31,6 @@ def make_recipe(
     }
     path = write_recipe(data, folder, steps=steps, **(shared | sections))
     return path.rename(path.with_name(f"{folder.name}-{steps}-{pipeline}.yaml"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

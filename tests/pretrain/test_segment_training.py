@@ -9,18 +9,13 @@ from typing import Any
 import pytest
 
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, losses, make_data, pretrain, write_recipe
+from tests.training_cases import events, losses, pretrain, write_recipe
 
 STEPS, HALF = 4, 2
 WORKER = "tests/pretrain/train_worker.py"
 CONSTANT = {"kind": "constant", "warmup_tokens": 0}
 EXACT = {"segment_length": 8, "boundary_states": "disk"}
 TRUNCATED = {"segment_length": 8, "gradient": "truncated", "truncate_every": 1}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def make_recipe(data: Path, folder: Path, training: dict[str, Any], *, steps: int = STEPS, stage: int = 1) -> Path:

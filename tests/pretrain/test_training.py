@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pretrain.config import load_recipe
 from pretrain.schedule import learning_rate
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, losses, make_data, pretrain, write_recipe
+from tests.training_cases import events, losses, pretrain, write_recipe
 
 STEPS = 20
 STAGES = (1, 2, 3)
@@ -34,11 +34,6 @@ def variant_fields(variant: str) -> dict[str, Any]:
     if variant == "transformer":
         fields["memory"] = None
     return fields
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
