@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.data_cases import documents, make_tokenizer, write_jsonl
@@ -97,3 +98,17 @@ def events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def losses(folder: Path) -> dict[int, float]:
     """The loss of each step, as last written."""
     return {event["step"]: event["loss"] for event in events(folder, "step")}
+
+
+def assert_same_learning(found: Path, expected: Path, *, steps: int) -> None:
+    """Two runs of so many steps, of other layouts, have the same losses and gradient norms."""
+    assert len(losses(found)) == steps and losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    norms, others = ([event["gradient_norm"] for event in events(run, "step")] for run in (found, expected))
+    assert norms == pytest.approx(others, rel=1e-3)
+
+
+def assert_same_scores(found: Path, expected: Path) -> None:
+    """Two runs of other layouts have scored the same held-out text, once each, and alike."""
+    (score,), (other,) = (events(run, "eval") for run in (found, expected))
+    assert (score["scored_tokens"], score["text_bytes"]) == (other["scored_tokens"], other["text_bytes"])
+    assert score["loss"] == pytest.approx(other["loss"], rel=1e-5)

@@ -135,7 +135,7 @@ def trial(world: World, layout: str, shared: Path) -> dict[str, object]:
     engine.save(shared)
     results += take(engine, world, range(STEPS // 2, STEPS))
     whole = engine.full_parameters()
-    held_out = engine.evaluate([Rows(*vars(global_batch(99)).values())] * (1 + 2 * world.rank), with_correct=True)
+    held_out = engine.evaluate([global_batch(99)] * (1 + 2 * world.rank), with_correct=True)
     engine.destroy()
     resumed = build(world, layout, 2)
     resumed.load(shared)

@@ -23,6 +23,7 @@ from parallel.loss_module import LossModule, flattened, unflattened
 from parallel.mesh import Layout, Mesh
 from parallel.pipeline_links import Links
 from parallel.pipeline_run import StageResult, StageRun
+from parallel.pipeline_schedule import expected_bubble
 from parallel.pipeline_stages import cut_to_stage, receive, stage_layers
 from parallel.process import barrier, exit_now, gather_objects, initialize, shutdown
 from parallel.segments import Piece, Segments
@@ -33,7 +34,7 @@ from tools.bench.live_tensors import LiveTensors
 ROWS, LENGTH, LAYERS = 2, 16, 4
 SCALE = 0.1
 NUMBERS_OF_SEGMENTS = (8, 16)
-FORWARD_SECONDS, BACKWARD_SECONDS = 0.015, 0.03
+FORWARD_SECONDS, BACKWARD_SECONDS = 0.03, 0.06
 SLEEPING = ((8, 1), (1, 8), (2, 8))
 """Sequences and segments of steps in which stages sleep."""
 
@@ -247,8 +248,8 @@ def sleeping_bubble(mesh: Mesh, sequences: int, segments: int) -> float:
         return x.sum() if links.is_last else x, {"state": x}, None
 
     links = Links(mesh)
-    found = []
-    for _ in range(3):  # others may have the processor when a stage wakes up
+    found, enough = [], 1.1 * expected_bubble(mesh.layout.pipeline, sequences * segments)
+    while len(found) < 10 and not (found and min(found) < enough):  # others may hold the processor when a stage wakes
         barrier()
         clock = StageClock(torch.device("cpu"))
         pieces = [[(torch.zeros(1),)] * segments] * sequences

@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -169,11 +169,8 @@ def test_threads_that_want_the_same_files_fetch_each_once(tmp_path):
                 errors.append(number)
             os.close(descriptor)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [None] * 4, "an exception of a thread is raised here"
     assert not errors
     assert sorted(source.fetched) == list(range(20))
 
@@ -191,11 +188,8 @@ def test_threads_in_a_cache_that_is_too_small_read_what_they_asked_for(cache):
                 errors.append(number)
             os.close(descriptor)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(work, range(3))) == [None] * 3, "an exception of a thread is raised here"
     assert not errors
     assert sum(path.stat().st_size for path in (cache.folder / "objects").iterdir()) <= cache.limit
 

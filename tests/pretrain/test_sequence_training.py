@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, losses, make_data, recipe_fields
+from tests.training_cases import assert_same_learning, assert_same_scores, events, recipe_fields
 
 WORKER = "tests/pretrain/train_worker.py"
 STEPS = 6
@@ -31,9 +31,9 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    data, recipes = make_data(tmp_path_factory.mktemp("data")), []
+    recipes = []
     for name, parts in RUNS.items():
         for steps, parallel in parts:
             fields = recipe_fields(data, folder / name, steps=steps, parallel=parallel, **FIELDS)
@@ -46,15 +46,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("run", list(RUNS)[1:])
 def test_ranks_that_share_rows_learn_what_data_parallel_ranks_do(runs: Path, run: str) -> None:
-    expected, found = losses(runs / "data"), losses(runs / run)
-    assert len(found) == STEPS and found == pytest.approx(expected, rel=1e-5)
-    norms = [[event["gradient_norm"] for event in events(runs / each, "step")] for each in ("data", run)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert_same_learning(runs / run, runs / "data", steps=STEPS)
 
 
 def test_held_out_text_is_scored_once_by_position_too(runs: Path) -> None:
-    (expected,), (found,) = (events(runs / run, "eval") for run in ("data", "sequence"))
-    assert (found["scored_tokens"], found["text_bytes"]) == (expected["scored_tokens"], expected["text_bytes"])
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert_same_scores(runs / "sequence", runs / "data")
     (expected,), (found,) = (events(runs / run, "positions")[0]["losses"] for run in ("data", "sequence"))
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-4) and found["loss_reset"] != found["loss"]
