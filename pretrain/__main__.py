@@ -11,6 +11,7 @@ from parallel import process
 from pretrain.agreement import SharedUserError
 from pretrain.command_line import parse
 from pretrain.errors import UserError
+from pretrain.exit_codes import EXIT_DONE, EXIT_USER_ERROR
 from pretrain.phases import Phases, load_phases
 
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from pretrain.plan import describe
 
                 print(describe(phases, options.ranks or int(os.environ.get("WORLD_SIZE", "1"))))
-            return 0
+            return EXIT_DONE
     except UserError as error:
         return _refuse_before_start(error)
     return _train(phases, options.resume)
@@ -49,11 +50,11 @@ def _train(phases: Phases, resume: str) -> int:
             rank = "" if world.size == 1 or isinstance(error, SharedUserError) else f"rank {world.rank}: "
             print(f"error: {rank}{error}", file=sys.stderr)
         if not isinstance(error, SharedUserError):
-            process.exit_now(2)  # the other ranks are waiting in a collective, and the launcher ends them
+            process.exit_now(EXIT_USER_ERROR)  # the other ranks are waiting in a collective, and the launcher ends them
         process.shutdown()
-        return 2
+        return EXIT_USER_ERROR
     process.shutdown()
-    return 0
+    return EXIT_DONE
 
 
 def _refuse_before_start(error: UserError) -> int:
@@ -63,7 +64,7 @@ def _refuse_before_start(error: UserError) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
-    return 2
+    return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from model import TitansLM
 from model.attention import explain_attention_backend
 from model.compiled import check_compiler, compile_parts
-from model.flops import flops_per_token
 from model.memory import explain_memory_backend
-from parallel.boundary_states import BoundaryStatesError, remove_left_boundary_states
+from parallel.boundary_states import remove_left_boundary_states
 from parallel.distribute import distribute
-from parallel.engine import Engine, StepResult
+from parallel.engine import Engine
 from parallel.engines import make_engine
 from parallel.mesh import Layout, Mesh
-from parallel.pipeline_schedule import expected_bubble
 from parallel.process import World, gather_objects
 from parallel.watchdog import Watchdog
 from pretrain.agreement import agreed
 from pretrain.boundary_place import BoundaryPlace, choose_boundary_place
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
-from pretrain.data import Damage, Data, Division, Loader, Share, Source, TokenizerInfo
-from pretrain.devices import peak_flops, peak_memory_bytes
+from pretrain.data import Damage, Division, Loader, Share, Source, TokenizerInfo
 from pretrain.errors import UserError
-from pretrain.evaluation import evaluate
 from pretrain.folder_lock import alone_in
-from pretrain.guard import counted, end_of_run, guard_curves, report, too_many
 from pretrain.initialization import check_initial_weights, open_initial_weights
-from pretrain.metrics import RunLog, Stopwatch
+from pretrain.metrics import RunLog
 from pretrain.optimizer import build_optimizer
 from pretrain.phase_data import check_data, open_data, verify_data
 from pretrain.phases import Phase, Phases
-from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore, write_checkpoint
+from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore
 from pretrain.rng import seed_rank
-from pretrain.schedule import learning_rate
-
-SHARE = "data/share/"
-"""Curves of the realised shares of sources begin so."""
+from pretrain.steps import Run
 
 
 def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
@@ -283,202 +274,3 @@ def announce(
     else:
         log.event("resume", **where, checkpoint=str(start_from), recipe=phases.fields())
         log.say(f"{name}: resumed from {start_from} at step {state.step} of {steps}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The parts of a phase that is being run, put together; `steps` is the loop."""
-
-    phases: Phases
-    phase: Phase
-    world: World
-    batches: Batches
-    engine: Engine
-    data: Data
-    checkpoints: Checkpoints
-    log: RunLog
-    watchdog: Watchdog
-
-    @property
-    def recipe(self) -> Recipe:
-        """The phase's."""
-        return self.phase.recipe
-
-    @property
-    def phase_field(self) -> dict[str, str]:
-        """What events say of the phase: nothing where it is the only one."""
-        return {"phase": self.phase.name} if len(self.phases) > 1 else {}
-
-    def steps(self, loader: Loader, state: TrainerState, checkpoint: Path | None) -> tuple[TrainerState, Path | None]:
-        """Take the steps that are left of the phase, evaluating and saving on the way and at its end; the state there
-        and the newest checkpoint, `checkpoint` where no step was left.
-        """
-        recipe, batch_tokens = self.recipe, self.recipe.training.batch_tokens
-        watch, waiting, reported = Stopwatch(), Stopwatch(), set()
-        while not state.is_done(self.phase):
-            step, tokens = state.step + 1, state.phase_tokens + batch_tokens
-            last = tokens >= recipe.training.tokens
-            record = last or step % recipe.logging.every_steps == 0
-            with_stats = record and (last or step % recipe.logging.memory_interval == 0)
-            self.watchdog.feed(f"step {step}")
-            watch.start()
-            rate = learning_rate(recipe.schedule, recipe.optimizer.lr, tokens, self.batches.total_tokens)
-            try:
-                waiting.start()
-                batches = next(loader)
-                waiting.stop()
-                result = self.engine.train_step(batches, rate, with_stats=with_stats)
-            except BoundaryStatesError as error:
-                raise UserError(str(error)) from error
-            watch.stop()
-            update = {"step": step, "tokens": state.tokens + batch_tokens, "cursor": loader.cursor()}
-            state = counted(state.model_copy(update=update | {"ranks": self.world.size}), result)
-            self.report_damage(state, reported)
-            report(self.log, state, result, recipe.training, **self.phase_field)
-            if too_many(state, recipe.training):
-                self.give_up(state, result)
-            if record and not result.skipped:
-                self.record(result, rate, state, watch, loader.curves() | {"speed/data_seconds": waiting.lap()})
-            if last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens):
-                self.evaluate(state)
-            if last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens):
-                checkpoint = self.save(state, stays=last)
-        if self.phase.is_last:
-            self.log.event("done", step=state.step, tokens=state.tokens, seconds_per_step=watch.mean)
-            self.log.say(f"{recipe.name}: done, {state.tokens:,} tokens; checkpoint in {self.checkpoints.folder}")
-        return state, checkpoint
-
-    def report_damage(self, state: TrainerState, reported: set[tuple[str, str]]) -> None:
-        """Write which shards are left out that are not among those `reported`, by source and file; add them there."""
-        for shard in () if state.cursor is None else state.cursor.skipped:
-            if (shard.source, shard.shard) in reported:
-                continue
-            reported.add((shard.source, shard.shard))
-            lost = {"documents_lost": shard.documents, "tokens_lost": shard.tokens}
-            of_shard = shard.model_dump(include={"source", "shard", "expected", "found"})
-            self.log.event("damage", step=state.step, tokens=state.tokens, **of_shard, **lost)
-            self.log.say(f"skipped as damaged: {shard}")
-
-    def record(
-        self, result: StepResult, rate: float, state: TrainerState, watch: Stopwatch, of_data: dict[str, float]
-    ) -> None:
-        """Write a step's loss, speed and memory, and the layers' statistics where the step took them.
-
-        Args:
-            of_data: curves of the data.
-        """
-        watch.start()
-        loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device, a part of the steps' time
-        watch.stop(steps=0)
-        seconds = watch.lap()
-        speed = self.recipe.training.batch_tokens / seconds
-        flops = flops_per_token(self.recipe.model, self.recipe.training.sequence_length)
-        peak = peak_flops(self.world.device, self.recipe.parallel.precision)
-        capacity = None if peak is None else peak * self.world.size
-        values = {
-            "train/loss": loss,
-            "train/learning_rate": rate,
-            "train/gradient_norm": norm,
-            "train/tokens": float(state.tokens),
-            "speed/tokens_per_second": speed,
-            "speed/seconds_per_step": seconds,
-            "speed/flops": speed * flops.total,
-            "speed/flops_without_memory": speed * flops.model,
-            "speed/mfu": None if capacity is None else speed * flops.total / capacity,
-            "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
-            "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
-            **guard_curves(state),
-            **of_data,
-        }
-        if self.phase_field:
-            values["train/phase"] = float(self.phase.number)
-        padded = {}
-        if self.recipe.data.pads_documents:  # all else has a target
-            padded["padded_tokens"] = self.recipe.training.batch_tokens - int(result.tokens)
-            values["data/padded_tokens"] = float(padded["padded_tokens"])
-        if result.bubble is not None:
-            padded["bubble"] = values["speed/pipeline_bubble"] = result.bubble
-            self.say_bubble(result.bubble)
-        shares = {name.removeprefix(SHARE): value for name, value in of_data.items() if name.startswith(SHARE)}
-        self.log.scalars(state.step, values)
-        if result.stats is not None:
-            layers = [{name: float(value) for name, value in layer.items()} for layer in result.stats]
-            self.log.layers(state.step, layers)
-        self.log.event(
-            "step",
-            step=state.step,
-            tokens=state.tokens,
-            loss=loss,
-            learning_rate=rate,
-            gradient_norm=norm,
-            tokens_per_second=speed,
-            **self.phase_field,
-            **padded,
-            **({"shares": shares} if shares else {}),
-        )
-        left = -(-max(self.recipe.training.tokens - state.phase_tokens, 0) // self.recipe.training.batch_tokens)
-        self.log.progress(state.step, loss, rate, speed, left * watch.mean, **self.phase_field)
-
-    def say_bubble(self, measured: float) -> None:
-        """Print how long the stages of a pipeline wait for each other, and how long they must."""
-        passes = self.batches.accumulation * self.recipe.training.num_segments
-        expected = expected_bubble(self.engine.mesh.pipeline.size, passes)
-        self.log.say(
-            f"pipeline: stages stand idle {measured:.1%} of the time of their passes; {expected:.1%} is the least that "
-            f"{passes} passes a step allow"
-        )
-
-    def evaluate(self, state: TrainerState) -> None:
-        """Score the held-out data, if there is any."""
-        if self.data.held_out is None:
-            return
-        asked, training = self.recipe.evaluation, self.recipe.training
-        result = evaluate(
-            self.engine,
-            self.data.held_out,
-            self.engine.mesh,
-            sequence_length=asked.context or training.sequence_length,
-            batch_size=training.micro_batch_size,
-            max_tokens=asked.tokens,
-            piece=training.segment_length or training.sequence_length,  # what a rank has the memory for
-            by_position=asked.by_position,
-            reset_window=asked.reset_window,
-            begins=lambda: self.watchdog.feed(f"a batch of the evaluation behind step {state.step}"),
-        )
-        curves = result.curves() | result.position_curves()
-        self.log.scalars(state.step, {f"evaluation/{name}": value for name, value in curves.items()})
-        where = {"step": state.step, "tokens": state.tokens}
-        self.log.event("eval", **where, **result.fields())
-        if asked.by_position:
-            self.log.event("positions", **where, reset_window=asked.reset_window, losses=result.position_rows())
-        self.log.say(f"held out: {result}")
-
-    def give_up(self, state: TrainerState, result: StepResult) -> NoReturn:
-        """Save the run as it stands and raise DivergedError."""
-        # One more than are kept otherwise: the weights may be spoiled, and those of before must not go for them. The
-        # counts begin anew, so that the resumed run may skip as many.
-        checkpoints = dataclasses.replace(self.checkpoints, keep=self.checkpoints.keep + 1)
-        saving = dataclasses.replace(self, checkpoints=checkpoints)
-        folder = saving.save(state.model_copy(update={"skipped_in_a_row": 0}), stays=state.is_done(self.phase))
-        raise end_of_run(state, result, str(folder))
-
-    def save(self, state: TrainerState, *, stays: bool) -> Path:
-        """Write a checkpoint of the run as it stands, and return its folder."""
-        self.watchdog.feed(f"the checkpoint of step {state.step}")
-        write = partial(
-            write_checkpoint,
-            engine=self.engine,
-            state=state,
-            phases=self.phases,
-            phase=self.phase,
-            tokenizer=self.data.train.tokenizer,
-            world=self.world,
-        )
-        folder = self.checkpoints.save(state.step, write, stays=stays)
-        self.log.event("save", step=state.step, tokens=state.tokens, checkpoint=str(folder))
-        return folder
-
-
-def is_due(every: int | None, tokens: int, batch_tokens: int) -> bool:
-    """Whether the step that ended at `tokens` crossed a multiple of `every`."""
-    return every is not None and tokens // every > (tokens - batch_tokens) // every

@@ -15,8 +15,8 @@ from pretrain.data import Cursor, Division, ShardsConfig, Share
 from pretrain.data.damage import DamagedShard
 from pretrain.data.stores import DamagedError, UnreachableError, store
 from pretrain.errors import UserError
-from pretrain.loop import Run
 from pretrain.resume import TrainerState
+from pretrain.steps import Run
 from tests.data_cases import documents, make_shards, make_tokenizer
 from tests.order_oracle import stored_documents
 

@@ -1,0 +1,15 @@
+"""How a rank's process ends, told by its exit code: what a launcher does about it depends on it."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+"""All tokens of the recipe are trained on."""
+
+EXIT_USER_ERROR = 2
+"""Something that the user must change; the message says what. Starting again changes nothing."""
+
+EXIT_PREEMPTED = 75
+"""Stopped on request, with a checkpoint behind the last step: start it again (EX_TEMPFAIL)."""
+
+EXIT_FENCED_OFF = 77
+"""Another copy of the run has taken its folder over: this one must not be started again."""
