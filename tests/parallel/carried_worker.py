@@ -66,7 +66,7 @@ def own_rows(world: World, step: int, accumulation: int) -> list[Rows]:
     size = ROWS // accumulation // world.size
     span = slice(step * LENGTH, (step + 1) * LENGTH)
     starts = [(m * world.size + world.rank) * size for m in range(accumulation)]
-    return [Rows(*(x[s : s + size, span] for x in vars(streams()).values())) for s in starts]
+    return [Rows(*(x[s : s + size, span] for x in streams())) for s in starts]
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.AdamW:

@@ -34,7 +34,7 @@ Seen = dict[str, dict[str, Any]]
 @cache
 def by_hand(case: str) -> list[float]:
     model = build_model(case, torch.float32)
-    return train_by_hand(model, optimizer_of(model), **vars(streams()), steps=STEPS)
+    return train_by_hand(model, optimizer_of(model), **streams()._asdict(), steps=STEPS)
 
 
 @pytest.fixture(scope="module")
