@@ -37,7 +37,7 @@ def test_stages_are_one_process(seen: dict[str, Any], trial: work.Trial) -> None
 @pytest.mark.slow
 def test_stages_are_in_every_variant(tmp_path: Path) -> None:
     output = tmp_path / "seen.pt"
-    run_ranks(["tests/parallel/pipeline_worker.py", str(output), "every"], ranks=RANKS, timeout=600)
+    run_ranks(["tests/parallel/pipeline_worker.py", str(output), "every"], ranks=RANKS, timeout=1500)
     seen = torch.load(output)
     for trial in work.EVERY:
         for rank in seen[str(trial)][: RANKS // trial.stages]:

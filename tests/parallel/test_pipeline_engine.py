@@ -41,7 +41,7 @@ def alone(trial: Trial) -> Trial:
 
 def launch(folder: Path, trials: list[Trial], ranks: int) -> Seen:
     texts = dict.fromkeys(map(str, trials))
-    run_ranks(["tests/parallel/pipeline_engine_worker.py", str(folder), *texts], ranks=ranks, timeout=600)
+    run_ranks(["tests/parallel/pipeline_engine_worker.py", str(folder), *texts], ranks=ranks, timeout=1500)
     return torch.load(folder / f"{ranks}.pt", weights_only=False)
 
 

@@ -88,7 +88,7 @@ def launch(tasks: Sequence[tuple[int, str]], folder: Path) -> dict[str, dict[str
     seen: dict[str, dict[str, Any]] = {}
     for ranks, listed in by_ranks.items():
         output = folder / "seen.pt"
-        run_ranks([WORKER, str(output), str(folder), *listed], ranks=ranks, timeout=600)
+        run_ranks([WORKER, str(output), str(folder), *listed], ranks=ranks, timeout=1500)
         seen |= torch.load(output)
     return seen
 
