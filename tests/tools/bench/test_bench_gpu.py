@@ -128,6 +128,7 @@ def test_without_a_gpu_it_says_what_to_do_instead(capsys, monkeypatch) -> None:
     assert "--small" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_of_it_runs_at_toy_sizes_on_the_cpu(tmp_path, capsys) -> None:
     output = tmp_path / "out"
     assert main(["gpu", "--device", "cpu", "--small", "--output", str(output)]) == 0, capsys.readouterr().err

@@ -80,7 +80,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     newest = newest_checkpoint(plain)
     assert newest is not None and not (plain / "result.json").exists()
     again = start(suite, output, "--workers", "2")
-    printed, _ = again.communicate(timeout=200)
+    printed, _ = again.communicate(timeout=600)
     return Finished(suite, output, int(newest.name.removeprefix("step-")), again.returncode, printed)
 
 
@@ -213,13 +213,14 @@ def test_the_environment_is_that_of_the_trainings_start(tmp_path: Path, monkeypa
         assert read_trial_file(run.folder).environment == {"commit": expected}
 
 
+@pytest.mark.slow
 def test_a_failure_is_reported_with_its_last_words_and_tried_again(tmp_path: Path) -> None:
     suite, output = write_suite(tmp_path, study={"seeds": [0], "trials": {PLAIN: None}}), tmp_path / "out"
     folder = run_folder(output, "study", PLAIN, 0)
     folder.mkdir(parents=True)
     (folder / "tensorboard").write_text("in the way")
     process = start(suite, output)
-    printed, _ = process.communicate(timeout=100)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert printed.splitlines()[-1].startswith("failed: study/plain/seed-0, training: exit code 2 (")
     assert "study/plain/seed-0  FAILED" in printed and "training: exit code 2" in printed
@@ -228,6 +229,7 @@ def test_a_failure_is_reported_with_its_last_words_and_tried_again(tmp_path: Pat
     assert run.state() == "started"
 
 
+@pytest.mark.slow
 def test_a_signal_ends_every_process_and_says_how_to_go_on(tmp_path: Path) -> None:
     suite, output = write_suite(tmp_path, study={"seeds": [0]}), tmp_path / "out"
     process = start(suite, output, "--workers", "2")
