@@ -13,7 +13,7 @@ from torch import Tensor
 from model import ModelConfig, TitansLM
 from parallel.mesh import Layout
 from parallel.slices import Slice
-from parallel.state_files import KINDS, Stretch, write_index, write_rank
+from parallel.state_files import KINDS, Stretch, index_file, rank_file
 from pretrain.checkpoints import checkpoint_name, finished_file, publish
 from pretrain.config import load_recipe
 from pretrain.data import Cursor
@@ -64,8 +64,8 @@ def make_checkpoint(run: Path, layout: Layout, **fields: Any) -> Path:
             own = values[replica * share : (replica + 1) * share]
             if len(own) and (is_cut or index == 0):
                 stretches.append(Stretch(kind, name, replica * share, own, part))
-        written.append(write_rank(partial, replica * layout.tensor + index, layout.ranks, stretches))
-    written.append(write_index(partial, ranks=layout.ranks, optimizer_step=STEP, shapes=shapes, layout=layout))
+        written.append(rank_file(replica * layout.tensor + index, layout.ranks, stretches).write(partial))
+    written.append(index_file(ranks=layout.ranks, optimizer_step=STEP, shapes=shapes, layout=layout).write(partial))
     cursor = Cursor(position=28, sequence_length=32, seed=0, order="rows", fingerprint="0123456789abcdef")
     state = TrainerState(
         step=STEP, tokens=128 * STEP, cursor=cursor, skipped_steps=1, tokenizer_sha256="ab12", ranks=layout.ranks
