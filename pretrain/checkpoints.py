@@ -108,6 +108,10 @@ class SaveError(SharedUserError):
     """A checkpoint was not written; the earlier ones are untouched."""
 
 
+class _TooLarge(OSError):
+    """There is less room than is to be written."""
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run. Every method is called by all ranks together."""
@@ -222,7 +226,7 @@ class Checkpoints:
             shutil.rmtree(left)
         partial.mkdir(parents=True)
         if shutil.disk_usage(partial).free < asked:  # found out before the logs of the run meet a full disk
-            raise OSError(errno.ENOSPC, f"{asked / 1e6:.1f} MB are to be written", str(partial))
+            raise _TooLarge(errno.ENOSPC, f"{asked / 1e6:.1f} MB are to be written", str(partial))
 
     def _publish(self, partial: Path, final: Path, files: FileEntries, stays: bool, keep: int) -> None:
         if stays:
@@ -285,10 +289,10 @@ def _explain(failure: OSError | SafetensorError, folder: Path) -> str:
     text = str(failure)
     place = getattr(failure, "filename", None) or folder
     if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-        free = shutil.disk_usage(folder.parent).free
-        return (
-            f"no space left for {place} ({free / 1e6:.1f} MB free); free some, lower checkpoint.keep, or move `folder`"
-        )
+        room = f"{shutil.disk_usage(folder.parent).free / 1e6:.1f} MB free"
+        if isinstance(failure, _TooLarge):
+            room += f", {failure.strerror}"
+        return f"no space left for {place} ({room}); free some, lower checkpoint.keep, or move `folder`"
     return f"{place}: {getattr(failure, 'strerror', None) or text}"
 
 
