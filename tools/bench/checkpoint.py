@@ -48,10 +48,10 @@ PRESENTATION = Presentation(
         Column("of a step, between", "sync_share", percent),
         Column("ms to write beside", "write_s", milliseconds),
     ),
-    note="One process. In every round some steps are taken with no save, then a save begins and steps are taken until it "
-    "is on the disk, then one is written while steps wait. Means over all rounds; added: of the mean step beside a save "
-    "over one without. Waited: for how long a save keeps the next step from beginning, copying to the host's memory and, "
-    "between steps, writing, syncing and hashing included.",
+    note="One process. In every round some steps are taken with no save, then a save begins and steps are taken until "
+    "it is on the disk, then one is written while steps wait. Means over all rounds; added: of the mean step beside a "
+    "save over one without. Waited: for how long a save keeps the next step from beginning, copying to the host's "
+    "memory and, between steps, writing, syncing and hashing included.",
 )
 
 
