@@ -26,6 +26,7 @@ from pretrain.metrics import RunLog
 from pretrain.phases import load_phases
 from pretrain.resume import TrainerState
 from pretrain.saver import Saver
+from tests.distributed_helper import run_ranks
 from tests.training_cases import events, losses, write_recipe
 
 SECONDS = 30.0
@@ -344,3 +345,60 @@ def test_a_run_goes_on_behind_a_full_disk_and_says_so(
     reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [(p.step, p.value) for p in reader.Scalars("checkpoint/failed_saves")] == [(4, 1), (8, 2), (12, 2)]
     assert [p.step for p in reader.Scalars("checkpoint/write_seconds")] == [12]
+
+
+PLANS = ("slow", "once", "always", "overtaken")
+
+
+@pytest.fixture(scope="module")
+def together(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plans of the worker on two ranks: a run of three saves for each."""
+    folder = tmp_path_factory.mktemp("together")
+    fields = {"checkpoint": {"keep": 9, "max_failed_saves": 2}, "evaluation": {"every_tokens": None, "tokens": 64}}
+    recipes = [f"{plan}={write_recipe(data, folder / plan, steps=12, **fields)}" for plan in PLANS]
+    run_ranks(["tests/pretrain/saver_worker.py", *recipes], ranks=2, timeout=180)
+    return folder
+
+
+def ended(folder: Path, plan: str) -> dict[str, Any]:
+    """How the run ended, on both ranks alike."""
+    first, second = (json.loads((folder / f"{plan}-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["type"] == second["type"]
+    return first
+
+
+def saves(folder: Path) -> list[tuple[str, int]]:
+    return [(event["event"], event["step"]) for event in events(folder) if event["event"].startswith("save")]
+
+
+def test_ranks_wait_for_the_slowest_of_them(together: Path) -> None:
+    assert ended(together, "slow")["type"] is None
+    assert saves(together / "slow") == [("save", 4), ("save", 8), ("save", 12)]
+    assert all(event["write_seconds"] >= 0.2 for event in events(together / "slow", "save"))
+    for name in names(together / "slow" / "checkpoints"):
+        assert problems(together / "slow" / "checkpoints" / name) == []
+
+
+def test_what_fails_on_one_rank_is_no_checkpoint_and_both_go_on(together: Path) -> None:
+    assert ended(together, "once")["type"] is None
+    assert saves(together / "once") == [("save", 4), ("save_failed", 8), ("save", 12)]
+    (failed,) = events(together / "once", "save_failed")
+    assert "rank 1: no space left for" in failed["message"]
+    assert names(together / "once" / "checkpoints") == ["step-00000004", "step-00000012"]
+    assert losses(together / "once") == losses(together / "slow")
+
+
+def test_both_ranks_end_for_failures_in_a_row(together: Path) -> None:
+    end = ended(together, "always")
+    assert end["type"] == "SaveError" and "2 in a row end the run (checkpoint.max_failed_saves)" in end["message"]
+    assert saves(together / "always") == [("save_failed", 4), ("save_failed", 8)]
+    assert len(losses(together / "always")) >= 8 and not names(together / "always" / "checkpoints")
+    assert events(together / "always")[-1]["event"] == "error"
+
+
+def test_both_ranks_end_where_another_copy_took_over(together: Path) -> None:
+    end = ended(together, "overtaken")
+    assert end["type"] == "FencedOffError" and "another copy of this run took its folder over" in end["message"]
+    assert saves(together / "overtaken") == [("save", 4)]
+    assert names(together / "overtaken" / "checkpoints") == ["step-00000004"]
+    assert events(together / "overtaken")[-1]["event"] == "step", "its log is the other copy's"
