@@ -14,6 +14,7 @@ from model import ModelConfig, TitansLM
 from parallel.mesh import Layout
 from parallel.slices import Slice
 from parallel.state_files import KINDS, Stretch, index_file, rank_file
+from parallel.watchdog import Watchdog
 from pretrain.checkpoints import checkpoint_name, finished_file, publish
 from pretrain.config import load_recipe
 from pretrain.data import Cursor
@@ -24,6 +25,16 @@ from tests.training_cases import write_recipe
 STEP = 7
 ROWS = ("embedding.weight",)
 """Parameters that tensor ranks hold slices of, in these checkpoints."""
+
+
+class NoWatchdog(Watchdog):
+    """Watches nothing: what a real one sets up would end a test's process later, and hangs behind a fork."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, rank=0, ranks=1)
+
+    def feed(self, doing: str) -> None:
+        pass
 
 
 def small_model(run: Path, **fields: Any) -> ModelConfig:

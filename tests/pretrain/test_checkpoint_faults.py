@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from parallel import process
 from parallel.host_copies import HostCopies, SavedFile, TensorFile, TextFile
 from parallel.process import World
-from parallel.watchdog import Watchdog
 from pretrain.checkpoint_config import CheckpointConfig
 from pretrain.checkpoints import Checkpoints, checkpoint_step, list_checkpoints, problems
 from pretrain.fence import take_fence
@@ -38,6 +37,7 @@ from pretrain.phases import load_phases
 from pretrain.resume import TrainerState
 from pretrain.rng import load_rng, rng_tensors, seed_rank
 from pretrain.saver import Saver
+from tests.checkpoint_cases import NoWatchdog
 from tests.training_cases import write_recipe
 
 NUMBERS = 300_000
@@ -98,7 +98,7 @@ def walk_and_save(folder: Path, world: World, steps: int, begin: Callable[[], ob
     if (newest := checkpoints.newest_whole(pytest.fail)) is not None:
         walk.load(newest)
     begin()
-    with Saver(checkpoints, config, log, Watchdog(SECONDS, rank=0, ranks=1), last_tokens=0) as saver:
+    with Saver(checkpoints, config, log, NoWatchdog(), last_tokens=0) as saver:
         for _ in range(steps):
             walk.step()
             saver.look()

@@ -18,7 +18,6 @@ from parallel import process
 from parallel.engine import Engine
 from parallel.host_copies import HostCopies, SavedFile, TensorFile
 from parallel.process import World
-from parallel.watchdog import Watchdog
 from pretrain.checkpoint_config import CheckpointConfig
 from pretrain.checkpoints import Checkpoints, SaveError, problems
 from pretrain.loop import train
@@ -26,6 +25,7 @@ from pretrain.metrics import RunLog
 from pretrain.phases import load_phases
 from pretrain.resume import TrainerState
 from pretrain.saver import Saver
+from tests.checkpoint_cases import NoWatchdog
 from tests.distributed_helper import run_ranks
 from tests.training_cases import events, losses, write_recipe
 
@@ -66,8 +66,7 @@ MakeSaver = Callable[..., Saver]
 def make_saver(tmp_path: Path, world: World, told: Told) -> MakeSaver:
     def make(*, last_tokens: int = 0, **fields: Any) -> Saver:
         config = CheckpointConfig(**fields)
-        watchdog = Watchdog(60.0, rank=0, ranks=1)
-        return Saver(Checkpoints(tmp_path, config.keep, world), config, told, watchdog, last_tokens=last_tokens)
+        return Saver(Checkpoints(tmp_path, config.keep, world), config, told, NoWatchdog(), last_tokens=last_tokens)
 
     return make
 

@@ -82,9 +82,9 @@ class _Training:
         self._batches = [RandomBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in tokens]
         self._files = lambda state: partial(checkpoint_files, self._engine, state, phases, phases[0], None, world)
         self.log = _Saves()
-        checkpoints, watchdog = Checkpoints(folder, 2, world), Watchdog(_FOREVER, rank=0, ranks=1)
+        checkpoints, self._watchdog = Checkpoints(folder, 2, world), Watchdog(_FOREVER, rank=0, ranks=1)
         self.beside, self.between = (
-            Saver(checkpoints, CheckpointConfig(asynchronous=way), self.log, watchdog, last_tokens=0)
+            Saver(checkpoints, CheckpointConfig(asynchronous=way), self.log, self._watchdog, last_tokens=0)
             for way in (True, False)
         )
 
@@ -115,7 +115,8 @@ class _Training:
         """Let go of all."""
         for saver in (self.beside, self.between):
             with saver:
-                pass
+                saver.finish()
+        self._watchdog.rest()
         self._engine.destroy()
 
 
