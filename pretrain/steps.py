@@ -13,6 +13,7 @@ from parallel.engine import Engine, StepResult
 from parallel.pipeline_schedule import expected_bubble
 from parallel.process import World
 from parallel.watchdog import Watchdog
+from pretrain.checkpoints import Checkpoints
 from pretrain.config import Batches, Recipe
 from pretrain.data import Data, Loader
 from pretrain.devices import peak_flops, peak_memory_bytes
@@ -47,6 +48,11 @@ class Run:
     def recipe(self) -> Recipe:
         """The phase's."""
         return self.phase.recipe
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The run's."""
+        return self.saver.checkpoints
 
     @property
     def phase_field(self) -> dict[str, str]:
@@ -90,7 +96,7 @@ class Run:
                 checkpoint = self.save(state, stays=last, wait=last)
         if self.phase.is_last:
             self.log.event("done", step=state.step, tokens=state.tokens, seconds_per_step=watch.mean)
-            self.log.say(f"{recipe.name}: done, {state.tokens:,} tokens; checkpoint in {self.saver.checkpoints.folder}")
+            self.log.say(f"{recipe.name}: done, {state.tokens:,} tokens; checkpoint in {self.checkpoints.folder}")
         return state, checkpoint
 
     def report_damage(self, state: TrainerState, reported: set[tuple[str, str]]) -> None:

@@ -114,19 +114,22 @@ class Child:
 
     pid: int
     go: int
-    """Written to, it begins."""
+    """Written to, it begins to walk: it has read the folder, and taken its fence, already."""
 
     @classmethod
     def fork(cls, folder: Path, world: World, steps: int) -> Child:
-        read, write = os.pipe()
+        (is_ready, ready), (read, write) = os.pipe(), os.pipe()
         pid = os.fork()
         if pid:
             os.close(read)
+            os.close(ready)
+            os.read(is_ready, 1)
+            os.close(is_ready)
             return cls(pid, write)
         status = 99
         try:
             sys.stderr = io.StringIO()  # what it says is no write that may fail
-            status = walk_and_save(folder, world, steps, lambda: os.read(read, 1))
+            status = walk_and_save(folder, world, steps, lambda: os.write(ready, b".") and os.read(read, 1))
         finally:
             os._exit(status)
 
