@@ -70,6 +70,7 @@ def test_a_dry_run_prints_a_recipe_and_touches_nothing(
         "# FLOPs a token ",
         "# memory of a rank ",
         "2 rank(s) x 1 micro-batch(es) x 2 row(s)",
+        "2 are kept; written from copies in the hosts' memory",
     ):
         assert line in text
     assert "passes over them" in text
