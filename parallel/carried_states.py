@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.state import head_axis
 from parallel.boundary_states import State
+from parallel.host_copies import TensorFile
 from parallel.mesh import Mesh
 
 _ROWS = "rows"
@@ -86,8 +86,8 @@ class CarriedStates:
         first = (micro_batch * data + place) * self._micro_batch_size
         return range(first, first + self._micro_batch_size)
 
-    def write(self, folder: Path) -> Path:
-        """Write this rank's file and return its path. Raises OSError or SafetensorError when the disk does."""
+    def file(self) -> TensorFile:
+        """This rank's file, to be written: of values that steps to come leave as they are."""
         held = [(self.rows(index), state) for index, state in enumerate(self._states) if state]
         numbers = [row for rows, _ in held for row in rows]
         tensors = {
@@ -97,13 +97,11 @@ class CarriedStates:
         }
         if held:
             states = [{_RESTART: torch.zeros(len(rows), dtype=torch.bool), **state} for rows, state in held]
-            tensors[_NUM_LAYERS] = states[0][_NUM_LAYERS]
+            tensors[_NUM_LAYERS] = states[0][_NUM_LAYERS].cpu()
             for name in states[0].keys() - {_NUM_LAYERS}:
                 if self._writes(name):
                     tensors[name] = torch.cat([state[name].cpu() for state in states])
-        path = folder / carried_file(self.mesh.world.rank, self.mesh.world.size)
-        save_file(tensors, path)
-        return path
+        return TensorFile(carried_file(self.mesh.world.rank, self.mesh.world.size), tensors)
 
     def read(self, folder: Path) -> None:
         """Take over the states that any layout wrote, in micro-batches of any size.

@@ -27,11 +27,12 @@ from parallel.deepspeed_groups import DeepSpeedGroups, forget_groups
 from parallel.deepspeed_import import import_deepspeed
 from parallel.fragments import Fragment, fragments, optimizer_step, spread_masters
 from parallel.gradients import GradientWatch, clip_gradients, mean_over
+from parallel.host_copies import HostCopies, SavedFile
 from parallel.loss_module import FlatState, LossModule, flattened, unflattened
 from parallel.mesh import Mesh
 from parallel.process import gather_objects
 from parallel.reduction import reduced_once, sum_in_fp32
-from parallel.saved_state import read_state, read_weights, write_state
+from parallel.saved_state import files_of_state, read_state, read_weights
 from parallel.scoring import IGNORED, Batch, PieceScores, Scored, score
 from parallel.segments import Segments, run_segments
 from parallel.state_files import WeightReader
@@ -239,20 +240,27 @@ class Engine:
         self._engine.train()
         return scored
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's share of weights and optimizer state, and what its rows carry, into `folder`; every rank
-        calls it. Returns the files written.
+    def files(self, copies: HostCopies | None = None) -> list[SavedFile]:
+        """This rank's share of weights and optimizer state, and what its rows carry, as files to be written; every rank
+        calls it. They are synced, renamed and agreed upon by `pretrain.checkpoints`.
 
-        Nothing is synced, renamed or agreed here: that is `pretrain.checkpoints`' part. Raises OSError or
-        SafetensorError.
+        Args:
+            copies: where the values are copied to, so that the files may be written while steps are taken, behind
+                `copies.wait()`; None: they must be written before the next step.
         """
-        written = write_state(
-            folder, self._fragments(), self._optimizer, self.mesh,
-            zero_stage=self.config.zero_stage, shapes=self.shapes,
+        files = files_of_state(
+            self._fragments(), self._optimizer, self.mesh,
+            zero_stage=self.config.zero_stage, shapes=self.shapes, copies=copies,
         )  # fmt: skip
         if self.carried is not None:
-            written.append(self.carried.write(folder))
-        return written
+            files.append(self.carried.file())
+        return files
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the files into `folder` now; every rank calls it. Returns their paths. Raises OSError or
+        SafetensorError.
+        """
+        return [file.write(folder) for file in self.files()]
 
     def load(self, folder: Path, *, with_carried: bool = True) -> None:
         """Take over weights and optimizer state that any layout saved, and what rows carry; every rank calls it.

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from parallel.watchdog import show_stacks_when_asked
 
 DeviceName = Literal["auto", "cpu", "cuda"]
+SideGroup = dist.ProcessGroup
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
@@ -160,28 +161,58 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def side_group(timeout_minutes: float) -> SideGroup | None:
+    """A group of all ranks of its own, on gloo, for another thread than the one that trains: what the functions below
+    do in it needs no GPU and meets none of training's collectives. None where this rank is alone. Every rank calls it.
+
+    Args:
+        timeout_minutes: after how long a rank that waits there for another gives up.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's `value`, by rank, on every rank. For small things: messages and lists of files."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+def gather_objects(value: T, group: SideGroup | None = None) -> list[T]:
+    """Every rank's `value`, by rank, on every rank. For small things: messages and lists of files.
+
+    Args:
+        group: a side group; None: the one that trains.
+    """
+    ranks = dist.get_world_size()
+    if ranks == 1:  # nobody to ask: also where a GPU would have to
+        return [value]
+    gathered: list[Any] = [None] * ranks
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def broadcast_object(value: T) -> T:
-    """Rank 0's `value` on every rank."""
+def broadcast_object(value: T, group: SideGroup | None = None) -> T:
+    """Rank 0's `value` on every rank; `group` as above."""
+    if dist.get_world_size() == 1:
+        return value
     held: list[Any] = [value]
-    dist.broadcast_object_list(held, src=0)
+    dist.broadcast_object_list(held, src=0, group=group)
     return held[0]
 
 
-def first_error(message: str | None) -> str | None:
-    """The error of the lowest rank that has one, on every rank; None when no rank has one."""
-    return _first(gather_objects(message))
+def lowest(value: int, device: torch.device) -> int:
+    """The least of all ranks' values, on every rank: a single small collective, on the device."""
+    if dist.get_world_size() == 1:
+        return value
+    held = torch.tensor(value, device=device)
+    dist.all_reduce(held, op=dist.ReduceOp.MIN)
+    return int(held)
+
+
+def first_error(message: str | None, group: SideGroup | None = None) -> str | None:
+    """The error of the lowest rank that has one, on every rank; None when no rank has one. `group` as above."""
+    return _first(gather_objects(message, group))
 
 
 def _first(messages: Sequence[str | None]) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from parallel.fragments import Fragment, make_optimizer_state, optimizer_step
+from parallel.host_copies import HostCopies, SavedFile
 from parallel.mesh import Mesh
 from parallel.state_files import (
     KINDS,
@@ -18,24 +19,24 @@ from parallel.state_files import (
     StateReader,
     Stretch,
     WeightReader,
+    index_file,
+    rank_file,
     require_same_parameters,
-    write_index,
-    write_rank,
 )
 
 Shapes = Mapping[str, torch.Size]
 
 
-def write_state(
-    folder: Path,
+def files_of_state(
     held: Sequence[Fragment],
     optimizer: torch.optim.Optimizer,
     mesh: Mesh,
     *,
     zero_stage: int,
     shapes: Shapes,
-) -> list[Path]:
-    """Write this rank's share of weights and optimizer state; every rank calls it. Returns the files written.
+    copies: HostCopies | None = None,
+) -> list[SavedFile]:
+    """This rank's share of weights and optimizer state, to be written; every rank calls it.
 
     Of ranks that hold the same, one writes it: without ZeRO the first replica, of what is no slice the first of the
     tensor ranks, and of what two stages of a pipeline hold the first of them.
@@ -43,8 +44,7 @@ def write_state(
     Args:
         held: what this rank steps.
         shapes: of all parameters of the model, whole, by their names in the whole model.
-
-    Raises OSError or SafetensorError.
+        copies: where the values are copied to; None: they are not to change until the files are written.
     """
     if any(moment not in optimizer.state.get(f.flat, {}) for f in held for moment in MOMENTS):
         make_optimizer_state(optimizer, list(held), 0)
@@ -53,12 +53,11 @@ def write_state(
         for f in written_here(held, mesh, zero_stage)
         for kind in KINDS
     )
-    written = [write_rank(folder, mesh.world.rank, mesh.world.size, stretches)]
+    files: list[SavedFile] = [rank_file(mesh.world.rank, mesh.world.size, stretches, copies)]
     if mesh.world.is_main:
         step = optimizer_step(optimizer)
-        index = write_index(folder, ranks=mesh.world.size, optimizer_step=step, shapes=shapes, layout=mesh.layout)
-        written.append(index)
-    return written
+        files.append(index_file(ranks=mesh.world.size, optimizer_step=step, shapes=shapes, layout=mesh.layout))
+    return files
 
 
 def written_here(held: Sequence[Fragment], mesh: Mesh, zero_stage: int) -> Iterator[Fragment]:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from parallel.host_copies import HostCopies, TensorFile, TextFile
 from parallel.mesh import Layout
 from parallel.shares import Share
 from parallel.slices import WHOLE, Runs, Slice
@@ -86,18 +86,24 @@ def state_file(rank: int, ranks: int) -> str:
     return f"state-{rank:05d}-of-{ranks:05d}.safetensors"
 
 
-def write_rank(folder: Path, rank: int, ranks: int, stretches: Iterable[Stretch]) -> Path:
-    """Write one rank's file and return its path. Raises OSError or SafetensorError when the disk does."""
-    tensors = {s.key: s.values.detach().cpu().contiguous() for s in stretches}
-    path = folder / state_file(rank, ranks)
-    save_file(tensors, path)
-    return path
+def rank_file(rank: int, ranks: int, stretches: Iterable[Stretch], copies: HostCopies | None = None) -> TensorFile:
+    """One rank's file, to be written.
+
+    Args:
+        copies: where the values are copied to; None: on the host they stay where they are, and are not to change until
+            the file is written.
+    """
+    if copies is None:
+        tensors = {s.key: s.values.detach().cpu().contiguous() for s in stretches}
+    else:
+        tensors = {s.key: copies.copy(s.key, s.values) for s in stretches}
+    return TensorFile(state_file(rank, ranks), tensors)
 
 
 def stream_rank(
     folder: Path, rank: int, ranks: int, shares: Sequence[Share], read: Callable[[str, Share], Tensor]
 ) -> Path:
-    """Write one rank's file as `write_rank` does, a stretch in memory at a time.
+    """Write one rank's file as `rank_file` has it, a stretch in memory at a time.
 
     Args:
         read: the values of a kind of a share: fp32 [numel].
@@ -120,10 +126,10 @@ def stream_rank(
     return path
 
 
-def write_index(
-    folder: Path, *, ranks: int, optimizer_step: int, shapes: Mapping[str, torch.Size], layout: Layout | None = None
-) -> Path:
-    """Write `state.json` (one rank does) and return its path.
+def index_file(
+    *, ranks: int, optimizer_step: int, shapes: Mapping[str, torch.Size], layout: Layout | None = None
+) -> TextFile:
+    """`state.json`, to be written by one rank.
 
     Args:
         ranks: how many files there are.
@@ -137,9 +143,7 @@ def write_index(
         **({} if layout is None else {"layout": vars(layout)}),
         "parameters": {name: list(shape) for name, shape in shapes.items()},
     }
-    path = folder / INDEX_FILE
-    path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return path
+    return TextFile(INDEX_FILE, json.dumps(index, indent=1) + "\n")
 
 
 class _Index(NamedTuple):

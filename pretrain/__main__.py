@@ -11,13 +11,14 @@ from parallel import process
 from pretrain.agreement import SharedUserError
 from pretrain.command_line import parse
 from pretrain.errors import UserError
-from pretrain.exit_codes import EXIT_DONE, EXIT_USER_ERROR
+from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_USER_ERROR
+from pretrain.fence import FencedOffError
 from pretrain.phases import Phases, load_phases
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank. Returns the exit code: 0 done, 2 a user's error, whose message is printed once. Anything else
-    raises.
+    """Run one rank. Returns the exit code: 0 done, 2 a user's error, 77 where another copy of the run has its folder;
+    the message is printed once. Anything else raises.
     """
     try:
         options = parse(argv)
@@ -52,7 +53,7 @@ def _train(phases: Phases, resume: str) -> int:
         if not isinstance(error, SharedUserError):
             process.exit_now(EXIT_USER_ERROR)  # the other ranks are waiting in a collective, and the launcher ends them
         process.shutdown()
-        return EXIT_USER_ERROR
+        return EXIT_FENCED_OFF if isinstance(error, FencedOffError) else EXIT_USER_ERROR
     process.shutdown()
     return EXIT_DONE
 

@@ -3,6 +3,7 @@
 Every rank writes its files into a hidden folder and makes them durable; when all have, rank 0 writes the manifest
 with the sha256 of each file, renames the folder and moves `latest`. A run that dies at any moment of this leaves
 the earlier checkpoints as they were. Loading checks every byte first and takes the newest checkpoint that is whole.
+`pretrain.saver` does this beside the steps.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
@@ -23,6 +25,7 @@ from parallel import process
 from parallel.process import World
 from pretrain.agreement import SharedUserError
 from pretrain.durable import file_sha256, sync
+from pretrain.fence import Fence, FencedOffError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -97,10 +100,16 @@ def finished_file(path: Path) -> dict[str, str | int]:
 
 def publish(partial: Path, final: Path, files: FileEntries) -> None:
     """Make a checkpoint of a folder beside it whose files are finished, at once. Raises OSError."""
-    _write_durable(partial / MANIFEST, _manifest_text(files))
-    sync(partial)
-    partial.rename(final)
-    sync(final.parent)
+    _write_manifest(partial, files)
+    _rename(partial, final)
+
+
+class SaveError(SharedUserError):
+    """A checkpoint was not written; the earlier ones are untouched."""
+
+
+class _TooLarge(OSError):
+    """There is less room than is to be written."""
 
 
 @dataclass(frozen=True)
@@ -110,21 +119,39 @@ class Checkpoints:
     folder: Path
     keep: int
     world: World
+    fence: Fence | None = None
+    """Rank 0's: read before anything in the folder is removed or gets its name."""
+    group: process.SideGroup | None = None
+    """What `save` talks to the other ranks in, where it is called beside training."""
 
-    def save(self, step: int, write: Callable[[Path], Sequence[Path]], *, stays: bool = False) -> Path:
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], Sequence[Path]],
+        *,
+        num_bytes: int = 0,
+        stays: bool = False,
+        spare: int = 0,
+    ) -> Path:
         """Write the checkpoint of `step` and return its folder.
 
         Args:
             write: writes this rank's files into the folder it is given and returns their paths.
+            num_bytes: how much that is, at least: where all ranks' are more than is free, nothing is written.
             stays: whether it is kept when `keep` newer ones are there.
+            spare: how many more than `keep` are left.
 
         Raises:
-            SharedUserError: a rank could not write (no space, say). The unfinished folder is gone, the earlier
-                ones are untouched.
+            SaveError: a rank could not write (no space, say). The unfinished folder is gone, the earlier ones are
+                untouched.
+            FencedOffError: another copy of the run has taken the folder over.
         """
         final = self.folder / checkpoint_name(step)
-        partial = self.folder / f".partial-{final.name}"
-        self._on_main(lambda: self._make_room(partial), partial)
+        # Of this copy of the run alone, so that ranks of an older one never write among the files of a newer one.
+        copy = "" if self.fence is None else f"-{self.fence.number}"
+        named = process.gather_objects((f".partial-{final.name}{copy}", num_bytes), self.group)
+        partial, asked = self.folder / named[0][0], sum(size for _, size in named)
+        self._on_main(lambda: self._make_room(partial, asked), partial)
         entries: FileEntries = {}
         error = None
         try:
@@ -132,12 +159,12 @@ class Checkpoints:
                 entries[path.name] = finished_file(path)
         except (OSError, SafetensorError) as failure:
             error = _explain(failure, partial)
-        gathered = process.gather_objects((entries, error))
-        message = process.first_error(error)
+        gathered = process.gather_objects((entries, error), self.group)
+        message = process.first_error(error, self.group)
         if message is not None:
             self._give_up(partial, message)
         files = {name: entry for part, _ in gathered for name, entry in part.items()}
-        self._on_main(lambda: self._publish(partial, final, files, stays), partial)
+        self._on_main(lambda: self._publish(partial, final, files, stays, self.keep + spare), partial)
         return final
 
     def newest_whole(self, report: Callable[[str], None]) -> Path | None:
@@ -157,7 +184,7 @@ class Checkpoints:
             if not found:
                 return candidate
             report(f"checkpoint {candidate.name} is damaged and not used: {'; '.join(found)}")
-            self._on_main(lambda path=candidate: _set_aside(path), candidate)
+            self._on_main(lambda path=candidate: self._set_aside(path), candidate)
         raise SharedUserError(
             f"no checkpoint in {self.folder} is whole (they are kept there as damaged-*); restore one from a copy, "
             "or start over with --resume never and another --folder"
@@ -182,47 +209,67 @@ class Checkpoints:
         parts = process.gather_objects(own)
         return list(dict.fromkeys(problem for part in parts for problem in part))
 
-    def _make_room(self, partial: Path) -> None:
+    def _require_no_newer_copy(self) -> None:
+        if self.fence is not None:
+            self.fence.check()
+
+    def _set_aside(self, checkpoint: Path) -> None:
+        self._require_no_newer_copy()
+        target = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        if target.exists():
+            shutil.rmtree(target)
+        checkpoint.rename(target)
+
+    def _make_room(self, partial: Path, asked: int) -> None:
+        self._require_no_newer_copy()
         for left in (*self.folder.glob(".partial-*"), *self.folder.glob(".removed-*")):
             shutil.rmtree(left)
         partial.mkdir(parents=True)
+        if shutil.disk_usage(partial).free < asked:  # found out before the logs of the run meet a full disk
+            raise _TooLarge(errno.ENOSPC, f"{asked / 1e6:.1f} MB are to be written", str(partial))
 
-    def _publish(self, partial: Path, final: Path, files: FileEntries, stays: bool) -> None:
+    def _publish(self, partial: Path, final: Path, files: FileEntries, stays: bool, keep: int) -> None:
         if stays:
             _write_durable(partial / STAYS, "")
-        publish(partial, final, files)
+        _write_manifest(partial, files)
+        self._require_no_newer_copy()
+        if final.exists():  # of a copy that was fenced off in the middle of this
+            _remove(final)
+        _rename(partial, final)
+        self._require_no_newer_copy()
         temporary = self.folder / f".{LATEST}"
         _write_durable(temporary, final.name + "\n")
         temporary.replace(self.folder / LATEST)
         sync(self.folder)
         others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
-        for old in others[self.keep - 1 :]:
-            if (old / STAYS).exists():
-                continue
-            hidden = old.with_name(f".removed-{old.name}")  # so that a death here leaves no half of a checkpoint
-            old.rename(hidden)
-            shutil.rmtree(hidden)
+        for old in others[keep - 1 :]:
+            if not (old / STAYS).exists():
+                _remove(old)
 
     def _on_main(self, action: Callable[[], None], partial: Path) -> None:
-        error = None
+        error, is_fenced_off = None, False
         if self.world.is_main:
             try:
                 action()
+            except FencedOffError as fenced:
+                error, is_fenced_off = str(fenced), True
             except OSError as failure:
                 error = _explain(failure, partial)
-        message = process.broadcast_object(error)
+        message, is_fenced_off = process.broadcast_object((error, is_fenced_off), self.group)
+        if is_fenced_off:
+            raise FencedOffError(message)
         if message is not None:
             self._give_up(partial, message)
 
-    def _give_up(self, partial: Path, message: str) -> None:
+    def _give_up(self, partial: Path, message: str) -> NoReturn:
         if self.world.is_main and partial.name.startswith(".partial-"):
             shutil.rmtree(partial, ignore_errors=True)
-        process.barrier()
+        process.gather_objects(None, self.group)  # nobody looks before it is gone
         newest = next((path.name for path in list_checkpoints(self.folder)), None)
         kept = (
             f"the earlier checkpoints are untouched (newest: {newest})" if newest else "there is no earlier checkpoint"
         )
-        raise SharedUserError(f"checkpoint not written: {message}; {kept}")
+        raise SaveError(f"checkpoint not written: {message}; {kept}")
 
 
 def loud(message: str) -> None:
@@ -242,18 +289,29 @@ def _explain(failure: OSError | SafetensorError, folder: Path) -> str:
     text = str(failure)
     place = getattr(failure, "filename", None) or folder
     if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-        free = shutil.disk_usage(folder.parent).free
-        return (
-            f"no space left for {place} ({free / 1e6:.1f} MB free); free some, lower checkpoint.keep, or move `folder`"
-        )
+        room = f"{shutil.disk_usage(folder.parent).free / 1e6:.1f} MB free"
+        if isinstance(failure, _TooLarge):
+            room += f", {failure.strerror}"
+        return f"no space left for {place} ({room}); free some, lower checkpoint.keep, or move `folder`"
     return f"{place}: {getattr(failure, 'strerror', None) or text}"
 
 
-def _set_aside(folder: Path) -> None:
-    target = folder.with_name(f"damaged-{folder.name}")
-    if target.exists():
-        shutil.rmtree(target)
-    folder.rename(target)
+def _remove(checkpoint: Path) -> None:
+    hidden = checkpoint.with_name(f".removed-{checkpoint.name}")  # so that a death here leaves no half of a checkpoint
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _rename(partial: Path, final: Path) -> None:
+    partial.rename(final)
+    sync(final.parent)
+
+
+def _write_manifest(partial: Path, files: FileEntries) -> None:
+    _write_durable(partial / MANIFEST, _manifest_text(files))
+    sync(partial)
 
 
 def _write_durable(path: Path, text: str) -> None:

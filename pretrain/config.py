@@ -16,6 +16,7 @@ from parallel.config import ParallelConfig
 from parallel.layout_rules import require_layout
 from parallel.scoring import require_reset_window
 from parallel.segments import Segments
+from pretrain.checkpoint_config import CheckpointConfig
 from pretrain.data.config import DataConfig
 from pretrain.errors import UserError
 from pretrain.optimizer import OptimizerConfig
@@ -111,19 +112,6 @@ class TrainingConfig(BaseModel):
     def num_segments(self) -> int:
         """Segments of a row; 1 where rows are run whole."""
         return 1 if self.segment_length is None else self.sequence_length // self.segment_length
-
-
-class CheckpointConfig(BaseModel):
-    """When checkpoints are written and how many are kept."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    every_tokens: Tokens | None = None
-    """Tokens between checkpoints; none: only at the end."""
-
-    keep: int = Field(default=3, ge=1)
-    """How many of the newest stay; older ones are removed once a newer one is whole. The last one of each phase stays
-    in any case, so that the phases behind it can be run again."""
 
 
 class EvaluationConfig(BaseModel):

@@ -20,7 +20,7 @@ from parallel.distribute import distribute
 from parallel.engine import Engine
 from parallel.engines import make_engine
 from parallel.mesh import Layout, Mesh
-from parallel.process import World, gather_objects
+from parallel.process import World, gather_objects, side_group
 from parallel.watchdog import Watchdog
 from pretrain.agreement import agreed
 from pretrain.boundary_place import BoundaryPlace, choose_boundary_place
@@ -28,6 +28,7 @@ from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
 from pretrain.data import Damage, Division, Loader, Share, Source, TokenizerInfo
 from pretrain.errors import UserError
+from pretrain.fence import FencedOffError, take_fence
 from pretrain.folder_lock import alone_in
 from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.metrics import RunLog
@@ -36,6 +37,7 @@ from pretrain.phase_data import check_data, open_data, verify_data
 from pretrain.phases import Phase, Phases
 from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore
 from pretrain.rng import seed_rank
+from pretrain.saver import Saver
 from pretrain.steps import Run
 
 
@@ -49,6 +51,7 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
         UserError: sizes that do not fit, shards or checkpoints that are missing, damaged or of another run, another
             run in the same folder, no disk space.
         DivergedError: too many steps in a row were not finite; there is a checkpoint of the weights before them.
+        FencedOffError: another copy of the run has taken the folder over.
     """
     with agreed():
         phases.require_fit(world.size)
@@ -65,7 +68,8 @@ def _train_alone(
     warnings: list[str] = []
     if world.is_main:  # the others make theirs behind the next barrier
         remove_left_boundary_states(run.folder)
-    start_from = choose_checkpoint(Checkpoints(folder, run.checkpoint.keep, world), resume, warnings.append)
+    fence = take_fence(run.folder, world)
+    start_from = choose_checkpoint(Checkpoints(folder, run.checkpoint.keep, world, fence), resume, warnings.append)
     with agreed():
         if start_from is not None:
             state = check_fits(start_from, phases, tokenizer).moved_on(phases)
@@ -82,11 +86,12 @@ def _train_alone(
             damage = verify_data(left, Share(world.local_index, world.local_size), log.say)
         place = choose_boundary_place(left[0].recipe, world)
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
+        beside = side_group(run.parallel.timeout_minutes)
         checkpoint, meshes = start_from, dict[Layout, Mesh]()
         for phase in left:
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
-            checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world)
+            checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world, fence, beside)
             layout = phase.recipe.parallel.layout(world.size)
             if layout not in meshes:  # process groups stay, and there can be but so many
                 meshes[layout] = Mesh.build(world, layout)
@@ -149,7 +154,10 @@ def run_phase(
             log.say("the data changed: " + "; ".join(loader.changes))
         watchdog = Watchdog(recipe.parallel.step_timeout_seconds, rank=world.rank, ranks=world.size)
         stack.enter_context(watchdog)
-        run = Run(phases, phase, world, batches, engine, data, checkpoints, log, watchdog)
+        saved = 0 if checkpoint is None else state.tokens
+        saver = Saver(checkpoints, recipe.checkpoint, log, watchdog, last_tokens=saved)
+        stack.enter_context(saver)
+        run = Run(phases, phase, world, batches, engine, data, saver, log, watchdog)
         reached = run.steps(loader, state, checkpoint)
     engine.destroy()
     return reached
@@ -235,6 +243,8 @@ def open_log(phases: Phases, world: World, state: TrainerState) -> Iterator[RunL
         yield log
     except BaseException as error:
         last_words = partial(log.event, "error", type=type(error).__name__, message=str(error))
+        if isinstance(error, FencedOffError):  # the file is another copy's
+            last_words = partial(log.say, f"error: {error}")
         for action in (last_words, log.close):
             try:
                 action()

@@ -4,6 +4,7 @@ writes.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from pretrain.errors import UserError
 EVENTS_FILE = "run.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SECONDS_BETWEEN_LINES = 5.0
+_WAITING_BYTES = 1 << 20
+"""Of events that wait for room on the disk."""
 
 
 class RunLog:
@@ -47,7 +50,9 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             cut = _ends_inside_a_line(path)
-            self._events = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in close())
+            # What cannot be written stays in the buffer.
+            self._events = open(path, "a", encoding="utf-8", buffering=_WAITING_BYTES)  # noqa: SIM115  (closed in close())
+            self._waits = False
             if cut:  # a killed run's last line must not swallow the first of this one
                 self._events.write("\n")
             self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
@@ -59,14 +64,25 @@ class RunLog:
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event to run.jsonl: its kind, the time, and its fields. Floats are written in full.
 
-        Raises UserError when it cannot be written.
+        Where the disk is full, as it may be while a checkpoint is written, the event waits in memory for the next one.
+
+        Raises UserError when it cannot be written, or too many wait.
         """
         if not self._main:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         with _explained(self._events.name):
             self._events.write(json.dumps({"event": kind, "time": now, **fields}) + "\n")
-            self._events.flush()
+            try:
+                self._events.flush()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                if not self._waits:
+                    print(f"{self._events.name}: {error.strerror}; events wait for room", file=sys.stderr, flush=True)
+                self._waits = True
+            else:
+                self._waits = False
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add a point to each curve; None (not known on this device) adds none.

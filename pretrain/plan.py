@@ -242,8 +242,11 @@ def describe(phases: Phases, ranks: int) -> str:
     if len(phases) > 1:
         lines += ["", *_total_lines(phases, ranks)]
     lines += _initialization_lines(phases.run, sources)
+    asked = phases.run.checkpoint
     stays = "" if len(phases) == 1 else ", and the last of each phase"
-    lines.append(f"a checkpoint        {size_text(12 * parameters)}; {phases.run.checkpoint.keep} are kept{stays}")
+    stays += "" if asked.keep_every_tokens is None else f", and one every {asked.keep_every_tokens:,} tokens"
+    beside = "; written from copies in the hosts' memory, of the same size" if asked.asynchronous else ""
+    lines.append(f"a checkpoint        {size_text(12 * parameters)}; {asked.keep} are kept{stays}{beside}")
     return phases.to_yaml() + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 

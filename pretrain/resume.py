@@ -5,7 +5,6 @@ refused.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from model import ModelConfig
 from parallel.engine import Engine
+from parallel.host_copies import CopiedFile, HostCopies, SavedFile, TensorFile, TextFile
 from parallel.process import World, barrier
 from pretrain.agreement import SharedUserError
 from pretrain.checkpoints import Checkpoints, checkpoint_step, list_checkpoints
 from pretrain.data import Cursor, TokenizerInfo
 from pretrain.errors import UserError
 from pretrain.phases import ONLY_PHASE, Phase, Phases
-from pretrain.rng import load_rng, rng_file, save_rng, seed_rank
+from pretrain.rng import load_rng, rng_file, rng_tensors, seed_rank
 
 RECIPE_FILE = "recipe.yaml"
 MODEL_FILE = "model.json"
@@ -110,29 +110,31 @@ class TrainerState(BaseModel):
         return self.step + left + sum(phase.batches(ranks).steps for phase in phases.phases[len(self.done) + 1 :])
 
 
-def write_checkpoint(
-    folder: Path,
+def checkpoint_files(
     engine: Engine,
     state: TrainerState,
     phases: Phases,
     phase: Phase,
     tokenizer: TokenizerInfo | None,
     world: World,
-) -> list[Path]:
-    """Write this rank's files of a checkpoint and return them: the argument of `Checkpoints.save`."""
-    written = [*engine.save(folder), save_rng(folder / rng_file(world.rank, world.size))]
+    copies: HostCopies | None,
+) -> list[SavedFile]:
+    """This rank's files of a checkpoint of the run as it stands, to be written.
+
+    Args:
+        copies: as `Engine.files` takes them.
+    """
+    files = [*engine.files(copies), TensorFile(rng_file(world.rank, world.size), rng_tensors())]
     if world.is_main:
         texts = {
             RECIPE_FILE: phases.to_yaml(),
             MODEL_FILE: phase.recipe.model.model_dump_json(indent=1) + "\n",
             TRAINER_FILE: state.model_dump_json(indent=1) + "\n",
         }
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-            written.append(folder / name)
+        files += [TextFile(name, text) for name, text in texts.items()]
         if tokenizer is not None:
-            written.append(Path(shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)))
-    return written
+            files.append(CopiedFile(TOKENIZER_FILE, tokenizer.path))
+    return files
 
 
 def choose_checkpoint(checkpoints: Checkpoints, resume: str, report: Callable[[str], None]) -> Path | None:

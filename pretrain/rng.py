@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 
 def seed_rank(seed: int, rank: int) -> None:
@@ -25,8 +25,8 @@ def rng_file(rank: int, ranks: int) -> str:
     return f"rng-{rank:05d}-of-{ranks:05d}.safetensors"
 
 
-def save_rng(path: Path) -> Path:
-    """Write the state of Python's, NumPy's and torch's generators (and of this rank's GPU) to `path`."""
+def rng_tensors() -> dict[str, torch.Tensor]:
+    """The state of Python's, NumPy's and torch's generators (and of this rank's GPU), as it is now."""
     _, python, _ = random.getstate()
     _, keys, position, _, _ = np.random.get_state(legacy=True)
     state = {
@@ -36,12 +36,11 @@ def save_rng(path: Path) -> Path:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    save_file(state, path)
-    return path
+    return state
 
 
 def load_rng(path: Path) -> None:
-    """Restore what `save_rng` wrote."""
+    """Restore the generators from a file of `rng_tensors`."""
     state = load_file(path)
     random.setstate((3, tuple(state["python"].tolist()), None))
     numbers = state["numpy"].numpy()

@@ -22,7 +22,8 @@ from pretrain.evaluation import evaluate
 from pretrain.guard import counted, end_of_run, guard_curves, report, too_many
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.phases import Phase, Phases
-from pretrain.resume import TrainerState, write_checkpoint
+from pretrain.resume import TrainerState, checkpoint_files
+from pretrain.saver import Saver
 from pretrain.schedule import learning_rate
 
 SHARE = "data/share/"
@@ -39,7 +40,7 @@ class Run:
     batches: Batches
     engine: Engine
     data: Data
-    checkpoints: Checkpoints
+    saver: Saver
     log: RunLog
     watchdog: Watchdog
 
@@ -47,6 +48,11 @@ class Run:
     def recipe(self) -> Recipe:
         """The phase's."""
         return self.phase.recipe
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The run's."""
+        return self.saver.checkpoints
 
     @property
     def phase_field(self) -> dict[str, str]:
@@ -85,8 +91,9 @@ class Run:
                 self.record(result, rate, state, watch, loader.curves() | {"speed/data_seconds": waiting.lap()})
             if last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens):
                 self.evaluate(state)
+            self.saver.look()
             if last or is_due(recipe.checkpoint.every_tokens, tokens, batch_tokens):
-                checkpoint = self.save(state, stays=last)
+                checkpoint = self.save(state, stays=last, wait=last)
         if self.phase.is_last:
             self.log.event("done", step=state.step, tokens=state.tokens, seconds_per_step=watch.mean)
             self.log.say(f"{recipe.name}: done, {state.tokens:,} tokens; checkpoint in {self.checkpoints.folder}")
@@ -201,26 +208,30 @@ class Run:
         """Save the run as it stands and raise DivergedError."""
         # One more than are kept otherwise: the weights may be spoiled, and those of before must not go for them. The
         # counts begin anew, so that the resumed run may skip as many.
-        checkpoints = dataclasses.replace(self.checkpoints, keep=self.checkpoints.keep + 1)
-        saving = dataclasses.replace(self, checkpoints=checkpoints)
-        folder = saving.save(state.model_copy(update={"skipped_in_a_row": 0}), stays=state.is_done(self.phase))
+        saved = state.model_copy(update={"skipped_in_a_row": 0})
+        folder = self.save(saved, stays=state.is_done(self.phase), spare=1)
         raise end_of_run(state, result, str(folder))
 
-    def save(self, state: TrainerState, *, stays: bool) -> Path:
-        """Write a checkpoint of the run as it stands, and return its folder."""
+    def save(self, state: TrainerState, *, stays: bool, wait: bool = True, spare: int = 0) -> Path | None:
+        """Save a checkpoint of the run as it stands.
+
+        Args:
+            stays: whether it is kept for good.
+            wait: until it is written, or that ends the run; otherwise steps may go on meanwhile, and behind a failure.
+            spare: how many more than `checkpoint.keep` are left.
+
+        Returns the newest checkpoint that is written: with `wait`, this one; None where there is none yet.
+        """
         self.watchdog.feed(f"the checkpoint of step {state.step}")
-        write = partial(
-            write_checkpoint,
-            engine=self.engine,
-            state=state,
-            phases=self.phases,
-            phase=self.phase,
-            tokenizer=self.data.train.tokenizer,
-            world=self.world,
+        files = partial(
+            checkpoint_files, self.engine, state, self.phases, self.phase, self.data.train.tokenizer, self.world
         )
-        folder = self.checkpoints.save(state.step, write, stays=stays)
-        self.log.event("save", step=state.step, tokens=state.tokens, checkpoint=str(folder))
-        return folder
+        self.saver.save(state, files, stays=stays, wait=wait, spare=spare)
+        return self.saver.newest
+
+    def finish_saves(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one. Raises SaveError where it fails."""
+        self.saver.finish(must_succeed=True)
 
 
 def is_due(every: int | None, tokens: int, batch_tokens: int) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor
 from model import ModelConfig, TitansLM
 from parallel.mesh import Layout
 from parallel.slices import Slice
-from parallel.state_files import KINDS, Stretch, write_index, write_rank
+from parallel.state_files import KINDS, Stretch, index_file, rank_file
+from parallel.watchdog import Watchdog
 from pretrain.checkpoints import checkpoint_name, finished_file, publish
 from pretrain.config import load_recipe
 from pretrain.data import Cursor
@@ -24,6 +25,16 @@ from tests.training_cases import write_recipe
 STEP = 7
 ROWS = ("embedding.weight",)
 """Parameters that tensor ranks hold slices of, in these checkpoints."""
+
+
+class NoWatchdog(Watchdog):
+    """Watches nothing: what a real one sets up would end a test's process later, and hangs behind a fork."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, rank=0, ranks=1)
+
+    def feed(self, doing: str) -> None:
+        pass
 
 
 def small_model(run: Path, **fields: Any) -> ModelConfig:
@@ -64,8 +75,8 @@ def make_checkpoint(run: Path, layout: Layout, **fields: Any) -> Path:
             own = values[replica * share : (replica + 1) * share]
             if len(own) and (is_cut or index == 0):
                 stretches.append(Stretch(kind, name, replica * share, own, part))
-        written.append(write_rank(partial, replica * layout.tensor + index, layout.ranks, stretches))
-    written.append(write_index(partial, ranks=layout.ranks, optimizer_step=STEP, shapes=shapes, layout=layout))
+        written.append(rank_file(replica * layout.tensor + index, layout.ranks, stretches).write(partial))
+    written.append(index_file(ranks=layout.ranks, optimizer_step=STEP, shapes=shapes, layout=layout).write(partial))
     cursor = Cursor(position=28, sequence_length=32, seed=0, order="rows", fingerprint="0123456789abcdef")
     state = TrainerState(
         step=STEP, tokens=128 * STEP, cursor=cursor, skipped_steps=1, tokenizer_sha256="ab12", ranks=layout.ranks

@@ -149,7 +149,7 @@ def test_so_it_does_where_the_run_was_resumed_in_between(tmp_path: Path) -> None
         carried.put(0, state_of([5.0, 6.0]))
         if rank == 1:
             assert spoil_step(carried, StateGuard(carried, "rollback"), 7.0, math.nan) == ([], [3])
-        carried.write(tmp_path)
+        carried.file().write(tmp_path)
     for size, first in ((2, 2), (4, 0)):
         rank, ranks = (1, 2) if size == 2 else (0, 1)
         world = World(rank=rank, size=ranks, local_rank=rank, device=torch.device("cpu"))

@@ -144,7 +144,7 @@ def written(folder: Path, layout: Layout, accumulation: int, case: str = "mag") 
     for rank, carried in enumerate(every_rank(layout, accumulation)):
         for m in range(accumulation):
             carried.put(m, held_part(state, layout, rank, carried.rows(m)))
-        carried.write(folder)
+        carried.file().write(folder)
     return state
 
 
@@ -236,7 +236,7 @@ def test_rows_go_on_in_another_precision(tmp_path: Path, case: str, saved: torch
     """As from their states rounded to it by hand."""
     tokens, carried = random_tokens(ROWS, 30), states_of(Layout(), 0, 1, ROWS)
     carried.put(0, build_model(case, saved)(tokens[:, :11]).state.flat())
-    carried.write(tmp_path)
+    carried.file().write(tmp_path)
     carried.read(tmp_path)
     model = build_model(case, loaded)
     types = {name: tensor.dtype for name, tensor in model(tokens[:, :11]).state.flat().items()}

@@ -18,11 +18,11 @@ from parallel.state_files import (
     WEIGHT,
     StateReader,
     Stretch,
+    index_file,
     load_parameters,
+    rank_file,
     read_parameters,
     state_file,
-    write_index,
-    write_rank,
 )
 
 
@@ -38,8 +38,8 @@ def write(folder: Path, model: nn.Module, cuts: list[float]) -> None:
                 values = flat[edges[rank] : edges[rank + 1]] + number
                 if len(values):
                     stretches.append(Stretch(kind, name, edges[rank], values))
-        write_rank(folder, rank, ranks, stretches)
-    write_index(folder, ranks=ranks, optimizer_step=7, shapes={n: p.shape for n, p in model.named_parameters()})
+        rank_file(rank, ranks, stretches).write(folder)
+    index_file(ranks=ranks, optimizer_step=7, shapes={n: p.shape for n, p in model.named_parameters()}).write(folder)
 
 
 @pytest.mark.parametrize("cuts", [[], [0.5], [0.1, 0.3, 0.31]])
@@ -62,7 +62,7 @@ def test_a_missing_rank_file_is_named(tmp_path: Path) -> None:
 
 def test_a_state_with_a_hole_is_refused(tmp_path: Path) -> None:
     write(tmp_path, nn.Linear(4, 4), [])
-    write_rank(tmp_path, 0, 1, [Stretch(kind, "weight", 1, torch.zeros(15)) for kind in KINDS])
+    rank_file(0, 1, [Stretch(kind, "weight", 1, torch.zeros(15)) for kind in KINDS]).write(tmp_path)
     with pytest.raises(ValueError, match="weight of weight is not whole"):
         read_parameters(tmp_path)
 
@@ -115,9 +115,9 @@ def write_sliced(folder: Path, tensor: int, replicas: int) -> None:
             own = values[replica * share : (replica + 1) * share]
             if len(own) and (part is not None or index == 0):
                 stretches.append(Stretch(kind, name, replica * share, own, part))
-        write_rank(folder, replica * tensor + index, ranks, stretches)
+        rank_file(replica * tensor + index, ranks, stretches).write(folder)
     layout = Layout(data=replicas, tensor=tensor)
-    write_index(folder, ranks=ranks, optimizer_step=3, shapes=SHAPES, layout=layout)
+    index_file(ranks=ranks, optimizer_step=3, shapes=SHAPES, layout=layout).write(folder)
 
 
 @pytest.mark.parametrize("saved", [(1, 1), (1, 3), (2, 1), (4, 1), (2, 3), (4, 2)])
@@ -175,7 +175,7 @@ def test_a_rank_of_the_same_layout_opens_its_own_file_alone(tmp_path: Path) -> N
 
 def test_a_missing_slice_is_refused(tmp_path: Path) -> None:
     write_sliced(tmp_path, 2, 1)
-    write_rank(tmp_path, 1, 2, [])
+    rank_file(1, 2, []).write(tmp_path)
     with pytest.raises(ValueError, match=r"weight of rows is not whole \(has 24 of 48 elements\)"):
         read_parameters(tmp_path)
     with StateReader(tmp_path, nearest=0.0) as reader:
@@ -187,8 +187,8 @@ def test_a_missing_slice_is_refused(tmp_path: Path) -> None:
 
 
 def test_slices_of_two_kinds_are_refused(tmp_path: Path) -> None:
-    write_rank(tmp_path, 0, 1, [Stretch(k, "w", 0, torch.zeros(8), Slice(a, a, 2)) for k in KINDS for a in (0, 1)])
-    write_index(tmp_path, ranks=1, optimizer_step=0, shapes={"w": torch.Size([4, 4])})
+    rank_file(0, 1, [Stretch(k, "w", 0, torch.zeros(8), Slice(a, a, 2)) for k in KINDS for a in (0, 1)]).write(tmp_path)
+    index_file(ranks=1, optimizer_step=0, shapes={"w": torch.Size([4, 4])}).write(tmp_path)
     with pytest.raises(ValueError, match="weight of w is not whole"):
         read_parameters(tmp_path)
 
@@ -210,8 +210,8 @@ def test_a_damaged_index_is_named(tmp_path: Path, damage: str) -> None:
 def test_elements_that_are_there_twice_do_not_stand_for_others(tmp_path: Path) -> None:
     """Eight of the first half, and of the second one none."""
     for rank in range(2):
-        write_rank(tmp_path, rank, 2, [Stretch(WEIGHT, "w", 0, torch.ones(4))])
-    write_index(tmp_path, ranks=2, optimizer_step=0, shapes={"w": torch.Size([8])})
+        rank_file(rank, 2, [Stretch(WEIGHT, "w", 0, torch.ones(4))]).write(tmp_path)
+    index_file(ranks=2, optimizer_step=0, shapes={"w": torch.Size([8])}).write(tmp_path)
     with StateReader(tmp_path, nearest=0.0) as reader:
         assert torch.equal(reader.read(WEIGHT, "w", 0, 4), torch.ones(4))
         with pytest.raises(ValueError, match="weight of w is there twice from element 0 on"):

@@ -70,6 +70,7 @@ def test_a_dry_run_prints_a_recipe_and_touches_nothing(
         "# FLOPs a token ",
         "# memory of a rank ",
         "2 rank(s) x 1 micro-batch(es) x 2 row(s)",
+        "2 are kept; written from copies in the hosts' memory",
     ):
         assert line in text
     assert "passes over them" in text
@@ -246,6 +247,8 @@ def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(data: Path, small_d
     finished = pretrain(recipe, "--checkpoint.keep", "9", ranks=2, check=False)
     assert finished.codes == [2, 2], finished.report()
     assert "no space left" in finished.errors[0]
+    assert list(losses(small_disk)) == list(range(1, 13)), "it ends where the last checkpoint can't be written"
+    assert events(small_disk, "save_failed")[-1]["step"] == 12
     kept = sorted(path.name for path in (small_disk / "checkpoints").iterdir())
     assert kept[0] == "latest"
     assert kept[1:] == [f"step-{step:08d}" for step in range(4, 4 * len(kept), 4)]

@@ -115,6 +115,29 @@ def test_a_disk_that_fills_up_under_the_curves_is_a_message(full_disk: Path, mon
     assert thrown == [], "a rank's hook for threads would end the process with a traceback"
 
 
+def test_events_wait_for_room_on_a_full_disk(full_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = open_log(full_disk)
+    fill(full_disk)
+    for step in range(300):  # more than the page that the file may still have
+        log.event("step", step=step)
+    assert capsys.readouterr().err.count("No space left on device; events wait for room") == 1
+    assert len((full_disk / "run.jsonl").read_text().splitlines()) < 300
+    (full_disk / "other").unlink()
+    log.event("step", step=300)
+    lines = (full_disk / "run.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(301)), "each once and in order"
+    log.close()
+
+
+def test_events_that_found_no_room_to_the_end_are_an_error(full_disk: Path) -> None:
+    log = open_log(full_disk)
+    fill(full_disk)
+    for step in range(300):
+        log.event("step", step=step)
+    with pytest.raises(UserError, match=r"run\.jsonl: No space left on device; make room and resume"):
+        log.close()
+
+
 def test_an_error_of_another_thread_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     thrown: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", thrown.append)

@@ -73,8 +73,12 @@ DEATHS = [
 """An attempt that resumes in the middle of a phase counts its steps from there."""
 
 
-def write(data: Path, folder: Path, phases: list[dict[str, Any]] | None, **sections: Any) -> Path:
-    """A recipe of four steps a phase, with a checkpoint at every other one."""
+def write(
+    data: Path, folder: Path, phases: list[dict[str, Any]] | None, *, asynchronous: bool = True, **sections: Any
+) -> Path:
+    """A recipe of four steps a phase, with a checkpoint at every other one. Where it is killed behind one, that must
+    not be under way: not `asynchronous`.
+    """
     fields = recipe_fields(data, folder, model=MAG, checkpoint={"every_tokens": None}, evaluation={"tokens": 250})
     fields["training"] |= {"batch_tokens": 512, "micro_batch_size": 1}
     fields["schedule"] = {"kind": "cosine", "warmup_tokens": 1024}
@@ -86,7 +90,7 @@ def write(data: Path, folder: Path, phases: list[dict[str, Any]] | None, **secti
             {
                 **phase,
                 "training": {"tokens": STEPS * batch, **phase.get("training", {})},
-                "checkpoint": {"every_tokens": 2 * batch, "keep": 1},
+                "checkpoint": {"every_tokens": 2 * batch, "keep": 1, "asynchronous": asynchronous},
                 "evaluation": {"every_tokens": None},
             }
             for phase, batch in zip(phases, batches, strict=True)
@@ -105,7 +109,8 @@ def train_all(recipes: list[tuple[Path, list[Any]]], ranks: int) -> None:
 
 def both_ways(data: Path, folder: Path) -> list[tuple[Path, list[Any]]]:
     """All phases in one go, and killed."""
-    untouched, killed = (write(data, folder / name, PHASES) for name in ("untouched", "killed"))
+    untouched = write(data, folder / "untouched", PHASES)
+    killed = write(data, folder / "killed", PHASES, asynchronous=False)
     return [(untouched, [None]), (killed, DEATHS)]
 
 
@@ -132,7 +137,7 @@ def alone(data: Path, pair: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         (write(data, folder / "at-once", at_once), [None]),
         (write(data, folder / "followed", None, **short), [None]),
         (write(data, folder / "followed", at_once), [None]),
-        (write(data, folder / "moved", PHASES[:2]), [["step", "p128", 3], None]),
+        (write(data, folder / "moved", PHASES[:2], asynchronous=False), [["step", "p128", 3], None]),
     ]
     train_all(recipes, ranks=1)
     return folder

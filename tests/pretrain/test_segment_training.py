@@ -94,7 +94,9 @@ def test_a_killed_run_goes_on_and_leaves_nothing_behind(data: Path, runs: Path, 
     killed = pretrain(
         recipe,
         check=False,
-        kill_when=lambda: len(losses(folder)) >= HALF + 1 and any(folder.glob("boundary-states-*/*")),
+        kill_when=lambda: (
+            len(losses(folder)) >= HALF + 1 and bool(events(folder, "save")) and any(folder.glob("boundary-states-*/*"))
+        ),
     )
     assert killed.codes == [-9]
     assert not events(folder, "done")

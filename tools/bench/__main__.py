@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.bench import attention, build, correctness, data, decode, gpu, long, memory, report, train
+from tools.bench import attention, build, checkpoint, correctness, data, decode, gpu, long, memory, report, train
 from tools.bench.benchmark import Benchmark
 from tools.bench.cases import FAILED, Row
 from tools.bench.record import RECORDS, device_slug, make_record, write_record
@@ -24,6 +24,7 @@ BENCHMARKS = {
     "decode": decode,
     "build": build,
     "data": data,
+    "checkpoint": checkpoint,
     "correctness": correctness,
 }
 

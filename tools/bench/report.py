@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from tools.bench import attention, build, correctness, data, decode, gpu, long, memory, rival, train
+from tools.bench import attention, build, checkpoint, correctness, data, decode, gpu, long, memory, rival, train
 from tools.bench.record import RECORDS, device_slug, read_record
 from tools.bench.tables import Presentation
 from tools.trials.findings import replace_tables
@@ -26,6 +26,7 @@ PRESENTATIONS: Mapping[str, Presentation] = {
     "decode": decode.PRESENTATION,
     "build": build.PRESENTATION,
     "data": data.PRESENTATION,
+    "checkpoint": checkpoint.PRESENTATION,
     "correctness": correctness.PRESENTATION,
     "gpu": gpu.PRESENTATION,
 }

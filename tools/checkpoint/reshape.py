@@ -21,7 +21,7 @@ from parallel.pipeline_stages import Balance
 from parallel.rank_model import model_of_rank
 from parallel.shares import Held, Share, shares
 from parallel.slices import slice_of
-from parallel.state_files import INDEX_FILE, StateReader, stream_rank, write_index
+from parallel.state_files import INDEX_FILE, StateReader, index_file, stream_rank
 from pretrain.checkpoints import MANIFEST, FileEntries, finished_file, publish
 from pretrain.errors import UserError
 from pretrain.phases import load_phases
@@ -86,7 +86,7 @@ def _write(checkpoint: Path, folder: Path, layout: Layout, zero_stage: int) -> I
             held = rank_shares(config, layout, rank, zero_stage, context=context, balance=balance)
             yield stream_rank(folder, rank, layout.ranks, held, read)
         step, shapes = reader.optimizer_step, reader.shapes
-    yield write_index(folder, ranks=layout.ranks, optimizer_step=step, shapes=shapes, layout=layout)
+    yield index_file(ranks=layout.ranks, optimizer_step=step, shapes=shapes, layout=layout).write(folder)
     for path in sorted(checkpoint.iterdir()):
         if path.name not in (INDEX_FILE, MANIFEST) and not path.name.startswith("state-"):
             yield Path(shutil.copyfile(path, folder / path.name))

@@ -1,0 +1,201 @@
+"""Saving beside the steps: what a checkpoint holds is copied to the host's memory, and a thread of each rank writes it
+while the run goes on.
+
+The threads of all ranks write the same checkpoint and agree on it in a process group of their own, which no other
+thread uses: a full disk can't be told in a file. Steps wait for them only where the next checkpoint is due before the
+last one is done. How a save ended becomes known to all ranks at the same step: each asks at its boundary whether all
+threads are through, which is one small collective, and only while there is a save to wait for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+from parallel import process
+from parallel.host_copies import HostCopies, SavedFile
+from parallel.watchdog import Watchdog
+from pretrain.checkpoint_config import CheckpointConfig
+from pretrain.checkpoints import Checkpoints, SaveError, loud
+from pretrain.fence import FencedOffError
+from pretrain.metrics import RunLog
+from pretrain.resume import TrainerState
+
+_NICENESS = 19
+"""Of a thread that writes: it gets what the steps leave of the cores."""
+
+_Written = tuple[Path, float]
+"""A checkpoint, and in how many seconds it was written."""
+
+
+@dataclass
+class _Pending:
+    """A save that is under way, or that nobody has looked at yet."""
+
+    step: int
+    tokens: int
+    written: Future[_Written]
+    stall_seconds: float
+    """For how long steps have waited for it so far."""
+
+
+class Saver(AbstractContextManager["Saver"]):
+    """Saves the checkpoints of a phase. Every method is called by all ranks at the same step; an error may leave the
+    context of one rank alone.
+
+    As a context manager it leaves no save behind: one that is under way is waited for, and told.
+
+    Args:
+        log: where rank 0 tells of saves and failures.
+        watchdog: fed where a save is waited for.
+        last_tokens: those of the checkpoint that the run goes on from; 0 where there is none.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, config: CheckpointConfig, log: RunLog, watchdog: Watchdog, *, last_tokens: int
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.newest: Path | None = None
+        """The checkpoint that was written last."""
+        self._config, self._log, self._watchdog = config, log, watchdog
+        self._last_tokens = last_tokens
+        self._failed = self._failed_in_a_row = 0
+        self._pending: _Pending | None = None
+        self._copies = HostCopies()
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.finish(must_succeed=True)
+        except (SaveError, FencedOffError) as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+        finally:
+            self._thread.shutdown()
+
+    def save(
+        self,
+        state: TrainerState,
+        files: Callable[[HostCopies | None], Sequence[SavedFile]],
+        *,
+        stays: bool,
+        wait: bool,
+        spare: int = 0,
+    ) -> None:
+        """Save the run as it stands, once the save before is done.
+
+        Args:
+            files: this rank's, to be written. It is given what the values are to be copied to, or None where they are
+                written at once.
+            stays: whether it is kept for good, also where the recipe does not ask for it.
+            wait: until it is written; then a failure ends the run.
+            spare: how many more than `checkpoint.keep` are left.
+
+        Raises:
+            SaveError: it was not written and `wait`, or `checkpoint.max_failed_saves` in a row were not.
+            FencedOffError: another copy of the run has taken the folder over.
+        """
+        self.finish()
+        every = self._config.keep_every_tokens
+        stays = stays or (every is not None and state.tokens // every > self._last_tokens // every)
+        start = time.perf_counter()
+        beside = self._config.asynchronous
+        made = files(self._copies if beside else None)
+        self._copies.wait()
+        write = partial(_write, self.checkpoints, state.step, made, stays=stays, spare=spare)
+        written = self._thread.submit(write) if beside else _done(write)
+        self._pending = _Pending(state.step, state.tokens, written, time.perf_counter() - start)
+        if wait or not beside:
+            self.finish(must_succeed=wait)
+
+    def look(self) -> None:
+        """Between two steps: tell how the save under way ended, if all ranks are through with it. Raises as `save`."""
+        pending = self._pending
+        if pending is None:
+            return
+        start = time.perf_counter()
+        is_done = process.lowest(int(pending.written.done()), self.checkpoints.world.device)
+        pending.stall_seconds += time.perf_counter() - start
+        if is_done:
+            self.finish()
+
+    def finish(self, *, must_succeed: bool = False) -> None:
+        """Wait for the save under way, if there is one, and tell how it ended. Raises as `save`.
+
+        Args:
+            must_succeed: whether its failure ends the run.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if not pending.written.done():
+            self._watchdog.feed(f"the checkpoint of step {pending.step}")
+        start = time.perf_counter()
+        try:
+            folder, seconds = pending.written.result()
+        except SaveError as failure:
+            self._count_failure(pending, failure, must_succeed)
+            return
+        pending.stall_seconds += time.perf_counter() - start
+        self.newest, self._last_tokens, self._failed_in_a_row = folder, pending.tokens, 0
+        seconds_of = {"stall_seconds": pending.stall_seconds, "write_seconds": seconds}
+        self._log.event("save", step=pending.step, tokens=pending.tokens, checkpoint=str(folder), **seconds_of)
+        self._draw(pending.step, {f"checkpoint/{name}": value for name, value in seconds_of.items()})
+
+    def _count_failure(self, pending: _Pending, failure: SaveError, must_succeed: bool) -> None:
+        """Raises SaveError where it ends the run."""
+        self._failed += 1
+        self._failed_in_a_row += 1
+        most = self._config.max_failed_saves
+        self._log.event("save_failed", step=pending.step, tokens=pending.tokens, message=str(failure))
+        self._draw(pending.step)
+        if must_succeed:
+            raise failure
+        if self._failed_in_a_row >= most:
+            raise SaveError(
+                f"step {pending.step}: {failure}; {most} in a row end the run (checkpoint.max_failed_saves)"
+            )
+        if self.checkpoints.world.is_main:
+            loud(
+                f"step {pending.step}: {failure}. The run goes on; the next checkpoint that is due is tried, and "
+                f"{most - self._failed_in_a_row} more that fail in a row end the run (checkpoint.max_failed_saves)"
+            )
+
+    def _draw(self, step: int, values: dict[str, float] | None = None) -> None:
+        self._log.scalars(step, {**(values or {}), "checkpoint/failed_saves": float(self._failed)})
+
+
+def _write(checkpoints: Checkpoints, step: int, files: Sequence[SavedFile], *, stays: bool, spare: int) -> _Written:
+    start = time.perf_counter()
+    size = sum(file.num_bytes for file in files)
+    folder = checkpoints.save(
+        step, lambda folder: [file.write(folder) for file in files], num_bytes=size, stays=stays, spare=spare
+    )
+    return folder, time.perf_counter() - start
+
+
+def _done(write: Callable[[], _Written]) -> Future[_Written]:
+    """As from a thread that is through."""
+    future: Future[_Written] = Future()
+    try:
+        future.set_result(write())
+    except SaveError as failure:
+        future.set_exception(failure)
+    return future
+
+
+def _give_way() -> None:
+    if sys.platform == "linux":  # elsewhere it would be the whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
