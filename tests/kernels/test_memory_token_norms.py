@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.memory import MemoryState, neural_memory
 from kernels.memory.options import MemoryOptions
@@ -26,7 +27,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 def by_the_token(inputs: list[Tensor], weights: list[Tensor], options: MemoryOptions) -> TokenNorms:
     """The same norms from weights that are formed token by token, with a gradient by autograd of the plain loss."""
     _, k, v, alpha, eta, theta = inputs
-    activation = {"silu": torch.nn.functional.silu, "softmax": lambda z: z.softmax(-1)}[options.activation]
+    functions = {"silu": functional.silu, "gelu": functional.gelu, "softmax": lambda z: z.softmax(-1)}
+    activation = functions[options.activation]
     current = [w.expand(k.shape[0], *w.shape).clone() for w in weights]
     anchors = [w if options.forget_to == "init" else torch.zeros_like(w) for w in weights]
     momentum = [torch.zeros_like(w) for w in current]
