@@ -8,6 +8,7 @@ from html import escape
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tools.inspect.contents import Matrix
 from tools.trials.page import facts_table, html_document
@@ -22,6 +23,8 @@ NOTE = (
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PANELS = 6
 """Layers whose spectra are drawn."""
+DECADES = 5
+"""Of singular values that are drawn, below the largest."""
 
 
 def html_page(title: str, facts: Sequence[tuple[str, str]], rows: Sequence[Sequence[Matrix]]) -> str:
@@ -33,6 +36,7 @@ def html_page(title: str, facts: Sequence[tuple[str, str]], rows: Sequence[Seque
         body += [
             f"<h2>{heading}</h2>",
             svg_image(maps(matrices), "Norm, distance from the start and saturation, by layer and head"),
+            "<h3>Singular values: a line for each head, a colour for each matrix; dotted: of the change</h3>",
             svg_image(spectra(matrices), "Singular values, a line for each head and matrix"),
             table.html(),
         ]
@@ -61,6 +65,8 @@ def maps(matrices: Sequence[Matrix]) -> Figure:
             axes.set_title(f"{title}, matrix {last}")
             axes.set_xlabel("head")
             axes.set_ylabel("layer")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.grid(visible=False)
         return figure
 
@@ -72,6 +78,7 @@ def spectra(matrices: Sequence[Matrix]) -> Figure:
     depth = 1 + max(matrix.matrix for matrix in matrices)
     colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, depth))
     columns = min(3, len(drawn))
+    top = np.nanmax([matrix.singular_values[0] for matrix in matrices] + [np.finfo(float).tiny])
     with matplotlib.rc_context(STYLE):
         height = 2.6 * -(-len(drawn) // columns)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -85,6 +92,9 @@ def spectra(matrices: Sequence[Matrix]) -> Figure:
                     style = {"color": colours[matrix.matrix], "linewidth": 0.9}
                     axes.plot(places, matrix.singular_values, **style)
                     axes.plot(places, matrix.changes, linestyle=":", **style)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")  # not as formulas, which are off
+            axes.set_ylim(bottom=top * 10**-DECADES, top=2 * top)
             axes.set_title(f"layer {layer}")
-            axes.set_xlabel("singular value, from the largest (dotted: of the change)")
+            axes.set_xlabel("singular values, from the largest")
         return figure

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.tools.huggingface.exported_cases import random_ids, write_exported
-from tests.tools.inspect.test_inspect_page import Structure
+from tests.tools.inspect.page_structure import Structure
 from tools.inspect.__main__ import main
 from tools.inspect.memories import QUANTITIES, trace
 from tools.model_directory import load_model_directory

@@ -14,7 +14,7 @@ from model import TitansLM
 from model.gates import GateProjection
 from model.memory import MemoryCore
 from pretrain.errors import UserError
-from tests.kernels.test_memory_token_norms import by_the_token
+from tests.kernels.token_norms_oracle import by_the_token
 from tests.model_cases import build_model, random_tokens
 from tools.inspect import memories
 from tools.inspect.influence import answer_likelihoods

@@ -7,52 +7,18 @@ import hashlib
 import json
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.tools.inspect.page_structure import Structure
 from tools.inspect.influence import Influence
 from tools.inspect.memories import QUANTITIES, Trace
 from tools.inspect.surprise_page import SHADES, Page, kept_layers, packed, shades
 from tools.inspect.text import Reading
 
 HOSTILE = '<script>alert("1")</script> & </i><img src=x onerror=alert(1)> "\' &lt; <!-- 記憶 '
-VOID = {"meta", "img", "br", "link"}
-
-
-class Structure(HTMLParser):
-    """Elements with their attributes, text by the id of what it stands in, and whether all is closed in order."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[tuple[str, str | None]] = []
-        self.texts: dict[str, str] = {}
-        self.feed(page)
-        self.close()
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append((tag, dict(attrs).get("id")))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        for tag, name in self.open:
-            for key in {tag, name} - {None}:
-                self.texts[key] = self.texts.get(key, "") + data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def made_page(shown: list[str], *, layers: int = 2, heads: int = 2, influences: bool = True) -> Page:
