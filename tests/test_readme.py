@@ -1,5 +1,6 @@
-"""What READMEs tell a reader to type exists: commands, subcommands, options, files, make targets, links."""
+"""What the guides tell a reader to type exists: commands that their own parsers take, files, make targets, links."""
 
+import argparse
 import importlib
 import importlib.util
 import re
@@ -8,14 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.command_line import overrides_of, parse
 from pretrain.phases import load_phases
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-GUIDES = ("tools/huggingface/README.md",)
-GUIDE_COMMANDS = "\n".join((REPOSITORY / guide).read_text(encoding="utf-8") for guide in GUIDES)
-OTHER_PROGRAMS = {"tensorboard"}
-WITH_SUBCOMMANDS = {"tools.bench", "tools.checkpoint", "tools.tokenizer", "tools.shards", "tools.trials", "launch"}
+FOLDERS = ("kernels", "launch", "model", "parallel", "pretrain", "tools")
+GUIDES = [REPOSITORY / "README.md", *sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.md"))]
+OTHER_PROGRAMS = {
+    "cd",
+    "deepspeed",
+    "pip",
+    "sbatch",
+    "scancel",
+    "scontrol",
+    "squeue",
+    "srun",
+    "tensorboard",
+    "torchrun",
+}
 
 
 def shell_commands(markdown: str) -> list[str]:
@@ -25,54 +36,79 @@ def shell_commands(markdown: str) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-def help_of(module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What `python -m module arguments --help` prints."""
+def commands_of_guides() -> list[object]:
+    """Each guide's commands, once, as test cases named after the guide."""
+    found = {}
+    for guide in GUIDES:
+        for command in shell_commands(guide.read_text(encoding="utf-8")):
+            found.setdefault(command, guide.relative_to(REPOSITORY))
+    return [pytest.param(command, id=f"{guide}: {command}") for command, guide in found.items()]
+
+
+class _ParsedError(Exception):
+    """Carries the words that a parser left over, past the command that would go on with the others."""
+
+
+def left_over(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the parser of `python -m module arguments` does not know, after it has taken all else; nothing is run.
+
+    Raises AssertionError where there is no such module, or its parser refuses the words.
+    """
     package = importlib.util.find_spec(module)
     assert package is not None, f"there is no module {module}"
     name = f"{module}.__main__" if package.submodule_search_locations is not None else module
-    with pytest.raises(SystemExit) as end:
-        importlib.import_module(name).main([*arguments, "--help"])
-    assert end.value.code in (0, None)
-    return capsys.readouterr().out
+    main, depth, known = importlib.import_module(name).main, 0, argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, *rest: object) -> object:
+        nonlocal depth
+        depth += 1  # subcommands have parsers of their own, inside the first's call
+        try:
+            result = known(self, *rest)
+        finally:
+            depth -= 1
+        if depth == 0:
+            raise _ParsedError(result[1])
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+        try:
+            main(arguments)
+        except _ParsedError as parsed:
+            return parsed.args[0]
+        except SystemExit as end:
+            raise AssertionError(f"python -m {module} refuses {shlex.join(arguments)}") from end
+    raise AssertionError(f"python -m {module} parsed nothing")
 
 
-def options_of(words: list[str]) -> list[str]:
-    return [word.split("=")[0] for word in words if word.startswith("--")]
-
-
-def recipe_overrides(words: list[str]) -> list[tuple[str, str]]:
-    """The (name, value) pairs after the recipe that are fields of it, not options of the command."""
-    pairs = zip(words, [*words, ""][1:], strict=True)
-    own = ("--dry-run", "--ranks", "--resume")
-    return [(name[2:], value) for name, value in pairs if name.startswith("--") and name not in own]
-
-
-def check_python_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Raise AssertionError for `python -m words` with a module, subcommand, option or recipe that does not exist."""
+def check_python_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise AssertionError or ValueError for `python -m words` that the module, its parser or the recipe refuses."""
     module, arguments = words[0], words[1:]
-    shown = help_of(module, arguments[:1] if module in WITH_SUBCOMMANDS else [], capsys)
-    recipes = [word for word in arguments if word.endswith(".yaml")]
-    if recipes:
-        place = arguments.index(recipes[0])
-        load_phases(REPOSITORY / recipes[0], recipe_overrides(arguments[place + 1 :]))
-        passed_on = {name for name, _ in recipe_overrides(arguments[place + 1 :])}
-        arguments = [word for word in arguments if word.removeprefix("--") not in passed_on]
-        if module == "launch":  # what follows the recipe is for the training
-            shown += help_of("pretrain", [], capsys)
-    for option in options_of(arguments):
-        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", shown), f"python -m {module} has no {option}"
+    recipe = next((index for index, word in enumerate(arguments) if word.endswith(".yaml")), None)
+    if module == "pretrain":
+        options = parse([str(REPOSITORY / word) if word.endswith(".yaml") else word for word in arguments])
+        load_phases(options.recipe, options.overrides)
+        return
+    unknown = left_over(module, arguments, monkeypatch)
+    if module == "launch" and recipe is not None:  # what follows the recipe is for the training
+        check_python_command(["pretrain", *arguments[recipe:]], monkeypatch)
+    if module == "tools.plan" and recipe is not None:
+        load_phases(REPOSITORY / arguments[recipe], overrides_of(unknown))
+        unknown = []
+    assert not unknown, f"python -m {module} has no {unknown[0]}"
 
 
 def test_there_are_commands_to_check():
-    modules = {words.split()[2] for words in shell_commands(README) if words.startswith("python -m ")}
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    modules = {words.split()[2] for words in shell_commands(readme) if words.startswith("python -m ")}
     assert {"tools.tokenizer", "tools.shards", "pretrain", "launch", "tools.export", "tools.evaluate"} <= modules
 
 
-@pytest.mark.parametrize("command", shell_commands(README + GUIDE_COMMANDS))
-def test_command_can_be_typed_as_written(command, capsys):
+@pytest.mark.parametrize("command", commands_of_guides())
+def test_command_can_be_typed_as_written(command, monkeypatch):
     words = shlex.split(command)
     if words[:2] == ["python", "-m"]:
-        check_python_command(words[2:], capsys)
+        check_python_command(words[2:], monkeypatch)
     elif words[0] == "make":
         assert re.search(rf"^{re.escape(words[1])}:", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
     else:
@@ -88,13 +124,27 @@ def test_command_can_be_typed_as_written(command, capsys):
         "launch local --nprocs 2 launch/recipes/demo.yaml",
         "launch local --nproc 2 launch/recipes/demo.yaml --model.presett mac-tiny",
         "pretrain launch/recipes/no-such.yaml",
+        "pretrain launch/recipes/demo.yaml --ranks 2",
+        "tools.plan --gpu h100 launch/recipes/demo.yaml --model.presett mac-tiny",
+        "tools.generate model --max-new-tokens 0 --prompt x",
+        "tools.evaluate",
     ],
 )
-def test_the_check_sees_a_wrong_command(command, capsys):
+def test_the_check_sees_a_wrong_command(command, monkeypatch):
     with pytest.raises((AssertionError, ValueError)):
-        check_python_command(shlex.split(command), capsys)
+        check_python_command(shlex.split(command), monkeypatch)
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
-def test_links_lead_somewhere(link):
-    assert link.startswith("https://") or (REPOSITORY / link).exists()
+@pytest.mark.parametrize("guide", GUIDES, ids=[str(guide.relative_to(REPOSITORY)) for guide in GUIDES])
+def test_links_lead_somewhere(guide):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", guide.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (guide.parent / link).exists(), link
+
+
+def test_the_models_guide_runs_as_written():
+    """Its Python is a whole program, with asserts of its own."""
+    text = (REPOSITORY / "model" / "README.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    exec(compile(program, "model/README.md", "exec"), names)
+    assert names["more"].shape == (2, 8)

@@ -81,6 +81,16 @@ def seed(text: str) -> int:
     return value
 
 
+def read_text(path: Path, name: str) -> str:
+    """A UTF-8 file's text; raises UserError, which calls it `name`, where it can't be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: is not UTF-8 at byte {error.start}; convert it") from None
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns an OSError of writing to `path` into a UserError that says what to do."""

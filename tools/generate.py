@@ -15,7 +15,7 @@ import torch
 
 from model.generation import TokenStream
 from pretrain.errors import UserError
-from tools.command import positive_int, run_command, seed
+from tools.command import positive_int, read_text, run_command, seed
 from tools.model_directory import LoadedModel, load_model_directory
 from tools.sessions import Session, load_session, merge_sessions, save_session
 
@@ -117,7 +117,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--merge-weights is for several files of --load-memory; drop it")
     if arguments.save_memory is not None and not arguments.save_memory.resolve().parent.is_dir():
         raise UserError(f"--save-memory {arguments.save_memory}: its folder does not exist; make it first")
-    prompt = arguments.prompt if arguments.prompt_file is None else _read(arguments.prompt_file)
+    prompt = (
+        arguments.prompt
+        if arguments.prompt_file is None
+        else read_text(arguments.prompt_file, f"--prompt-file {arguments.prompt_file}")
+    )
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     continuation = Continuation(loaded, prompt, arguments, open_session(loaded, arguments))
     print(prompt, end="", flush=True)
@@ -156,15 +160,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments = parser().parse_args(argv)
     return run_command(lambda: run(arguments))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--prompt-file {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt-file {path}: is not UTF-8 at byte {error.start}; convert it") from None
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def merge_sessions(sessions: Sequence[Session], model: TitansLM, weights: Sequen
 
 
 def _merged_layer(layers: Sequence[LayerState], shares: Sequence[float], core: MemoryCore) -> LayerState:
-    ends = [_at_end(layer.memory.memory, core) for layer in layers if layer.memory is not None]
+    ends = [at_end(layer.memory.memory, core) for layer in layers if layer.memory is not None]
     learned = core.learned()
     start = MemoryState.initial(learned, 1, ends[0].k.dtype)
     weights = tuple(
@@ -157,7 +157,7 @@ def _merged_layer(layers: Sequence[LayerState], shares: Sequence[float], core: M
     return LayerState(MemoryLayerState(replace(start, weights=weights, momentum=momentum), tails))
 
 
-def _at_end(memory: MemoryState, core: MemoryCore) -> MemoryState:
+def at_end(memory: MemoryState, core: MemoryCore) -> MemoryState:
     """The memory after the tokens of its open chunk: as a chunk of just so many tokens leaves it."""
     if memory.num_open == 0:
         return memory

@@ -45,13 +45,13 @@ def plan_groups(num_open: int, num_tokens: int, chunk_size: int) -> Iterator[tup
         yield 1, rest
 
 
-def _chunked(x: Tensor, num_chunks: int) -> Tensor:
+def chunked(x: Tensor, num_chunks: int) -> Tensor:
     """[B, n * C, H, ...] -> [n, B * H, C, ...]."""
     x = x.unflatten(1, (num_chunks, -1))
     return x.movedim((1, 0, 3), (0, 1, 2)).flatten(1, 2).contiguous()
 
 
-def _unchunked(x: Tensor, batch_size: int) -> Tensor:
+def unchunked(x: Tensor, batch_size: int) -> Tensor:
     """[n, B * H, C, ...] -> [B, n * C, H, ...]."""
     return x.unflatten(1, (batch_size, -1)).movedim((0, 1, 2), (1, 0, 3)).flatten(1, 2)
 
@@ -68,12 +68,12 @@ class _Call(NamedTuple):
 
     def tokens(self, tensors: Sequence[Tensor]) -> GroupTokens:
         """q, k, v, alpha, eta, theta of the group, [B, tokens, H, ...], in the dtype of the arithmetic."""
-        pieces = [_chunked(x, self.num_chunks) for x in tensors]
+        pieces = [chunked(x, self.num_chunks) for x in tensors]
         num_kept = 3 if self.backend.takes_bf16 else 0
         return GroupTokens(*pieces[:num_kept], *(state_dtype(x) for x in pieces[num_kept:]))
 
 
-def _stacked(weights: Sequence[Tensor], momentum: Sequence[Tensor]) -> list[Tensor]:
+def stacked(weights: Sequence[Tensor], momentum: Sequence[Tensor]) -> list[Tensor]:
     """L x [B, H, i, o] of each -> L x [B * H, 2 * i, o], as a group has them."""
     return [torch.cat(pair, dim=2).flatten(0, 1) for pair in zip(weights, momentum, strict=True)]
 
@@ -100,8 +100,8 @@ class _Group(torch.autograd.Function):
         tokens, batch_size = call.tokens(tensors[:6]), tensors[0].shape[0]
         gates = group_gates(tokens.alpha, tokens.eta)
         trace = call.backend.write(tokens, gates, targets, state, call.options, with_end=not call.is_open)
-        y = _unchunked(call.backend.read(tokens.q, gates, targets, trace, call.options), batch_size)
-        surprise = _unchunked(inner_gradient_norm(trace.writes), batch_size) if call.with_surprise else None
+        y = unchunked(call.backend.read(tokens.q, gates, targets, trace, call.options), batch_size)
+        surprise = unchunked(inner_gradient_norm(trace.writes), batch_size) if call.with_surprise else None
         # All through save_for_backward: activation checkpointing can then drop and recompute it.
         ctx.call = call
         ctx.save_for_backward(*tensors)
@@ -125,9 +125,9 @@ class _Group(torch.autograd.Function):
         else:
             d_end = None  # where nothing follows from the state after the group
         found = call.backend.gradients(
-            call.tokens(tensors[:6]), targets, state, call.options, state_dtype(_chunked(d_y, call.num_chunks)), d_end
+            call.tokens(tensors[:6]), targets, state, call.options, state_dtype(chunked(d_y, call.num_chunks)), d_end
         )
-        d_tokens = (_unchunked(d, batch_size).to(x.dtype) for d, x in zip(found.tokens, tensors[:6], strict=True))
+        d_tokens = (unchunked(d, batch_size).to(x.dtype) for d, x in zip(found.tokens, tensors[:6], strict=True))
         return None, *d_tokens, *found.learned, *found.state
 
 
@@ -161,7 +161,7 @@ def neural_memory_dual(
     targets: list[Tensor | None] = [None] * depth
     if options.forget_to == "init":
         targets = [state_dtype(w).expand(batch_size, *w.shape).flatten(0, 1) for w in weights]
-    carried, reads, surprises = _stacked(state.weights, state.momentum), [], []
+    carried, reads, surprises = stacked(state.weights, state.momentum), [], []
     for (num_chunks, size), *tokens in zip(groups, *pieces, strict=True):
         call = _Call(backend or DualForm(), options, num_chunks, size < options.chunk_size, with_surprise)
         y, surprise, *end = _Group.apply(call, *tokens, *targets, *carried)

@@ -22,6 +22,7 @@ from pretrain.data import ShardSet
 from tests.data_cases import documents, make_shards, make_tokenizer
 from tests.training_cases import events, make_data, pretrain, write_recipe
 from tools import evaluate, export, generate, model_directory
+from tools.inspect import __main__ as inspect
 from tools.model_directory import load_model_directory
 
 STEPS = 8
@@ -388,3 +389,17 @@ def test_evaluation_of_shards_refuses_options_for_documents(exported: Path, data
     assert "--glob, --text-field with --shards" in error
     assert evaluate.main([*command, "--json", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_inspect_sees_the_same_memories_in_a_run_a_checkpoint_and_its_export(
+    run: Path, exported: Path, tmp_path: Path
+) -> None:
+    found = []
+    for state in (run, list_checkpoints(run / "checkpoints")[0], exported):
+        assert inspect.main(["memory", str(state), "--json", str(tmp_path / "found.json")]) == 0
+        found.append(json.loads((tmp_path / "found.json").read_text())["rows"])
+    assert found[0] == found[1] == found[2]
+    cores = [dict(module.named_parameters()) for module in trained(run).modules() if hasattr(module, "learned")]
+    matrix = found[0][0][-1]
+    weight = cores[matrix["layer"]][f"initial_{matrix['matrix']}"][matrix["head"]]
+    assert matrix["norm"] == pytest.approx(weight.norm().item(), rel=1e-5)

@@ -40,7 +40,7 @@ img {{ max-width: 100%; height: auto; }}
 .note, .name {{ color: #666; font-size: 0.86rem; }}
 code {{ font-size: 0.86rem; overflow-wrap: anywhere; }}
 </style>
-</head>
+{head}</head>
 <body>
 {body}
 </body>
@@ -57,9 +57,9 @@ def html_page(record: Record) -> str:
     return html_document("Mnemosyne trials", "\n".join(parts))
 
 
-def html_document(title: str, body: str) -> str:
-    """A whole page that needs nothing beside it; `body` is HTML, `title` text."""
-    return _PAGE.format(title=html.escape(title), body=body)
+def html_document(title: str, body: str, head: str = "") -> str:
+    """A whole page that needs nothing beside it; `title` is text, `body` HTML, and so is what its head ends with."""
+    return _PAGE.format(title=html.escape(title), body=body, head=head)
 
 
 def _counts(record: Record) -> str:
