@@ -162,6 +162,7 @@ class Checkpoints:
         gathered = process.gather_objects((entries, error), self.group)
         message = process.first_error(error, self.group)
         if message is not None:
+            self._on_main(self._require_no_newer_copy, partial)  # it removes what this one has begun
             self._give_up(partial, message)
         files = {name: entry for part, _ in gathered for name, entry in part.items()}
         self._on_main(lambda: self._publish(partial, final, files, stays, self.keep + spare), partial)
