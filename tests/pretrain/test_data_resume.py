@@ -121,12 +121,12 @@ def run_processes(sources, name, workers, world_size, folder, text=None):
     return by_sample([np.fromfile(file, np.int64).reshape(-1, ROWS // world_size, LENGTH) for file in files])
 
 
-def test_processes_killed_beyond_a_checkpoint_go_on_on_other_numbers_of_them(sources, tmp_path):
-    name = "streams"
+@pytest.mark.parametrize("name", SECTIONS)
+def test_processes_killed_beyond_a_checkpoint_go_on_on_other_numbers_of_them(sources, tmp_path, name):
     whole, _ = read(section(sources, name, 0), 1, STEPS)
     first = run_processes(sources, name, 2, 4, tmp_path / "first")
     assert np.array_equal(first, whole[: STOP + 3])
     text = (tmp_path / "first/cursor.json").read_text()
-    for world_size, workers in ((2, 0), (1, 1), (4, 3)):
+    for world_size, workers in SETTINGS:
         found = run_processes(sources, name, workers, world_size, tmp_path / f"of-{world_size}", text)
         assert np.array_equal(found, whole[STOP:]), world_size

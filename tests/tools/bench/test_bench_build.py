@@ -7,6 +7,7 @@ import pytest
 from tests.data_cases import documents, make_tokenizer, write_jsonl
 from tools.bench.__main__ import main
 from tools.bench.build import fastest_beside_one, write_text
+from tools.bench.record import RECORDS, read_record
 from tools.documents import DocumentReader
 
 
@@ -40,3 +41,9 @@ def test_the_fastest_round_counts():
         {"workers": 4, "outcome": "failed", "why": "no"},
     ]
     assert fastest_beside_one(rows[1:2]) == [{"workers": 2, "seconds": 6.0}]
+
+
+def test_the_committed_record_keeps_what_is_promised_of_two_processes():
+    record = read_record(RECORDS / "build-cpu.json")
+    (two,) = (row for row in record["results"] if row["workers"] == 2)
+    assert not record["uncommitted_changes"] and two["megabytes"] == 100 and two["speed_over_one"] >= 1.8
