@@ -30,8 +30,10 @@ from pretrain.fence import FencedOffError
 from pretrain.metrics import RunLog
 from pretrain.resume import TrainerState
 
-_NICENESS = 19
-"""Of a thread that writes: it gets what the steps leave of the cores."""
+_NICER = 15
+"""How much a thread that writes gives way to those that compute: where they want all cores, it gets a thirtieth of one,
+so that it slows no step by more, and is done all the same.
+"""
 
 _Written = tuple[Path, float]
 """A checkpoint, and in how many seconds it was written."""
@@ -198,4 +200,5 @@ def _done(write: Callable[[], _Written]) -> Future[_Written]:
 
 def _give_way() -> None:
     if sys.platform == "linux":  # elsewhere it would be the whole process's
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICER))

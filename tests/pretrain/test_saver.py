@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +158,21 @@ def test_a_save_that_is_due_while_one_is_written_waits_for_it(
         assert told.events[0]["stall_seconds"] >= 0.25, "it was waited for"
     assert [load(tmp_path / name)[0] for name in names(tmp_path)] == [1, 2]
     assert told.events[1]["stall_seconds"] < 0.25
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread's priority is its own on Linux alone")
+def test_what_writes_gives_way_and_nothing_else_does(make_saver: MakeSaver, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, write, before = [], TensorFile.write, os.getpriority(os.PRIO_PROCESS, 0)
+
+    def seeing(file: TensorFile, folder: Path) -> Path:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return write(file, folder)
+
+    monkeypatch.setattr(TensorFile, "write", seeing)
+    with make_saver() as saver:
+        saver.save(state_at(1), files_of(torch.ones(9)), stays=False, wait=True)
+    assert seen == [min(19, before + 15)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_buffers_are_used_again() -> None:
