@@ -51,7 +51,7 @@ def launch(folder: Path, trials: list[Trial], ranks: int) -> Seen:
     """What the trials saw, after one launch of all of them, which leaves no state between segments behind."""
     output, boundaries = folder / "seen.pt", folder / "boundaries"
     boundaries.mkdir()
-    run_ranks(["tests/parallel/segment_worker.py", str(output), *map(str, trials)], ranks=ranks, timeout=1500)
+    run_ranks(["tests/parallel/segment_worker.py", str(output), *map(str, trials)], ranks=ranks, timeout=3600)
     assert not list(boundaries.iterdir())
     return torch.load(output)
 
