@@ -105,6 +105,12 @@ class ParallelConfig(BaseModel):
     included.
     """
 
+    startup_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """The same for what stands before the first step and between phases: joining the other ranks, choosing and reading
+    a checkpoint, building the model. Each of them may take so long; reading through the data that data.verify asks for
+    takes what it takes.
+    """
+
     deterministic: bool = False
     """Use only deterministic kernels, so that two runs on GPUs are bitwise equal; slower. On CPU they are equal
     anyway.

@@ -36,6 +36,7 @@ from parallel.saved_state import files_of_state, read_state, read_weights
 from parallel.scoring import IGNORED, Batch, PieceScores, Scored, score
 from parallel.segments import Segments, run_segments
 from parallel.state_files import WeightReader
+from parallel.step_gate import Limits, StepGate
 from parallel.whole_parameters import gather_parameters, whole_shapes
 
 Moved = tuple[Tensor, Tensor, Tensor | None]
@@ -44,8 +45,8 @@ Moved = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step saw, summed over all ranks. The tensors are fp32, 0-d, on the device: reading them
-    waits for it.
+    """What one optimizer step saw, summed over all ranks. The tensors are fp32, 0-d; loss and norm are on the host, but
+    for those of a step that was skipped, all others on the device: reading them waits for it.
     """
 
     loss: Tensor
@@ -66,6 +67,9 @@ class StepResult:
     bad_rows: tuple[int, ...] = ()
     """Of a skipped step, the rows of all ranks that are in micro-batches whose loss is not finite: row j of micro-batch
     m of data rank r is number (m * data ranks + r) * micro_batch_size + j of the step."""
+
+    held_back: bool = False
+    """Whether loss or gradient norm was above its limit: then too weights and optimizer are as they were."""
 
     reset_rows: tuple[int, ...] = ()
     """Rows of all ranks whose carried state was not finite, before the step or behind it, and begins anew."""
@@ -139,6 +143,7 @@ class Engine:
         self._is_watched = False
         self._norm: Tensor | None = None
         self._micro_batch_size = micro_batch_size
+        self._gate = StepGate()
         self._skipped = False
         self._bubble: float | None = None
         self._finite = torch.ones((), device=self.world.device)
@@ -159,15 +164,25 @@ class Engine:
         """What this rank holds of the model. Under ZeRO 3 its parameters are empty outside its forward."""
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers and pipelines print tables
             self._engine, *_ = deepspeed.initialize(optimizer=optimizer, config=settings, **self._wrapped())
+        if config.zero_stage > 0:
+            self._gate.attach(self._engine.optimizer)
         self._backward_passes, self._passes_left = passes, 0
         if self._reduces_at_end:
             sum_in_fp32(self.module.parameters())
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float, *, with_stats: bool = False) -> StepResult:
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        learning_rate: float,
+        *,
+        with_stats: bool = False,
+        skip_above: Limits | None = None,
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches. Every rank calls it.
 
         A step whose loss or gradient is not finite is skipped: weights, moments and the optimizer's count of steps stay
-        bit for bit what they were. All ranks agree.
+        bit for bit what they were. So is one whose loss or gradient norm is above `skip_above`, which is alike on all
+        ranks. All ranks agree.
 
         Raises:
             ValueError: not `accumulation` micro-batches, or (first step) a parameter that no gradient reaches.
@@ -185,23 +200,28 @@ class Engine:
         if not self._is_watched and optimizer_step(self._optimizer) == 0:
             self._watch, self._is_watched = GradientWatch(self.module), True
         losses, stats = self._run_micro_batches(moved, scale, with_stats)
-        self._optimizer_step()
         loss_sum = sum(losses, start=torch.zeros((), dtype=torch.float32, device=self.world.device))
         for group in (self.mesh.replicas, self.mesh.pipeline):
             group.all_reduce(loss_sum)
+        loss = loss_sum / tokens.clamp(min=1)
+        self._gate.begin(loss, skip_above)
+        self._optimizer_step()
         mended = Mended([], []) if self._guard is None else self._guard.after_step([resets for *_, resets in moved])
         carried = (reset + mended.begun_anew, mended.rolled_back)
         reset_rows, rolled_back_rows = ((), ()) if self._guard is None else self._of_all_ranks(*carried)
         norm = self._norm
-        if norm is None:
+        if self._gate.seen is not None and not self._skipped:
+            loss, norm = self._gate.seen
+        elif norm is None:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         return StepResult(
-            loss=loss_sum / tokens.clamp(min=1),
+            loss=loss,
             grad_norm=norm.detach(),
             tokens=tokens,
             stats=None if stats is None else mean_over(self.mesh, stats),
             skipped=self._skipped,
             bad_rows=self._of_all_ranks(self._rows_of_bad(losses))[0] if self._skipped else (),
+            held_back=self._gate.held_back,
             reset_rows=reset_rows,
             rolled_back_rows=rolled_back_rows,
             bubble=self._bubble if with_stats else None,
@@ -398,7 +418,7 @@ class Engine:
             watch.end()
         self._step_deepspeed()
         applied = self._engine.was_step_applied() if self._norm is None else bool(self._norm.isfinite())
-        self._skipped = not applied
+        self._skipped = not applied and not self._gate.held_back
 
     def _step_deepspeed(self) -> None:
         self._engine.step()
@@ -421,7 +441,7 @@ class Engine:
         if self.config.zero_stage > 0:
             return None
         norm = clip_gradients(self.module.parameters(), self._clip, self.mesh)
-        if not norm.isfinite():
+        if self._gate.holds_back(norm) or not norm.isfinite():
             self.module.zero_grad(set_to_none=True)  # the optimizer passes by a parameter without a gradient
         return norm
 

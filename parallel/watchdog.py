@@ -12,7 +12,8 @@ import os
 import signal
 import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 EXIT_HUNG = 124
@@ -42,10 +43,11 @@ class Watchdog(AbstractContextManager["Watchdog"]):
     Args:
         seconds: the longest that a piece of work may take.
         rank, ranks: as they are named in the message.
+        field: of the recipe, that `seconds` come from.
     """
 
-    def __init__(self, seconds: float, *, rank: int, ranks: int) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float, *, rank: int, ranks: int, field: str = "parallel.step_timeout_seconds") -> None:
+        self._seconds, self._field = seconds, field
         self._who = f"rank {rank} of {ranks}"
         self._doing = ""
         self._deadline = float("inf")
@@ -77,6 +79,17 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self._deadline = float("inf")
         faulthandler.cancel_dump_traceback_later()
 
+    @contextmanager
+    def resting(self, then: str) -> Iterator[None]:
+        """What is done inside may take as long as it likes, or is watched by another; behind it a piece of work begins.
+
+        Args:
+            then: what that is, as `feed` takes it.
+        """
+        self.rest()
+        yield
+        self.feed(then)
+
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, max(0.0, self._deadline - time.monotonic()))):
             if time.monotonic() >= self._deadline:
@@ -85,7 +98,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
     def _end_process(self) -> None:
         message = (
             f"{self._who} hangs: {self._doing} is not done after {self._seconds:g} s "
-            "(parallel.step_timeout_seconds); where its threads are:\n"
+            f"({self._field}); where its threads are:\n"
         )
         os.write(_STDERR, message.encode())
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
 
 from parallel import process
 from pretrain.agreement import SharedUserError
-from pretrain.command_line import parse
+from pretrain.command_line import Options, parse
 from pretrain.errors import UserError
 from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_USER_ERROR
 from pretrain.fence import FencedOffError
@@ -31,21 +32,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_DONE
     except UserError as error:
         return _refuse_before_start(error)
-    return _train(phases, options.resume)
+    return _run(phases, options)
 
 
-def _train(phases: Phases, resume: str) -> int:
-    from pretrain.loop import train  # late: --help and --dry-run need no DeepSpeed
+def _run(phases: Phases, options: Options) -> int:
+    # Late: --help and --dry-run need no DeepSpeed.
+    from pretrain.loop import startup_watchdog, train
+    from pretrain.preflight import preflight
 
+    rank, ranks = process.rank_from_environment(), int(os.environ.get("WORLD_SIZE", "1"))
+    with startup_watchdog(phases, rank=rank, ranks=ranks) as startup:
+        startup.feed("joining the other ranks")
+        try:
+            parallel = phases.run.parallel
+            world = process.initialize(
+                parallel.device, timeout_minutes=parallel.timeout_minutes, deterministic=parallel.deterministic
+            )
+        except ValueError as error:  # one rank's alone, such as a GPU that is missing
+            print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+            return EXIT_USER_ERROR
     try:
-        parallel = phases.run.parallel
-        world = process.initialize(
-            parallel.device, timeout_minutes=parallel.timeout_minutes, deterministic=parallel.deterministic
-        )
-    except ValueError as error:
-        return _refuse_before_start(UserError(str(error)))
-    try:
-        train(phases, world, resume=resume)
+        if options.preflight:
+            with startup_watchdog(phases, rank=rank, ranks=ranks) as startup:
+                startup.feed("what is looked at before a run")
+                lines = preflight(phases, world).lines()
+            if world.is_main:
+                print(*lines, sep="\n")
+        else:
+            train(phases, world, resume=options.resume)
     except UserError as error:
         if world.is_main or not isinstance(error, SharedUserError):
             rank = "" if world.size == 1 or isinstance(error, SharedUserError) else f"rank {world.rank}: "

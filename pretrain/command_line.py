@@ -35,8 +35,8 @@ A recipe may list phases, which are run one after another; --phases.NAME.section
 instead of the name) sets a field in one of them, --section.field VALUE in those that have no value of their own.
 
 Exit codes: 0 done; 2 something in the recipe, the data, a checkpoint or the disk has to be mended first, or the loss
-did not stay finite; 124 a step, an evaluation or a checkpoint took longer than parallel.step_timeout_seconds; 1 a
-crash."""
+did not stay finite; 124 a step, an evaluation or a checkpoint took longer than parallel.step_timeout_seconds, or what
+stands before the first step longer than parallel.startup_timeout_seconds; 1 a crash."""
 
 
 _PHASES = f"""
@@ -50,7 +50,7 @@ and changes what it lists of these sections, for itself alone:
 {"".join(f"  --phases.NAME.model.{field} VALUE" for field in MODEL_FIELDS)}
 Tokens, schedule and data begin anew with each phase; its last checkpoint is kept."""
 
-_OPTIONS = ("help", "resume", "dry-run", "ranks")
+_OPTIONS = ("help", "resume", "dry-run", "ranks", "preflight")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Options:
     recipe: Path
     resume: str
     dry_run: bool
+    preflight: bool
     ranks: int | None
     overrides: list[tuple[str, str]]
 
@@ -86,6 +87,12 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe, sizes, FLOPs and memory, and do nothing"
     )
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="look at all ranks and their machines as before a run (guards.preflight), say what was found, and do "
+        "nothing else",
+    )
     parser.add_argument("--ranks", type=int, help="with --dry-run: for how many ranks (default: as launched, or 1)")
     words, overrides = _split(sys.argv[1:] if arguments is None else arguments)
     known, stray = parser.parse_known_args(words)
@@ -95,7 +102,9 @@ def parse(arguments: Sequence[str] | None) -> Options:
         raise UserError("--ranks belongs to --dry-run: how many ranks train is the launcher's to say")
     if known.ranks is not None and known.ranks < 1:
         raise UserError(f"--ranks {known.ranks}: give a number above 0")
-    return Options(known.recipe, known.resume, known.dry_run, known.ranks, overrides)
+    if known.preflight and known.dry_run:
+        raise UserError("--preflight starts all ranks and --dry-run none: give one of them")
+    return Options(known.recipe, known.resume, known.dry_run, known.preflight, known.ranks, overrides)
 
 
 def overrides_of(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from parallel.segments import Segments
 from pretrain.checkpoint_config import CheckpointConfig
 from pretrain.data.config import DataConfig
 from pretrain.errors import UserError
+from pretrain.guards_config import GuardsConfig
 from pretrain.optimizer import OptimizerConfig
 from pretrain.quantities import Seed, Tokens
 from pretrain.recipe_errors import explain
@@ -228,6 +229,9 @@ class Recipe(BaseModel):
 
     logging: LoggingConfig = LoggingConfig()
     """Logs."""
+
+    guards: GuardsConfig = GuardsConfig()
+    """Spikes, stragglers, and checks before the first step."""
 
     @model_validator(mode="after")
     def _a_later_phase_has_weights(self) -> Recipe:

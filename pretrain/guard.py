@@ -1,5 +1,5 @@
-"""Steps that were skipped because they were not finite, and rows whose state was not: counted, told, and, where too
-many steps follow each other, the end of the run.
+"""Steps that were skipped because they were not finite, rows whose state was not, and spikes: counted, told, and, where
+too many bad steps follow each other, the end of the run.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import math
 from parallel.engine import StepResult
 from pretrain.agreement import DivergedError
 from pretrain.config import TrainingConfig
+from pretrain.guards_config import GuardsConfig
 from pretrain.metrics import RunLog
 from pretrain.resume import TrainerState
+from pretrain.spikes import Verdict
 
 
 def counted(state: TrainerState, result: StepResult) -> TrainerState:
@@ -24,9 +26,70 @@ def counted(state: TrainerState, result: StepResult) -> TrainerState:
     )
 
 
-def guard_curves(state: TrainerState) -> dict[str, float]:
-    """What is drawn over the steps: the counts since the run's beginning."""
-    return {"guard/skipped_steps": float(state.skipped_steps), "guard/bad_states": float(state.bad_states)}
+def judged(
+    state: TrainerState, result: StepResult, guards: GuardsConfig, rows: int
+) -> tuple[TrainerState, Verdict | None]:
+    """The state with the step, the last of `rows` rows, compared with those before it, and what is said of it: nothing
+    while steps are not judged, or of one that is not finite, which leaves a row of spikes as it is.
+    """
+    if result.skipped:
+        return state, None
+    loss, norm = float(result.loss), float(result.grad_norm)
+    verdict, spikes = state.spikes.verdict(guards, loss, norm), state.spikes
+    if verdict is not None and guards.on_spike == "skip":
+        verdict = verdict._replace(is_spike=result.held_back)  # on which all ranks agree
+    if verdict is not None and verdict.is_spike:
+        position = 0 if state.cursor is None else state.cursor.position
+        spikes = spikes.with_spike(state.step, position - rows)
+    else:
+        spikes = spikes.without_row()
+    if not result.held_back:
+        spikes = spikes.with_taken(loss, norm, guards.window)
+    return state.model_copy(update={"spikes": spikes}), verdict
+
+
+def report_spike(
+    log: RunLog, state: TrainerState, result: StepResult, verdict: Verdict | None, batch: tuple[int, int], **phase: str
+) -> None:
+    """Write and print that the step which led to `state` was a spike, if it was.
+
+    Args:
+        batch: its rows and tokens.
+    """
+    if verdict is None or not verdict.is_spike:
+        return
+    rows, tokens = batch
+    position = 0 if state.cursor is None else state.cursor.position
+    log.event(
+        "spike",
+        step=state.step,
+        tokens=state.tokens,
+        **phase,
+        loss=float(result.loss),
+        gradient_norm=float(result.grad_norm),
+        z={"loss": _written(verdict.loss_z), "gradient_norm": _written(verdict.gradient_norm_z)},
+        action="skip" if result.held_back else "log",
+        of_tokens=(state.tokens - tokens, state.tokens),
+        of_rows=(position - rows, position),
+        in_a_row=state.spikes.in_a_row,
+        total=state.spikes.total,
+    )
+    if result.held_back or state.spikes.in_a_row == 1:
+        way = "skipped; weights and optimizer are as before" if result.held_back else "taken all the same"
+        log.say(
+            f"step {state.step}: {_described(result)}: a spike (z {verdict.loss_z:.1f} and "
+            f"{verdict.gradient_norm_z:.1f}), {way} ({state.spikes.in_a_row} in a row)"
+        )
+
+
+def guard_curves(state: TrainerState, verdict: Verdict | None = None) -> dict[str, float | None]:
+    """What is drawn over the steps: the counts since the run's beginning, and what is said of the step."""
+    judged = {
+        "guard/loss_z": None if verdict is None else verdict.loss_z,
+        "guard/gradient_norm_z": None if verdict is None else verdict.gradient_norm_z,
+    }
+    counts = {"skipped_steps": state.skipped_steps, "bad_states": state.bad_states, "spikes": state.spikes.total}
+    return {f"guard/{name}": float(count) for name, count in counts.items()} | judged
 
 
 def report(log: RunLog, state: TrainerState, result: StepResult, training: TrainingConfig, **phase: str) -> None:

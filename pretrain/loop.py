@@ -35,6 +35,7 @@ from pretrain.metrics import RunLog
 from pretrain.optimizer import build_optimizer
 from pretrain.phase_data import check_data, open_data, verify_data
 from pretrain.phases import Phase, Phases
+from pretrain.preflight import PreflightReport, preflight
 from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore
 from pretrain.rng import seed_rank
 from pretrain.saver import Saver
@@ -53,15 +54,31 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
         DivergedError: too many steps in a row were not finite; there is a checkpoint of the weights before them.
         FencedOffError: another copy of the run has taken the folder over.
     """
-    with agreed():
-        phases.require_fit(world.size)
-        tokenizer, descriptions = check_data(phases, world.size)
-    with alone_in(phases.run.folder, world):
-        _train_alone(phases, world, tokenizer, descriptions, resume)
+    with startup_watchdog(phases, rank=world.rank, ranks=world.size) as startup:
+        startup.feed("what is checked before the start")
+        with agreed():
+            phases.require_fit(world.size)
+        report = preflight(phases, world) if phases.run.guards.preflight else None
+        with agreed():
+            tokenizer, descriptions = check_data(phases, world.size)
+        with alone_in(phases.run.folder, world):
+            _train_alone(phases, world, tokenizer, descriptions, resume, startup, report)
+
+
+def startup_watchdog(phases: Phases, *, rank: int, ranks: int) -> Watchdog:
+    """Watches what stands before the first step and between phases."""
+    seconds = phases.run.parallel.startup_timeout_seconds
+    return Watchdog(seconds, rank=rank, ranks=ranks, field="parallel.startup_timeout_seconds")
 
 
 def _train_alone(
-    phases: Phases, world: World, tokenizer: TokenizerInfo | None, descriptions: list[str], resume: str
+    phases: Phases,
+    world: World,
+    tokenizer: TokenizerInfo | None,
+    descriptions: list[str],
+    resume: str,
+    startup: Watchdog,
+    report: PreflightReport | None,
 ) -> None:
     run = phases.run
     folder = run.folder / CHECKPOINTS_FOLDER
@@ -83,9 +100,12 @@ def _train_alone(
             # Of all that is left: what a later phase can't have, or finds damaged, should not be found out days later.
             left = phases.phases[len(state.done) :]
             backends = [explain_backends(phase, world) for phase in left]
-            damage = verify_data(left, Share(world.local_index, world.local_size), log.say)
+            with startup.resting("the beginning of the first phase"):
+                damage = verify_data(left, Share(world.local_index, world.local_size), log.say)
         place = choose_boundary_place(left[0].recipe, world)
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
+        if report is not None:
+            report.write(log)
         beside = side_group(run.parallel.timeout_minutes)
         checkpoint, meshes = start_from, dict[Layout, Mesh]()
         for phase in left:
@@ -96,7 +116,9 @@ def _train_alone(
             if layout not in meshes:  # process groups stay, and there can be but so many
                 meshes[layout] = Mesh.build(world, layout)
             mesh = meshes[layout]
-            state, checkpoint = run_phase(phases, phase, mesh, checkpoints, log, state, checkpoint, place, damage)
+            state, checkpoint = run_phase(
+                phases, phase, mesh, checkpoints, log, state, checkpoint, place, damage, startup
+            )
             state = state.moved_on(phases)
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
             if world.device.type == "cuda":
@@ -113,6 +135,7 @@ def run_phase(
     checkpoint: Path | None,
     place: BoundaryPlace | None,
     damage: Sequence[Damage],
+    startup: Watchdog,
 ) -> tuple[TrainerState, Path | None]:
     """A phase from where `state` stands in it to its end: the state there, and its checkpoint.
 
@@ -123,6 +146,7 @@ def run_phase(
         checkpoint: holds weights, optimizer and generators; None: they begin here.
         place: of the states between segments, where there are any.
         damage: what this rank found when it read data through.
+        startup: watches what is not a step's.
     """
     recipe, world = phase.recipe, mesh.world
     batches = phase.batches(world.size)
@@ -158,7 +182,8 @@ def run_phase(
         saver = Saver(checkpoints, recipe.checkpoint, log, watchdog, last_tokens=saved)
         stack.enter_context(saver)
         run = Run(phases, phase, world, batches, engine, data, saver, log, watchdog)
-        reached = run.steps(loader, state, checkpoint)
+        with startup.resting(f"what stands behind the steps of {phase.title}"):
+            reached = run.steps(loader, state, checkpoint)
     engine.destroy()
     return reached
 

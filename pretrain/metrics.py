@@ -136,6 +136,10 @@ class RunLog:
         else:
             print(line, flush=True)
 
+    def expect(self, total_steps: int) -> None:
+        """From now on the run is to end at this step."""
+        self._total_steps = total_steps
+
     def say(self, text: str) -> None:
         """Print a line of its own."""
         if self._main:

@@ -24,7 +24,7 @@ from pretrain.recipe_errors import explain, suggest
 ONLY_PHASE = "main"
 """Name of the phase of a run that lists none."""
 
-SECTIONS = ("training", "optimizer", "schedule", "data", "parallel", "checkpoint", "evaluation", "logging")
+SECTIONS = ("training", "optimizer", "schedule", "data", "parallel", "checkpoint", "evaluation", "logging", "guards")
 """Sections that a phase may change."""
 
 MODEL_FIELDS = ("rope_base",)
@@ -33,7 +33,10 @@ every parameter's shape and use as it is, and a larger one is how full attention
 other field decides which parameters there are or what they stand for (memory.chunk, segment and window too: they are
 what the weights were trained with)."""
 
-FIELDS_OF_THE_RUN = {"parallel": ("device", "timeout_minutes", "deterministic")}
+FIELDS_OF_THE_RUN = {
+    "parallel": ("device", "timeout_minutes", "startup_timeout_seconds", "deterministic"),
+    "guards": ("preflight", "preflight_megabytes", "min_bandwidth", "clock_tolerance_seconds"),
+}
 """Fields of those sections that hold for the whole run: its processes are started once."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]*[A-Za-z_-][A-Za-z0-9_-]*")

@@ -21,6 +21,7 @@ from pretrain.data import Cursor, TokenizerInfo
 from pretrain.errors import UserError
 from pretrain.phases import ONLY_PHASE, Phase, Phases
 from pretrain.rng import load_rng, rng_file, rng_tensors, seed_rank
+from pretrain.spikes import SpikeState
 
 RECIPE_FILE = "recipe.yaml"
 MODEL_FILE = "model.json"
@@ -56,7 +57,7 @@ class TrainerState(BaseModel):
     """Steps, in all phases, the skipped ones too."""
 
     tokens: int = 0
-    """Tokens trained on, in all phases."""
+    """Tokens trained on, in all phases; those behind a checkpoint that the run went back to do not count."""
 
     phase: str = ONLY_PHASE
     """The phase that these steps have led into, or to the end of."""
@@ -75,6 +76,9 @@ class TrainerState(BaseModel):
 
     bad_states: int = 0
     """Times that the state of a row was not finite and went back."""
+
+    spikes: SpikeState = SpikeState()
+    """What the next step's loss and gradient norm are compared with, and the spikes so far."""
 
     tokenizer_sha256: str | None
     """The tokenizer that the shards were made with; None for data that stands for no text."""
@@ -101,7 +105,8 @@ class TrainerState(BaseModel):
         asked = phase.recipe.training.tokens
         left = DonePhase(name=phase.name, asked_tokens=asked, tokens=self.phase_tokens, cursor=self.cursor)
         entered = phases[len(self.done) + 1].name
-        return self.model_copy(update={"phase": entered, "done": (*self.done, left), "cursor": None})
+        begins = {"cursor": None, "spikes": self.spikes.in_next_phase()}
+        return self.model_copy(update={"phase": entered, "done": (*self.done, left), **begins})
 
     def total_steps(self, phases: Phases, ranks: int) -> int:
         """The step numbers that the run ends at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -13,18 +14,21 @@ from parallel.engine import Engine, StepResult
 from parallel.pipeline_schedule import expected_bubble
 from parallel.process import World
 from parallel.watchdog import Watchdog
+from pretrain import rollback
+from pretrain.agreement import DivergedError
 from pretrain.checkpoints import Checkpoints
 from pretrain.config import Batches, Recipe
 from pretrain.data import Data, Loader
 from pretrain.devices import peak_flops, peak_memory_bytes
 from pretrain.errors import UserError
 from pretrain.evaluation import evaluate
-from pretrain.guard import counted, end_of_run, guard_curves, report, too_many
+from pretrain.guard import counted, end_of_run, guard_curves, judged, report, report_spike, too_many
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.phases import Phase, Phases
-from pretrain.resume import TrainerState, checkpoint_files
+from pretrain.resume import TrainerState, checkpoint_files, restore
 from pretrain.saver import Saver
 from pretrain.schedule import learning_rate
+from pretrain.stragglers import Stragglers
 
 SHARE = "data/share/"
 """Curves of the realised shares of sources begin so."""
@@ -64,7 +68,8 @@ class Run:
         and the newest checkpoint, `checkpoint` where no step was left.
         """
         recipe, batch_tokens = self.recipe, self.recipe.training.batch_tokens
-        watch, waiting, reported = Stopwatch(), Stopwatch(), set()
+        watch, waiting, reported, begun_from = Stopwatch(), Stopwatch(), set(), checkpoint
+        stragglers = Stragglers(recipe.guards, self.engine.mesh)
         while not state.is_done(self.phase):
             step, tokens = state.step + 1, state.phase_tokens + batch_tokens
             last = tokens >= recipe.training.tokens
@@ -72,23 +77,35 @@ class Run:
             with_stats = record and (last or step % recipe.logging.memory_interval == 0)
             self.watchdog.feed(f"step {step}")
             watch.start()
+            stragglers.begin()
             rate = learning_rate(recipe.schedule, recipe.optimizer.lr, tokens, self.batches.total_tokens)
+            limits = state.spikes.limits(recipe.guards) if recipe.guards.on_spike == "skip" else None
             try:
                 waiting.start()
                 batches = next(loader)
                 waiting.stop()
-                result = self.engine.train_step(batches, rate, with_stats=with_stats)
+                result = self.engine.train_step(batches, rate, with_stats=with_stats, skip_above=limits)
             except BoundaryStatesError as error:
                 raise UserError(str(error)) from error
             watch.stop()
+            stragglers.end()
             update = {"step": step, "tokens": state.tokens + batch_tokens, "cursor": loader.cursor()}
             state = counted(state.model_copy(update=update | {"ranks": self.world.size}), result)
             self.report_damage(state, reported)
             report(self.log, state, result, recipe.training, **self.phase_field)
             if too_many(state, recipe.training):
-                self.give_up(state, result)
+                self.give_up(state, partial(end_of_run, state, result))
+            state, verdict = judged(state, result, recipe.guards, self.batches.rows)
+            report_spike(self.log, state, result, verdict, (self.batches.rows, batch_tokens), **self.phase_field)
             if record and not result.skipped:
-                self.record(result, rate, state, watch, loader.curves() | {"speed/data_seconds": waiting.lap()})
+                curves = {"speed/data_seconds": (waited := waiting.lap()), **guard_curves(state, verdict)}
+                curves |= stragglers.look(waited, self.log, state, **self.phase_field)
+                self.record(result, rate, state, watch, loader.curves() | curves)
+            elif verdict is not None and verdict.is_spike:
+                self.log.scalars(state.step, guard_curves(state, verdict))
+            if rollback.is_due(state, recipe.guards):
+                state, checkpoint = self.roll_back(state, begun_from)
+                continue
             if last or is_due(recipe.evaluation.every_tokens, tokens, batch_tokens):
                 self.evaluate(state)
             self.saver.look()
@@ -111,12 +128,12 @@ class Run:
             self.log.say(f"skipped as damaged: {shard}")
 
     def record(
-        self, result: StepResult, rate: float, state: TrainerState, watch: Stopwatch, of_data: dict[str, float]
+        self, result: StepResult, rate: float, state: TrainerState, watch: Stopwatch, others: dict[str, float | None]
     ) -> None:
         """Write a step's loss, speed and memory, and the layers' statistics where the step took them.
 
         Args:
-            of_data: curves of the data.
+            others: curves of the data and of guards.
         """
         watch.start()
         loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device, a part of the steps' time
@@ -138,8 +155,7 @@ class Run:
             "speed/mfu": None if capacity is None else speed * flops.total / capacity,
             "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
             "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
-            **guard_curves(state),
-            **of_data,
+            **others,
         }
         if self.phase_field:
             values["train/phase"] = float(self.phase.number)
@@ -150,7 +166,7 @@ class Run:
         if result.bubble is not None:
             padded["bubble"] = values["speed/pipeline_bubble"] = result.bubble
             self.say_bubble(result.bubble)
-        shares = {name.removeprefix(SHARE): value for name, value in of_data.items() if name.startswith(SHARE)}
+        shares = {name.removeprefix(SHARE): value for name, value in others.items() if name.startswith(SHARE)}
         self.log.scalars(state.step, values)
         if result.stats is not None:
             layers = [{name: float(value) for name, value in layer.items()} for layer in result.stats]
@@ -204,13 +220,33 @@ class Run:
             self.log.event("positions", **where, reset_window=asked.reset_window, losses=result.position_rows())
         self.log.say(f"held out: {result}")
 
-    def give_up(self, state: TrainerState, result: StepResult) -> NoReturn:
-        """Save the run as it stands and raise DivergedError."""
+    def roll_back(self, state: TrainerState, begun_from: Path | None) -> tuple[TrainerState, Path | None]:
+        """Go back to before the row of spikes that the run stands behind, and on with the data behind it; where the run
+        stands then, and its newest checkpoint that is written.
+
+        Raises DivergedError where there is nothing to go back to, or it went back too often.
+        """
+        self.saver.finish()
+        self.watchdog.feed(f"going back behind the spikes of step {state.step}")
+        found = rollback.checkpoint_before_spikes(self.saver.checkpoints, state, begun_from, self.log)
+        guards = self.recipe.guards
+        if found is None or state.spikes.rollbacks >= guards.max_rollbacks:
+            self.give_up(state, partial(rollback.end_of_run, state, guards, found is not None))
+        folder, earlier = found
+        # What rows carry belongs to the data that are left out: they begin anew.
+        restore(folder, self.engine, earlier.model_copy(update={"cursor": None}), self.recipe.seed, self.world)
+        after = rollback.gone_back(state, earlier)
+        rollback.report(self.log, state, after, folder, **self.phase_field)
+        self.log.expect(after.total_steps(self.phases, self.world.size))
+        return after, self.save(after, stays=False, wait=False)
+
+    def give_up(self, state: TrainerState, explain: Callable[[str], DivergedError]) -> NoReturn:
+        """Save the run as it stands and raise the error that explains it, given the checkpoint's folder."""
         # One more than are kept otherwise: the weights may be spoiled, and those of before must not go for them. The
         # counts begin anew, so that the resumed run may skip as many.
-        saved = state.model_copy(update={"skipped_in_a_row": 0})
-        folder = self.save(saved, stays=state.is_done(self.phase), spare=1)
-        raise end_of_run(state, result, str(folder))
+        anew = {"skipped_in_a_row": 0, "spikes": state.spikes.without_row().model_copy(update={"rollbacks": 0})}
+        folder = self.save(state.model_copy(update=anew), stays=state.is_done(self.phase), spare=1)
+        raise explain(str(folder))
 
     def save(self, state: TrainerState, *, stays: bool, wait: bool = True, spare: int = 0) -> Path | None:
         """Save a checkpoint of the run as it stands.

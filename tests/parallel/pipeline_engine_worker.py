@@ -22,6 +22,7 @@ from parallel.mesh import Mesh
 from parallel.process import World, barrier, exit_now, initialize, shutdown
 from parallel.scoring import Rows
 from parallel.segments import Segments
+from parallel.step_gate import Limits
 from tests.model_cases import build_model, random_tokens
 
 ROWS, LENGTH, LAYERS, CLIP, RATE, STEPS, HALF = 4, 16, 3, 0.5, 2e-3, 10, 5
@@ -30,6 +31,7 @@ BEGINNINGS = ((0, 40, 56), (0, 16), (0,), (0, 8, 32, 48, 120))
 WINDOWS = {"mac": 8, "mag": 4, "mal": 4, "lmm": 8, "lmm-softmax": 4}
 """Every how many tokens the memory is reset when rows are scored a second time; a transformer has none."""
 SPOILED_STATE = "layers.2.memory.memory.weights.0"
+LIMITS = {"loss limit": Limits(loss=1e-3), "norm limit": Limits(gradient_norm=1e-3)}
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,11 @@ def build(trial: Trial, world: World) -> Engine:
     )
 
 
-def take(trial: Trial, engine: Engine, steps: Sequence[int]) -> list[StepResult]:
-    last = STEPS - 1
-    return [engine.train_step(own_rows(trial, engine.mesh, step), RATE, with_stats=step == last) for step in steps]
+def take(trial: Trial, engine: Engine, steps: Sequence[int], limits: Limits | None = None) -> list[StepResult]:
+    return [
+        engine.train_step(own_rows(trial, engine.mesh, s), RATE, with_stats=s == STEPS - 1, skip_above=limits)
+        for s in steps
+    ]
 
 
 def run(trial: Trial, world: World, folder: Path) -> dict[str, Any]:
@@ -187,12 +191,12 @@ def spoil(engine: Engine, what: str) -> list[Any]:
 
 
 def run_spoiled(trial: Trial, world: World) -> dict[str, Any]:
-    """Three steps, of which something spoils the second."""
+    """Three steps, of which something spoils the second, or it is above its limit."""
     engine = build(trial, world)
     results = take(trial, engine, [0])
     before = engine.full_parameters()
     hooks = spoil(engine, trial.spoil)
-    results += take(trial, engine, [1])
+    results += take(trial, engine, [1], LIMITS.get(trial.spoil))
     for hook in hooks:
         hook.remove()
     after = engine.full_parameters()
@@ -202,6 +206,7 @@ def run_spoiled(trial: Trial, world: World) -> dict[str, Any]:
         "losses": [float(result.loss) for result in results],
         "norms": [float(result.grad_norm) for result in results],
         "skipped": [result.skipped for result in results],
+        "held_back": [result.held_back for result in results],
         "bad_rows": [result.bad_rows for result in results],
         "reset_rows": [result.reset_rows for result in results],
         "same": all(torch.equal(value, after[name]) for name, value in before.items()),

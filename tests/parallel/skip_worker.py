@@ -17,11 +17,19 @@ import torch.distributed as dist
 
 from parallel.engine import Engine, StepResult
 from parallel.process import World, exit_now, initialize, shutdown
+from parallel.step_gate import Limits
 from tests.parallel.engine_worker import Output, Small, build, own_rows, rate
 
 STEPS = 3
 SPOILED = {"gradient at 0": ("gradient", 0), "gradient at 1": ("gradient", 1), "loss at 2": ("loss", 2)}
 """What is not finite in a step before which of the others."""
+HELD_BACK = {
+    "loss above at 1": ("loss", 1),
+    "norm above at 0": ("gradient_norm", 0),
+    "norm above at 2": ("gradient_norm", 2),
+}
+"""What is above its limit in a step before which of the others."""
+WIDE = 100.0
 ACCUMULATION = 2
 
 
@@ -41,27 +49,31 @@ def spoil(module: Small, what: str) -> None:
     module.forward = spoiled
 
 
-def take(engine: Engine, world: World, step: int) -> StepResult:
-    return engine.train_step(own_rows(world, step, ACCUMULATION), rate(step))
+def take(engine: Engine, world: World, step: int, limits: Limits | None) -> StepResult:
+    return engine.train_step(own_rows(world, step, ACCUMULATION), rate(step), skip_above=limits)
 
 
-def trial(world: World, layout: str, folder: Path, spoiled: tuple[str, int] | None) -> dict[str, Any]:
-    """Three steps, and one in between that is spoiled on the last rank: what they saw, and what is saved in the end."""
+def trial(world: World, layout: str, folder: Path, case: str) -> dict[str, Any]:
+    """Three steps, and one in between that is spoiled on the last rank, or above a limit: what they saw, and what is
+    saved in the end.
+    """
     engine = build(world, layout, ACCUMULATION)
     results, skipped = [], {}
+    what, place = SPOILED.get(case) or HELD_BACK.get(case) or ("", None)
+    wide = Limits(WIDE, WIDE) if case in HELD_BACK else None
     for step in range(STEPS):
-        if spoiled is not None and step == spoiled[1]:
-            if world.rank == world.size - 1:
-                spoil(engine.module, spoiled[0])
-            bad = take(engine, world, 50)
+        if step == place:
+            if case in SPOILED and world.rank == world.size - 1:
+                spoil(engine.module, what)
+            bad = take(engine, world, 50, Limits(**{what: 1e-3}) if case in HELD_BACK else None)
             vars(engine.module).pop("forward", None)
-            skipped = {key: value for key, value in asdict(bad).items() if key in ("skipped", "bad_rows")}
+            skipped = {key: value for key, value in asdict(bad).items() if key in ("skipped", "held_back", "bad_rows")}
             skipped |= {"loss": float(bad.loss), "norm": float(bad.grad_norm)}
             engine.save(made(folder / "behind"))  # also where no step was taken yet
-        results.append(take(engine, world, step))
+        results.append(take(engine, world, step, wide))
     engine.save(made(folder))
     engine.destroy()
-    losses = [(float(result.loss), float(result.grad_norm), result.skipped) for result in results]
+    losses = [(float(r.loss), float(r.grad_norm), r.skipped or r.held_back) for r in results]
     return {"steps": losses, "bad": skipped, "folder": str(folder)}
 
 
@@ -77,8 +89,7 @@ def main(output: str, layouts: list[str]) -> None:
     seen: dict[str, dict[str, Any]] = {}
     for layout in layouts:
         folder = Path(output).with_name(layout)
-        cases = {"none": None, **SPOILED}
-        seen[layout] = {name: trial(world, layout, folder / name, spoiled) for name, spoiled in cases.items()}
+        seen[layout] = {case: trial(world, layout, folder / case, case) for case in ("none", *SPOILED, *HELD_BACK)}
     if world.is_main:
         Path(output).write_text(json.dumps(seen))
     shutdown()

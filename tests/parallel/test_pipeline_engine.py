@@ -29,6 +29,11 @@ SPOILED = [
     Trial("lmm", 2, precision="bf16", spoil="loss"),
     Trial("lmm", 2, carried=1, spoil="state"),
 ]
+HELD_BACK = [
+    Trial("lmm", 2, 1, spoil="loss limit"),
+    Trial("lmm", 2, 0, spoil="norm limit"),
+    Trial("lmm", 2, precision="bf16", spoil="norm limit"),
+]
 
 Seen = dict[str, dict[str, Any]]
 
@@ -47,7 +52,7 @@ def launch(folder: Path, trials: list[Trial], ranks: int) -> Seen:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    folder, trials = tmp_path_factory.mktemp("pipeline_engine"), [*TRIALS, *BF16, *SPOILED]
+    folder, trials = tmp_path_factory.mktemp("pipeline_engine"), [*TRIALS, *BF16, *SPOILED, *HELD_BACK]
     return launch(folder, [alone(trial) for trial in trials], 1) | launch(folder, trials, RANKS)
 
 
@@ -134,6 +139,15 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_stages(seen: Seen, trial: T
     assert [result["losses"][0], result["losses"][2]] == pytest.approx(of_one, rel=tolerance)
     bad = set(result["bad_rows"][1])
     assert bad == (set() if trial.spoil == "gradient" else spoiled_rows(trial))
+
+
+@pytest.mark.parametrize("trial", HELD_BACK, ids=str)
+def test_a_step_above_a_limit_is_held_back_by_all_stages(seen: Seen, trial: Trial) -> None:
+    result, expected = seen[str(trial)], seen[str(alone(trial))]
+    assert result["held_back"] == expected["held_back"] == [False, True, False]
+    assert result["same"] and result["skipped"] == [False, False, False]
+    for of_both in ("losses", "norms"):
+        assert result[of_both] == pytest.approx(expected[of_both], rel=1e-5 if trial.precision == "fp32" else 2e-2)
 
 
 def spoiled_rows(trial: Trial) -> set[int]:

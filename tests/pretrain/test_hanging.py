@@ -1,8 +1,12 @@
-"""A training step that hangs on one rank ends the whole run in its time, and says where each rank was."""
+"""A rank that hangs in a training step, before the first one or between two phases, or that never comes, ends the whole
+run in its time, and says where each rank was.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pytest
 
 from parallel.watchdog import EXIT_HUNG
 from tests.distributed_helper import run_ranks
@@ -34,3 +38,63 @@ def test_a_hanging_step_ends_the_run(tmp_path: Path) -> None:
         assert f"rank {rank} of 2 hangs: step 3 is not done after {SECONDS} s" in error
         assert ("in hanging_step" in error) and ("all_reduce" in error) == (rank == 0)
     assert [event["step"] for event in events(tmp_path / "run", "step")] == [1, 2]
+
+
+BESIDE_STEPS = """
+import os, sys, time
+from pretrain import loop
+
+def asleep():
+    time.sleep(600)
+
+def hanging(*arguments, call=loop.{name}, calls=[], **options):
+    calls.append(1)
+    if len(calls) == {call} and os.environ["RANK"] == "1":
+        asleep()
+    return call(*arguments, **options)
+
+loop.{name} = hanging
+from pretrain.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+PHASES = "[{name: one}, {name: two}]"
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "seconds", "doing"),
+    [
+        ("choose_checkpoint", 1, SECONDS, "what is checked before the start"),
+        # Enough for the first engine on a busy machine.
+        ("build_engine", 2, 2 * SECONDS, "what stands behind the steps of phase one (1 of 2)"),
+    ],
+)
+def test_what_hangs_beside_the_steps_ends_the_run(
+    tmp_path: Path, name: str, call: int, seconds: int, doing: str
+) -> None:
+    data = make_data(tmp_path / "data", number=120, words=40)
+    recipe = write_recipe(data, tmp_path / "run", steps=1, parallel={"startup_timeout_seconds": seconds})
+    program = BESIDE_STEPS.format(name=name, call=call)
+    finished = run_ranks(["-c", program, str(recipe), "--phases", PHASES], ranks=2, timeout=120, check=False)
+    assert finished.codes == [EXIT_HUNG, EXIT_HUNG], finished.report()
+    field = "parallel.startup_timeout_seconds"
+    for rank, error in enumerate(finished.errors):
+        assert f"rank {rank} of 2 hangs: {doing} is not done after {seconds} s ({field})" in error
+        assert ("in asleep" in error) == (rank == 1) and "in _train_alone" in error
+
+
+ABSENT = """
+import os, sys
+if os.environ["RANK"] == "1":
+    sys.exit(0)
+from pretrain.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_never_comes_is_missed(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", number=120, words=40)
+    recipe = write_recipe(data, tmp_path / "run", parallel={"startup_timeout_seconds": 2})
+    finished = run_ranks(["-c", ABSENT, str(recipe)], ranks=2, timeout=120, check=False)
+    assert finished.codes == [EXIT_HUNG, 0], finished.report()
+    expected = "rank 0 of 2 hangs: joining the other ranks is not done after 2 s (parallel.startup_timeout_seconds)"
+    assert expected in finished.errors[0] and "init_process_group" in finished.errors[0]

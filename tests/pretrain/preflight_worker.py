@@ -1,0 +1,80 @@
+"""Runs on every rank of test_preflight.py: looks at the ranks, of which the last one is not as it should be.
+
+Arguments: OUTPUT.json RECIPE.yaml CASE...; what each case came to is written there by rank 0, and must be the same on
+all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from parallel import process
+from parallel.process import World
+from pretrain import preflight as module
+from pretrain.errors import UserError
+from pretrain.phases import Phases, load_phases
+
+
+def other_torch(phases: Phases, real: Callable[[Phases], dict[str, str]] = module.versions_here) -> dict[str, str]:
+    return real(phases) | {"torch": "2.11.0"}
+
+
+def other_source() -> str:
+    return "0" * 12
+
+
+def full_disk(folder: Path) -> Any:
+    return shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "well": {},
+    "torch": {"versions_here": other_torch},
+    "source": {"source_hash": other_source},
+    "disk": {"shutil.disk_usage": full_disk},
+    "clock": {},
+    "variable": {},
+}
+
+
+def look(world: World, phases: Phases, case: str) -> dict[str, Any]:
+    is_last = world.rank == world.size - 1
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "7"} if case == "variable" and is_last else {}):
+        patches = [patch.object(module, name, value) for name, value in CASES[case].items() if "." not in name]
+        patches += [patch(f"pretrain.preflight.{name}", value) for name, value in CASES[case].items() if "." in name]
+        for each in patches if is_last else []:
+            each.start()
+        try:
+            ahead = 60.0 if case == "clock" and is_last else 0.0
+            report = module.preflight(phases, world, clock=lambda: time.time() + ahead)
+            return {"lines": report.lines(), "fields": report.fields()}
+        except UserError as error:
+            return {"error": str(error)}
+        finally:
+            for each in patches if is_last else []:
+                each.stop()
+
+
+def main(output: str, recipe: str, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    world = process.initialize("cpu")
+    phases = load_phases(recipe)
+    seen = {case: process.gather_objects(look(world, phases, case)) for case in cases}
+    if world.is_main:
+        Path(output).write_text(json.dumps(seen))
+    process.shutdown()
+    process.exit_now(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
