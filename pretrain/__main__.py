@@ -11,14 +11,15 @@ from parallel import process
 from pretrain.agreement import SharedUserError
 from pretrain.command_line import parse
 from pretrain.errors import UserError
-from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_USER_ERROR
+from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_PREEMPTED, EXIT_USER_ERROR
 from pretrain.fence import FencedOffError
 from pretrain.phases import Phases, load_phases
+from pretrain.preemption import Preempted, listen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank. Returns the exit code: 0 done, 2 a user's error, 77 where another copy of the run has its folder;
-    the message is printed once. Anything else raises.
+    """Run one rank. Returns the exit code: 0 done, 2 a user's error, 77 where another copy of the run has its folder,
+    each with its message printed once, 75 stopped on request. Anything else raises.
     """
     try:
         options = parse(argv)
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(phases: Phases, resume: str) -> int:
+    listen()
     from pretrain.loop import train  # late: --help and --dry-run need no DeepSpeed
 
     try:
@@ -46,6 +48,9 @@ def _train(phases: Phases, resume: str) -> int:
         return _refuse_before_start(UserError(str(error)))
     try:
         train(phases, world, resume=resume)
+    except Preempted:
+        process.shutdown()
+        return EXIT_PREEMPTED
     except UserError as error:
         if world.is_main or not isinstance(error, SharedUserError):
             rank = "" if world.size == 1 or isinstance(error, SharedUserError) else f"rank {world.rank}: "

@@ -29,6 +29,7 @@ MAY_IMPORT = {
         "pretrain.phases",
         "pretrain.command_line",
         "pretrain.errors",
+        "pretrain.exit_codes",
     ),  # what a recipe and its options say
     "tools": FOLDERS,
 }

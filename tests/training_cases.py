@@ -68,6 +68,19 @@ def write_recipe(data: Path, folder: Path, *, steps: int = 12, **sections: Mappi
     return path
 
 
+def write_synthetic_recipe(folder: Path, *, steps: int = 14, **sections: Mapping[str, Any]) -> Path:
+    """As `write_recipe`, of recall over 8 to 16 tokens: it needs no shards."""
+    fields = recipe_fields(Path("none"), folder, steps=steps)
+    task = {"kind": "recall", "num_pairs": 4, "num_queries": 4, "filler": [8, 16], "num_keys": 8, "num_values": 8}
+    fields["data"] = {"kind": "synthetic", "num_workers": 1, "task": task}
+    for name, changes in sections.items():
+        fields[name] = {**fields[name], **changes}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
 def pretrain(
     recipe: Path,
     *options: str,
