@@ -5,6 +5,7 @@ output is lost when the launcher dies, and a rank never blocks on a full pipe. A
 launch/guard.py holds.
 """
 
+import math
 import os
 import re
 import signal
@@ -289,7 +290,8 @@ class _Watch:
                 self.deadline = time.monotonic()
             return
         self.interrupted = True
-        self.say(f"{name}: handing it on to the ranks; they have {self.grace_seconds:g} s to end")
+        limit = f"; they have {self.grace_seconds:g} s to end" if math.isfinite(self.grace_seconds) else ""
+        self.say(f"{name}: handing it on to the ranks{limit}")
         self.group.send(signal.SIGTERM if number == signal.SIGHUP else number)
         self.deadline = time.monotonic() + self.grace_seconds
 

@@ -49,7 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="example: python -m launch slurm --nodes 4 --gpus-per-node 8 --time 1-00 launch/recipes/titans-760m.yaml",
+        epilog="example: python -m launch slurm --nodes 4 --gpus-per-node 8 --time 1-00 launch/recipes/long-760m.yaml",
     )
     number, text = {"type": int, "metavar": "N"}, {"metavar": "TEXT"}
     parser.add_argument("--nodes", default=1, **number, help="nodes (default 1)")
@@ -127,7 +127,7 @@ def script_of(options: argparse.Namespace, name: str, folder: Path) -> JobScript
         name=options.job_name or name,
         run_folder=folder.absolute(),
         directory=Path.cwd(),
-        python=sys.executable,
+        python="python" if options.container else sys.executable,
         training=(options.recipe, *(word for word in options.arguments if word != "--dry-run")),
         nodes=options.nodes,
         tasks_per_node=options.tasks_per_node or options.gpus_per_node or 1,

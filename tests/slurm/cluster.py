@@ -54,11 +54,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         self.folder = folder
         tag = f"{os.getpid() % 46656:x}"
         self.nodes = [f"s{tag}n{number}" for number in range(1, nodes + 1)]
-        self._bridge, self._net, self._cpus = (
-            f"s{tag}br",
-            f"10.{os.getpid() // 256 % 100 + 100}.{os.getpid() % 256}",
-            cpus,
-        )
+        self._bridge, self._net = f"s{tag}br", f"10.{os.getpid() // 256 % 100 + 100}.{os.getpid() % 256}"
+        self._cpus = cpus
         self._host = socket.gethostname().split(".")[0]
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -151,7 +148,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         addresses = {node: f"{self._net}.{number}" for number, node in enumerate(self.nodes, start=1)}
         lines = [
-            f"NodeName={node} NodeHostname={node} NodeAddr={address} Port={6818} CPUs={self._cpus} RealMemory=2000"
+            f"NodeName={node} NodeHostname={node} NodeAddr={address} Port=6818 CPUs={self._cpus} RealMemory=2000"
             for node, address in addresses.items()
         ]
         with socket.socket() as probe:
@@ -161,7 +158,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             host=self._host, address=f"{self._net}.254", port=port, folder=self.folder, nodes="\n".join(lines)
         )
         (self.folder / "slurm.conf").write_text(configuration)
-        known = {**{node: address for node, address in addresses.items()}, self._host: f"{self._net}.254"}
+        known = addresses | {self._host: f"{self._net}.254"}
         hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in known.items())]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
         (self.folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
@@ -267,9 +264,7 @@ def main() -> None:
         sys.exit(reason)
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()).absolute()
     with Cluster(folder) as cluster:
-        print(
-            f"export SLURM_CONF={cluster.environment['SLURM_CONF']}    # nodes: {' '.join(cluster.nodes)}; Ctrl-C ends"
-        )
+        print(f"export SLURM_CONF={folder / 'slurm.conf'}    # nodes: {' '.join(cluster.nodes)}; Ctrl-C ends them")
         try:
             signal.pause()
         except KeyboardInterrupt:
