@@ -8,6 +8,7 @@ with its node; the next one writes it.
 import json
 import os
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -68,6 +69,16 @@ class Attempt:
         """Whether it ended, or was lost, in a way that nobody asked for and starting again may mend."""
         known = (EXIT_DONE, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_FENCED_OFF)
         return self.ended is not None and self.exit_code not in known
+
+    @property
+    def failure(self) -> str | None:
+        """What went wrong, in words; None where it did not fail."""
+        if self.ended is None or self.exit_code in (EXIT_DONE, EXIT_PREEMPTED):
+            return None
+        code = "nobody saw its end" if self.exit_code is None else f"exit code {self.exit_code}"
+        if self.exit_code is not None and self.exit_code > 128:  # as shells say it
+            code = f"killed by {signal.Signals(self.exit_code - 128).name}"
+        return ("" if self.rank is None else f"rank {self.rank}: ") + (self.error or code)
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,8 @@ class Ledger:
         """An attempt with its end, which is not written yet.
 
         Args:
-            rank, error: of the rank that failed first, where the launcher saw it; else what run.jsonl says.
+            rank, error: of the rank that failed first, where the launcher saw it; else the error is run.jsonl's, of
+                rank 0, which may have lost its peer.
         """
         progress = Progress.of(read_events(self.run_folder, attempt.events_from))
         return replace(
@@ -193,7 +205,7 @@ class Ledger:
             step=progress.step,
             saved=progress.saved,
             rank=rank,
-            error=error or progress.error,
+            error=progress.error if rank is None else error,
         )
 
     def write(self, attempt: Attempt) -> None:

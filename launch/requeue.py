@@ -76,8 +76,9 @@ def end(options: argparse.Namespace) -> int:
         say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
         # Without the ledger crashes cannot be counted.
         decision = decision if ended.exit_code == EXIT_PREEMPTED else Decision(False, "the ledger cannot be written")
-    who = "" if ended.rank is None else f" (rank {ended.rank} first: {ended.error or 'see its log'})"
-    say(f"attempt {ended.attempt} ended with {ended.exit_code}{who}: {decision.reason}")
+    say(f"attempt {ended.attempt} ended with {ended.exit_code}: {decision.reason}")
+    if ended.failure is not None:
+        say(f"first to fail: {ended.failure}")
     print(f"again {decision.wait_seconds:.0f}" if decision.again else f"end {ended.exit_code}")
     return 0
 

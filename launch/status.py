@@ -206,9 +206,8 @@ def last_error(last: dict[str, Any], attempts: list[Attempt]) -> str | None:
         event = last["error"]
         found.append((_time(event), f"{event.get('type')}: {event.get('message')}"))
     for attempt in attempts:
-        if attempt.ended is not None and attempt.error is not None and attempt.exit_code not in (0, 75):
-            where = "" if attempt.rank is None else f"rank {attempt.rank}: "
-            found.append((datetime.fromisoformat(attempt.ended), where + attempt.error))
+        if attempt.ended is not None and attempt.failure is not None:
+            found.append((datetime.fromisoformat(attempt.ended), attempt.failure))
     return max(found)[1] if found else None
 
 

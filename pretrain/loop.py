@@ -279,6 +279,7 @@ def announce(
         log.event("damaged", message=warning)
         if world.is_main:
             loud(warning)
+    log.restarted(state.step)
     name, steps = phases.run.name, state.total_steps(phases, world.size)
     where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps, "data": data}
     where |= {"backends": backends, **_placed(place)}

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from parallel.process import World
 from pretrain.preemption import STOP_SIGNALS, StopRequests, listen
@@ -42,6 +43,8 @@ def test_preempted_runs_end_as_one_that_was_not(tmp_path: Path) -> None:
     assert losses(folder) == losses(whole) and len(losses(whole)) == 14
     assert [e["loss"] for e in events(folder, "eval")] == [e["loss"] for e in events(whole, "eval")]
     assert not events(folder, "error")
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("run/restarts")] == [(0, 0), (0, 1), (3, 2), (4, 3), (8, 4)]
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -1,0 +1,202 @@
+"""What a Slurm job survives: each scenario does one thing to a running job and sees it end as one that nobody touched.
+
+`python -m tests.slurm.scenarios [NAME...]` runs them on a cluster of two nodes and a spare on this machine and prints
+the table of launch/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.distributed_helper import ROOT
+from tests.slurm.cluster import Cluster, reason_to_skip
+from tests.slurm.lab import Lab, Loss
+from tests.training_cases import events
+
+STEPS = 400
+"""Of each run, with a checkpoint every 20: long enough for a signal to meet it in the middle."""
+
+HANG = """
+import os
+if os.environ.get("RANK") == "1" and not os.path.exists(os.environ["HUNG_ONCE"]):
+    import time
+    from parallel.engine import Engine
+
+    def sleeping_step(self, *arguments, step=Engine.train_step, **options):
+        self.taken = getattr(self, "taken", 0) + 1
+        if self.taken == 50:
+            open(os.environ["HUNG_ONCE"], "w").close()
+            time.sleep(3600)
+        return step(self, *arguments, **options)
+
+    Engine.train_step = sleeping_step
+"""
+
+
+def untouched(lab: Lab) -> Loss:
+    """Submitted, trained, done."""
+    job = lab.submit("untouched")
+    lab.wait_end("untouched", job)
+    lab.assert_done_like("untouched", lab.reference())
+    assert [a["exit_code"] for a in lab.attempts("untouched")] == [0]
+    return lab.cost("untouched")
+
+
+def preempted(lab: Lab) -> Loss:
+    """USR1 three times."""
+    job = lab.submit("preempted")
+    for number in (1, 2, 3):
+        lab.wait_step("preempted", 90 * number)
+        lab.cluster.command("scancel", "--batch", "--signal=USR1", job)
+        lab.wait_for(lambda n=number: len(events(lab.folder / "preempted", "preempt")) == n, "the stop")
+    lab.wait_end("preempted", job)
+    lab.assert_done_like("preempted", lab.reference())
+    assert [a["exit_code"] for a in lab.attempts("preempted")] == [75, 75, 75, 0]
+    cost = lab.cost("preempted")
+    assert cost.steps == 0
+    return cost
+
+
+def time_limit(lab: Lab) -> Loss:
+    """A time limit of a minute, of which the last 25 s are for saving, for a run that takes longer."""
+    job = lab.submit("limited", "--time", "1", "--signal-seconds", "25", steps=lab.steps * 5)
+    lab.wait_end("limited", job, seconds=1500)
+    lab.assert_done_like("limited", lab.reference(steps=lab.steps * 5))
+    codes = [a["exit_code"] for a in lab.attempts("limited")]
+    assert len(codes) > 1 and set(codes[:-1]) == {75} and codes[-1] == 0, codes
+    cost = lab.cost("limited")
+    assert cost.steps == 0
+    return cost
+
+
+def killed_rank(lab: Lab) -> Loss:
+    """SIGKILL to a rank."""
+    job = lab.submit("killed")
+    lab.wait_step("killed", 110)
+    os.kill(lab.rank_process("killed", 1), signal.SIGKILL)
+    lab.wait_end("killed", job)
+    lab.assert_done_like("killed", lab.reference())
+    first, last = lab.attempts("killed")
+    assert (first["exit_code"], first["rank"], last["exit_code"]) == (137, 1, 0)
+    return lab.cost("killed")
+
+
+def lost_node(lab: Lab) -> Loss:
+    """All processes of the node with rank 0 and the job script killed at once; a spare takes its place."""
+    job = lab.submit("lost")
+    lab.wait_step("lost", 110)
+    node = lab.nodes_of(job)[0]
+    lab.cluster.kill_node(node)
+    lab.wait_for(lambda: lab.job_state(job) == "RUNNING" and node not in lab.nodes_of(job), "the spare")
+    lab.wait_end("lost", job)
+    lab.assert_done_like("lost", lab.reference())
+    assert [a["exit_code"] for a in lab.attempts("lost")] == [None, 0]
+    lab.cluster.start_node(node)
+    lab.cluster.wait_idle(lab.cluster.nodes)
+    return lab.cost("lost")
+
+
+def cut_network(lab: Lab) -> Loss:
+    """The network of the only node cut while the job runs on there, and healed when its next copy runs elsewhere. The
+    older copy is fenced off: it ends by itself, and changes nothing.
+    """
+    job = lab.submit("cut", "--nodes", "1", "--tasks-per-node", "2", steps=lab.steps * 5)
+    lab.wait_step("cut", 60)
+    (node,) = lab.nodes_of(job)
+    old = [lab.rank_process("cut", rank) for rank in (0, 1)]
+    lab.cluster.cut(node)
+    # Both nodes are one kernel here, so that the lock of the older copy holds against the newer one, as that of a node
+    # which is cut off does not.
+    (lab.folder / "cut" / ".lock").unlink()
+    lab.wait_for(lambda: len(events(lab.folder / "cut", "resume")) == 1, "the next copy")
+    lab.cluster.heal(node)
+    lab.wait_for(lambda: not any(alive(pid) for pid in old), "the end of the older copy")
+    lab.wait_end("cut", job, seconds=1500)
+    lab.assert_done_like("cut", lab.reference(steps=lab.steps * 5))
+    lab.cluster.wait_idle(lab.cluster.nodes)
+    return lab.cost("cut")
+
+
+def restarted_controller(lab: Lab) -> Loss:
+    """slurmctld killed, and started again ten seconds later."""
+    job = lab.submit("controller")
+    lab.wait_step("controller", 60)
+    lab.cluster.stop_controller()
+    time.sleep(10)
+    lab.cluster.start_controller()
+    lab.wait_for(lambda: bool(events(lab.folder / "controller", "done")), "the run's end")
+    lab.wait_end("controller", job)
+    lab.assert_done_like("controller", lab.reference())
+    assert [a["exit_code"] for a in lab.attempts("controller")] == [0]
+    return lab.cost("controller")
+
+
+def hanging_rank(lab: Lab) -> Loss:
+    """A rank asleep while the other waits for it in a collective; the watchdog has 15 s."""
+    patches = lab.folder / "patches"
+    patches.mkdir(exist_ok=True)
+    (patches / "sitecustomize.py").write_text(HANG)
+    environment = {"PYTHONPATH": f"{patches}:{ROOT}", "HUNG_ONCE": str(lab.folder / "hung-once")}
+    parallel = {"step_timeout_seconds": 15}
+    job = lab.submit("hanging", environment=environment, parallel=parallel)
+    lab.wait_end("hanging", job)
+    lab.assert_done_like("hanging", lab.reference())
+    assert [a["exit_code"] for a in lab.attempts("hanging")] == [124, 0]
+    logs = [(lab.folder / "hanging" / "logs" / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert all("hangs: step 50 is not done after 15 s" in log for log in logs)
+    assert "in sleeping_step" in logs[1] and "all_reduce" in logs[0]
+    return lab.cost("hanging")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+SCENARIOS: dict[str, Callable[[Lab], Loss]] = {
+    "nothing happens": untouched,
+    "preempted (USR1) three times": preempted,
+    "time limit": time_limit,
+    "a rank killed with SIGKILL": killed_rank,
+    "a node lost, a spare takes over": lost_node,
+    "network cut and healed, the old copy fenced off": cut_network,
+    "slurmctld restarted": restarted_controller,
+    "a rank asleep in a step (watchdog after 15 s)": hanging_rank,
+}
+
+
+def main() -> None:
+    """Run the scenarios and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = {function.__name__: title for title, function in SCENARIOS.items()}
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names)} (default: all)")
+    chosen = parser.parse_args().names or list(names)
+    if reason := reason_to_skip():
+        sys.exit(reason)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "cluster").mkdir()
+        with Cluster(Path(folder) / "cluster") as cluster:
+            lab = Lab(cluster, Path(folder) / "runs", steps=STEPS)
+            rows = []
+            for name in chosen:
+                print(f"{names[name]} ...", file=sys.stderr, flush=True)
+                cost = SCENARIOS[names[name]](lab)
+                resumed = f"{cost.seconds:.0f}" if cost.attempts > 1 else "-"
+                rows.append(f"| {names[name]} | {cost.attempts} | {cost.steps} | {resumed} | bitwise, all whole |")
+                print(rows[-1], file=sys.stderr, flush=True)
+    print("| what happens | attempts | steps lost | seconds to resume, at most | losses, checkpoints |")
+    print("|---|---|---|---|---|\n" + "\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
