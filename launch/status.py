@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 import socket
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -45,7 +46,8 @@ class Status:
     folder: str
     name: str | None
     state: str
-    """done, running, pending, stopped, failed, lost (nobody saw its end), or not started."""
+    """done, running, pending, stopped, failed, lost (nobody saw its end), not started, or unknown (of a job, where
+    there is no squeue to ask)."""
 
     job: str | None
     """A Slurm job's number, or `local-<host>-<process id>`."""
@@ -179,7 +181,7 @@ def state_of(last: dict[str, Any], attempts: list[Attempt], job: str | None, job
         return {0: "done", 75: "stopped"}.get(-1 if newest.exit_code is None else newest.exit_code, "failed")
     if (pid := local_process(newest)) is not None:
         return "running" if pid else "running on another host"
-    return "lost"
+    return "unknown" if newest.job.isdigit() and shutil.which("squeue") is None else "lost"
 
 
 def local_process(attempt: Attempt) -> int | None:

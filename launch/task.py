@@ -18,7 +18,7 @@ from launch.local import prepare_log, say
 from launch.processes import RankCommand, run_ranks
 from launch.run_events import LOGS_FOLDER
 from pretrain.errors import UserError
-from pretrain.exit_codes import EXIT_DONE, EXIT_PREEMPTED
+from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 EXITS_FOLDER = "exits"
 GRACE_SECONDS = float("inf")
@@ -119,5 +119,9 @@ def read_exits(folder: Path, attempt: int) -> list[RankExit]:
 
 
 def first_failure(exits: list[RankExit]) -> RankExit | None:
-    """The first rank that ended neither done nor stopped on request."""
-    return next((left for left in exits if left.exit_code not in (EXIT_DONE, EXIT_PREEMPTED)), None)
+    """The rank that tells what went wrong: one that says what has to be mended, or that the run is another copy's;
+    else the first that ended neither done nor stopped on request.
+    """
+    failed = [left for left in exits if left.exit_code not in (EXIT_DONE, EXIT_PREEMPTED)]
+    told = [left for left in failed if left.exit_code in (EXIT_USER_ERROR, EXIT_FENCED_OFF)]
+    return next(iter([*told, *failed]), None)

@@ -163,7 +163,7 @@ def end(folder: Path, capfd, attempt: int, code: int, exits: dict[int, tuple[flo
 def test_the_first_rank_to_fail_decides_and_not_the_exit_code_of_srun(tmp_path, capfd):
     assert begin(tmp_path, capfd) == "1"
     lost_peer = (11.0, 1, "RuntimeError: Connection closed by peer")
-    assert end(tmp_path, capfd, 1, 143, {0: lost_peer, 1: (10.0, 2, "error: no space")}) == "end 2"
+    assert end(tmp_path, capfd, 1, 143, {0: lost_peer, 1: (12.0, 2, "error: no space")}) == "end 2"
     assert Ledger(tmp_path).read()[0].failure == "rank 1: error: no space"
     assert begin(tmp_path, capfd) == "2"
     assert end(tmp_path, capfd, 2, 143, {0: (20.0, 75, None), 1: (20.1, 75, None)}) == "again 0"

@@ -247,11 +247,11 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
 KillWait=5
-SlurmdTimeout=15
+SlurmdTimeout=20
 SlurmctldTimeout=30
 InactiveLimit=0
-MessageTimeout=10
-BatchStartTimeout=10
+MessageTimeout=30
+BatchStartTimeout=60
 SchedulerParameters=sched_min_interval=0,bf_interval=1,requeue_delay=1
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 {nodes}
