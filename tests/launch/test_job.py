@@ -135,6 +135,15 @@ def test_print_and_no_submit_give_the_same_script(capfd, monkeypatch, tmp_path):
     assert directives(printed)["output"] == f"{tmp_path}/my run/logs/job-%j.log"
 
 
+def test_a_dry_run_shows_the_plan_and_leaves_nothing_behind(capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
+    folder = tmp_path / "run"
+    assert main(["slurm", "--dry-run", "--nodes", "2", DEMO, "--folder", str(folder)]) == 0
+    shown = capfd.readouterr().out
+    assert "job demo: 2 nodes x 1 ranks on CPUs" in shown and "sbatch is not on the PATH" in shown and "mac" in shown
+    assert not folder.exists()
+
+
 def test_a_task_takes_its_place_from_slurm():
     found = environment_of_task({**STEP, "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "6"})
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")

@@ -20,6 +20,7 @@ import pretrain.steps
 from parallel.engine import Engine
 from parallel.process import exit_now, initialize, shutdown
 from pretrain import preemption
+from pretrain.checkpoints import Checkpoints
 from pretrain.loop import train
 from pretrain.phases import load_phases
 
@@ -47,7 +48,7 @@ def main(whole: str, stopped: str, attempts: str) -> None:
     train(load_phases(whole), world)
     pretrain.loop.build_engine = signalling("start", pretrain.loop.build_engine)
     pretrain.steps.evaluate = signalling("evaluation", pretrain.steps.evaluate)
-    pretrain.steps.write_checkpoint = signalling("save", pretrain.steps.write_checkpoint)
+    Checkpoints.save = signalling("save", Checkpoints.save)
     Engine.train_step = signalling("step", Engine.train_step)
     for plan[:] in json.loads(attempts):
         times.clear()
