@@ -106,8 +106,10 @@ def launch_with_restarts(argv: Sequence[str], folder: Path, options: argparse.Na
             again_when_stopped=False,
             told_to_stop=outcome.interrupted or told_to_stop(folder),
         )
-        with writable(folder):
+        try:
             ledger.write(replace(ended, reason=decision.reason))
+        except OSError as error:  # what the run itself said of a full disk is what matters
+            say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
         if not decision.again:
             if options.restarts and ended.crashed:
                 say(f"not started again: {decision.reason}")

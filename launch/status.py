@@ -46,8 +46,8 @@ class Status:
     folder: str
     name: str | None
     state: str
-    """done, running, pending, stopped, failed, lost (nobody saw its end), not started, or unknown (of a job, where
-    there is no squeue to ask)."""
+    """done, running, running on another host, pending, stopped, failed, lost (nobody saw its end), not started, or
+    unknown (of a job, where there is no squeue to ask)."""
 
     job: str | None
     """A Slurm job's number, or `local-<host>-<process id>`."""
@@ -113,9 +113,9 @@ def status_of(folder: Path) -> Status:
     began = max((last[kind] for kind in ("start", "resume") if kind in last), key=_time, default={})
     stands = max((event for event in last.values() if "tokens" in event), key=_time, default={})
     step, total = last.get("step", {}), total_tokens(began.get("recipe", {}))
-    job = submitted.job if submitted else attempts[-1].job if attempts else None
-    if attempts and submitted and attempts[-1].started > submitted.submitted:
-        job = attempts[-1].job
+    job = submitted.job if submitted else None
+    if attempts and (submitted is None or attempts[-1].started > submitted.submitted):
+        job = newest_attempt(attempts).job
     job_state = queue_state(job) if job is not None and job.isdigit() else None
     state = state_of(last, attempts, job, job_state)
     speed = step.get("tokens_per_second") if state == "running" or state == "done" else None
@@ -176,12 +176,19 @@ def state_of(last: dict[str, Any], attempts: list[Attempt], job: str | None, job
         return "pending" if job_state in ("PENDING", "REQUEUED") else "running"
     if not attempts:
         return "done" if "done" in last else "not started" if not last else "unknown"
-    newest = attempts[-1]
+    newest = newest_attempt(attempts)
     if newest.ended is not None:
         return {0: "done", 75: "stopped"}.get(-1 if newest.exit_code is None else newest.exit_code, "failed")
     if (pid := local_process(newest)) is not None:
         return "running" if pid else "running on another host"
     return "unknown" if newest.job.isdigit() and shutil.which("squeue") is None else "lost"
+
+
+def newest_attempt(attempts: list[Attempt]) -> Attempt:
+    """The one that runs on this host, if one does: behind it there may be launches that were refused for it. Else the
+    last one.
+    """
+    return next((found for found in reversed(attempts) if local_process(found)), attempts[-1])
 
 
 def local_process(attempt: Attempt) -> int | None:

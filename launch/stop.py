@@ -10,7 +10,7 @@ from launch.attempts import Ledger, ask_to_stop
 from launch.jobs import SubmittedJob, queue_state
 from launch.local import say, writable
 from launch.runs import find_run
-from launch.status import local_process
+from launch.status import local_process, newest_attempt
 from pretrain.errors import UserError
 
 HELP = """\
@@ -29,9 +29,10 @@ def run(options: argparse.Namespace) -> int:
     """Ask the run to stop; returns 0 once it was asked. Raises UserError where it does not run, or not here."""
     folder = find_run(options.name)
     attempts = Ledger(folder).read()
-    pid = local_process(attempts[-1]) if attempts else None
-    if pid == 0:
-        raise UserError(f"{folder}: runs on another host (job {attempts[-1].job}): run this there")
+    attempt = newest_attempt(attempts) if attempts else None
+    pid = None if attempt is None else local_process(attempt)
+    if attempt is not None and pid == 0:
+        raise UserError(f"{folder}: runs on another host (job {attempt.job}): run this there")
     if pid is not None:
         with writable(folder):
             ask_to_stop(folder)

@@ -79,6 +79,9 @@ def test_a_run_of_this_machine_is_seen_to_run_and_is_stopped(run, capfd):
         found = status(str(run), capfd=capfd)
         assert found["state"] == "running" and (found["tokens_per_second"], found["mfu"]) == (100.0, 0.4)
         assert found["seconds_left"] == 90.0
+        ledger = Ledger(run)
+        ledger.write(ledger.ended(ledger.begin("local-here-2", ["here"]), 2))  # refused: the folder is taken
+        assert status(str(run), capfd=capfd)["state"] == "running"
         main(["status", str(run)])
         text = capfd.readouterr().out
         assert "1,000 of 10,000 tokens (10.0 %)" in text and "MFU 40.0 %, 1m 30s left" in text
