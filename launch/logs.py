@@ -36,15 +36,15 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{path}: no such log; there are those of {len(ranks)} ranks, the last {ranks[-1:] or 'none'}")
     print(f"--- {path}", flush=True)
     start = start_of_last_lines(path, options.lines)
-    follower = LogFollower(path, start, sys.stdout.buffer)
-    follower.copy()
     try:
+        follower = LogFollower(path, start, sys.stdout.buffer)
+        follower.copy()
         while options.follow:
             time.sleep(POLL_SECONDS)
             follower.copy()
+        follower.close()
     except KeyboardInterrupt:
-        print()
-    follower.close()
+        return 0  # how a person ends it
     return 0
 
 
