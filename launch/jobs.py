@@ -30,10 +30,12 @@ class SubmittedJob:
 
 def queue_state(job: str) -> str | None:
     """A job's state as squeue says it (PENDING, RUNNING, COMPLETING ...); None where it has ended, or there is no
-    Slurm.
+    Slurm; UNKNOWN where Slurm does not answer.
     """
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", f"--job={job}", "--format=%T"]
     result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode and "Invalid job id" not in result.stderr:  # said of jobs that have ended a while ago
+        return "UNKNOWN"
     return result.stdout.strip() or None

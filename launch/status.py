@@ -47,7 +47,7 @@ class Status:
     name: str | None
     state: str
     """done, running, running on another host, pending, stopped, failed, lost (nobody saw its end), not started, or
-    unknown (of a job, where there is no squeue to ask)."""
+    unknown (of a job, where squeue cannot be asked)."""
 
     job: str | None
     """A Slurm job's number, or `local-<host>-<process id>`."""
@@ -173,7 +173,7 @@ def total_tokens(recipe: dict[str, Any]) -> int | None:
 def state_of(last: dict[str, Any], attempts: list[Attempt], job: str | None, job_state: str | None) -> str:
     """The run's state in a word (see Status)."""
     if job_state is not None:
-        return "pending" if job_state in ("PENDING", "REQUEUED") else "running"
+        return {"PENDING": "pending", "REQUEUED": "pending", "UNKNOWN": "unknown"}.get(job_state, "running")
     if not attempts:
         return "done" if "done" in last else "not started" if not last else "unknown"
     newest = newest_attempt(attempts)

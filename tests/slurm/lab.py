@@ -42,15 +42,15 @@ class Lab:
         self.cluster, self.folder, self.steps = cluster, folder, steps
         self._fields = {"checkpoint": {"every_tokens": 128 * every, "keep": 3}, "evaluation": {"every_tokens": None}}
 
-    def recipe(self, name: str, *, steps: int | None = None, **sections: Any) -> Path:
-        """The recipe of a run in a folder of its own; of other steps where they are given."""
-        return write_synthetic_recipe(self.folder / name, steps=steps or self.steps, **{**self._fields, **sections})
+    def recipe(self, name: str, **sections: Any) -> Path:
+        """The recipe of a run in a folder of its own."""
+        return write_synthetic_recipe(self.folder / name, steps=self.steps, **{**self._fields, **sections})
 
-    def reference(self, *, steps: int | None = None) -> dict[int, float]:
+    def reference(self) -> dict[int, float]:
         """The losses of a run that nobody touches, on two processes of this machine."""
-        folder = self.folder / f"{REFERENCE}{steps or self.steps}"
+        folder = self.folder / REFERENCE
         if not events(folder, "done"):
-            pretrain(self.recipe(folder.name, steps=steps), ranks=2, timeout=600)
+            pretrain(self.recipe(folder.name), ranks=2, timeout=600)
         return losses(folder)
 
     def submit(self, name: str, *options: str, environment: dict[str, str] | None = None, **sections: Any) -> str:
@@ -73,6 +73,8 @@ class Lab:
         result = subprocess.run(
             ["squeue", "-h", "-j", job, "-o", "%T"], env=self.cluster.environment, capture_output=True, text=True
         )
+        if result.returncode and "Invalid job id" not in result.stderr:
+            return "UNKNOWN"  # the controller is away
         return result.stdout.strip() or None
 
     def nodes_of(self, job: str) -> list[str]:
@@ -130,15 +132,15 @@ class Lab:
 
     def cost(self, name: str) -> Loss:
         """What the interruptions of a run cost."""
-        lost, longest, last, resumed = 0, 0.0, None, None
+        lost, longest, last, since, first = 0, 0.0, None, None, None
         for event in events(self.folder / name):
             at = datetime.fromisoformat(event["time"]).timestamp()
             if event["event"] in ("start", "resume") and last is not None:
-                resumed = last
+                since, first = last[1], event["step"] + 1
                 lost += max(last[0] - event["step"], 0)
             elif event["event"] == "step":
-                if resumed is not None:
-                    longest, resumed = max(longest, at - resumed[1]), None
+                if event["step"] == first and since is not None:
+                    longest, since = max(longest, at - since), None
                 last = (event["step"], at)
         return Loss(len(self.attempts(name)), lost, longest)
 

@@ -7,12 +7,14 @@ the table of launch/README.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from tests.distributed_helper import ROOT
@@ -23,21 +25,32 @@ from tests.training_cases import events
 STEPS = 400
 """Of each run, with a checkpoint every 20: long enough for a signal to meet it in the middle."""
 
-HANG = """
+SLEEP = """
 import os
-if os.environ.get("RANK") == "1" and not os.path.exists(os.environ["HUNG_ONCE"]):
+if "RANK" in os.environ and "SECONDS_A_STEP" in os.environ:
     import time
     from parallel.engine import Engine
 
     def sleeping_step(self, *arguments, step=Engine.train_step, **options):
         self.taken = getattr(self, "taken", 0) + 1
-        if self.taken == 50:
-            open(os.environ["HUNG_ONCE"], "w").close()
+        time.sleep(float(os.environ["SECONDS_A_STEP"]))
+        once = os.environ.get("HANG_ONCE")
+        if once and self.taken == 50 and os.environ["RANK"] == "1" and not os.path.exists(once):
+            open(once, "w").close()
             time.sleep(3600)
         return step(self, *arguments, **options)
 
     Engine.train_step = sleeping_step
 """
+"""Makes steps longer without work, and the 50th hang, once."""
+
+
+def sleeping(lab: Lab, seconds: float, **more: str) -> dict[str, str]:
+    """The environment of a job whose steps take so much longer."""
+    patches = lab.folder / "patches"
+    patches.mkdir(parents=True, exist_ok=True)
+    (patches / "sitecustomize.py").write_text(SLEEP)
+    return {"PYTHONPATH": f"{patches}:{ROOT}", "SECONDS_A_STEP": str(seconds), **more}
 
 
 def untouched(lab: Lab) -> Loss:
@@ -66,9 +79,9 @@ def preempted(lab: Lab) -> Loss:
 
 def time_limit(lab: Lab) -> Loss:
     """A time limit of a minute, of which the last 25 s are for saving, for a run that takes longer."""
-    job = lab.submit("limited", "--time", "1", "--signal-seconds", "25", steps=lab.steps * 5)
+    job = lab.submit("limited", "--time", "1", "--signal-seconds", "25", environment=sleeping(lab, 0.1))
     lab.wait_end("limited", job, seconds=1500)
-    lab.assert_done_like("limited", lab.reference(steps=lab.steps * 5))
+    lab.assert_done_like("limited", lab.reference())
     codes = [a["exit_code"] for a in lab.attempts("limited")]
     assert len(codes) > 1 and set(codes[:-1]) == {75} and codes[-1] == 0, codes
     cost = lab.cost("limited")
@@ -107,21 +120,26 @@ def cut_network(lab: Lab) -> Loss:
     """The network of the only node cut while the job runs on there, and healed when its next copy runs elsewhere. The
     older copy is fenced off: it ends by itself, and changes nothing.
     """
-    job = lab.submit("cut", "--nodes", "1", "--tasks-per-node", "2", steps=lab.steps * 5)
+    job = lab.submit("cut", "--nodes", "1", "--tasks-per-node", "2", environment=sleeping(lab, 0.3))
     lab.wait_step("cut", 60)
     (node,) = lab.nodes_of(job)
     old = [lab.rank_process("cut", rank) for rank in (0, 1)]
     lab.cluster.cut(node)
+    since = time.time()
     # Both nodes are one kernel here, so that the lock of the older copy holds against the newer one, as that of a node
     # which is cut off does not.
     (lab.folder / "cut" / ".lock").unlink()
     lab.wait_for(lambda: len(events(lab.folder / "cut", "resume")) == 1, "the next copy")
+    lab.wait_for(lambda: not any(alive(pid) for pid in old), "the end of the older copy, while it is cut off")
+    assert lab.job_state(job) == "RUNNING"
     lab.cluster.heal(node)
-    lab.wait_for(lambda: not any(alive(pid) for pid in old), "the end of the older copy")
     lab.wait_end("cut", job, seconds=1500)
-    lab.assert_done_like("cut", lab.reference(steps=lab.steps * 5))
+    lab.assert_done_like("cut", lab.reference())
+    assert "took its folder over" in (lab.folder / "cut" / "logs" / "rank0.log").read_text()
+    assert [a["exit_code"] for a in lab.attempts("cut")] == [77, 0]
     lab.cluster.wait_idle(lab.cluster.nodes)
-    return lab.cost("cut")
+    (resumed,) = events(lab.folder / "cut", "resume")
+    return dataclasses.replace(lab.cost("cut"), seconds=datetime.fromisoformat(resumed["time"]).timestamp() - since)
 
 
 def restarted_controller(lab: Lab) -> Loss:
@@ -140,10 +158,7 @@ def restarted_controller(lab: Lab) -> Loss:
 
 def hanging_rank(lab: Lab) -> Loss:
     """A rank asleep while the other waits for it in a collective; the watchdog has 15 s."""
-    patches = lab.folder / "patches"
-    patches.mkdir(exist_ok=True)
-    (patches / "sitecustomize.py").write_text(HANG)
-    environment = {"PYTHONPATH": f"{patches}:{ROOT}", "HUNG_ONCE": str(lab.folder / "hung-once")}
+    environment = sleeping(lab, 0.0, HANG_ONCE=str(lab.folder / "hung-once"))
     parallel = {"step_timeout_seconds": 15}
     job = lab.submit("hanging", environment=environment, parallel=parallel)
     lab.wait_end("hanging", job)
