@@ -22,7 +22,7 @@ from tests.slurm.cluster import Cluster, reason_to_skip
 from tests.slurm.lab import Lab, Loss
 from tests.training_cases import events
 
-STEPS = 400
+STEPS = 150
 """Of each run, with a checkpoint every 20: long enough for a signal to meet it in the middle."""
 
 SLEEP = """
@@ -66,7 +66,7 @@ def preempted(lab: Lab) -> Loss:
     """USR1 three times."""
     job = lab.submit("preempted")
     for number in (1, 2, 3):
-        lab.wait_step("preempted", 90 * number)
+        lab.wait_step("preempted", 35 * number)
         lab.cluster.command("scancel", "--batch", "--signal=USR1", job)
         lab.wait_for(lambda n=number: len(events(lab.folder / "preempted", "preempt")) == n, "the stop")
     lab.wait_end("preempted", job)
@@ -79,7 +79,7 @@ def preempted(lab: Lab) -> Loss:
 
 def time_limit(lab: Lab) -> Loss:
     """A time limit of a minute, of which the last 25 s are for saving, for a run that takes longer."""
-    job = lab.submit("limited", "--time", "1", "--signal-seconds", "25", environment=sleeping(lab, 0.1))
+    job = lab.submit("limited", "--time", "1", "--signal-seconds", "25", environment=sleeping(lab, 0.3))
     lab.wait_end("limited", job, seconds=1500)
     lab.assert_done_like("limited", lab.reference())
     codes = [a["exit_code"] for a in lab.attempts("limited")]
@@ -92,7 +92,7 @@ def time_limit(lab: Lab) -> Loss:
 def killed_rank(lab: Lab) -> Loss:
     """SIGKILL to a rank."""
     job = lab.submit("killed")
-    lab.wait_step("killed", 110)
+    lab.wait_step("killed", 50)
     os.kill(lab.rank_process("killed", 1), signal.SIGKILL)
     lab.wait_end("killed", job)
     lab.assert_done_like("killed", lab.reference())
@@ -104,7 +104,7 @@ def killed_rank(lab: Lab) -> Loss:
 def lost_node(lab: Lab) -> Loss:
     """All processes of the node with rank 0 and the job script killed at once; a spare takes its place."""
     job = lab.submit("lost")
-    lab.wait_step("lost", 110)
+    lab.wait_step("lost", 50)
     node = lab.nodes_of(job)[0]
     lab.cluster.kill_node(node)
     lab.wait_for(lambda: lab.job_state(job) == "RUNNING" and node not in lab.nodes_of(job), "the spare")
@@ -120,8 +120,8 @@ def cut_network(lab: Lab) -> Loss:
     """The network of the only node cut while the job runs on there, and healed when its next copy runs elsewhere. The
     older copy is fenced off: it ends by itself, and changes nothing.
     """
-    job = lab.submit("cut", "--nodes", "1", "--tasks-per-node", "2", environment=sleeping(lab, 0.3))
-    lab.wait_step("cut", 60)
+    job = lab.submit("cut", "--nodes", "1", "--tasks-per-node", "2", environment=sleeping(lab, 1.0))
+    lab.wait_step("cut", 30)
     (node,) = lab.nodes_of(job)
     old = [lab.rank_process("cut", rank) for rank in (0, 1)]
     lab.cluster.cut(node)
