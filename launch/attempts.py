@@ -12,6 +12,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,8 @@ STOP_FILE = "stop"
 
 FIRST_WAIT_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 600.0
+MOST_STOPS_IN_VAIN = 20
+"""In a row, of attempts that were stopped before they had taken a step: they would go on for ever."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,16 @@ def decide(attempts: Sequence[Attempt], *, max_restarts: int, again_when_stopped
     if told_to_stop:
         return Decision(False, "stopped for good, as was asked")
     if last.exit_code == EXIT_PREEMPTED:
-        return Decision(again_when_stopped, "stopped on request, and saved")
+        in_vain = list(
+            takewhile(lambda attempt: attempt.exit_code == EXIT_PREEMPTED and not attempt.saved, attempts[::-1])
+        )
+        if len(in_vain) >= MOST_STOPS_IN_VAIN:
+            return Decision(
+                False,
+                f"stopped on request {len(in_vain)} times in a row before its first step; does the time limit leave "
+                "room for starting up ahead of its signal?",
+            )
+        return Decision(again_when_stopped, f"stopped on request{', and saved' if last.saved else ''}")
     kind = {EXIT_HUNG: "the job hung", None: "the attempt was lost"}.get(last.exit_code, "a crash")
     if len(attempts) > 1 and same_failure(attempts[-2], last):
         return Decision(

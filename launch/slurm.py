@@ -28,7 +28,7 @@ to be mended first (exit code 2), when it fails at the same step with the same e
 a rank that fails are in <run folder>/logs/job-ID.log, every rank's in rankN.log beside it."""
 
 SCRIPT_FILE = "job.sbatch"
-_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d{1,2}(:\d\d){0,2}")
+_TIME = re.compile(r"\d+(:\d\d?){0,2}|\d+-\d{1,2}(:\d\d?){0,2}")
 _PASSED_ON = {
     "partition": "partition to run in",
     "time": "time limit of each attempt, as sbatch takes it: minutes, hours:minutes:seconds, days-hours",
@@ -159,6 +159,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(
             f"--time {options.time}: is no time of Slurm's: give minutes, hours:minutes:seconds or days-hours:minutes"
         )
+    limit = 0 if options.time is None else limit_seconds(options.time)
+    if 0 < limit <= options.signal_seconds:  # 0 is none
+        raise UserError(
+            f"--time {options.time} ends before the run has begun: --signal-seconds {options.signal_seconds} of it are "
+            "for saving; raise the one or lower the other"
+        )
     if options.container_mounts is not None and options.container is None:
         raise UserError("--container-mounts belongs to --container IMAGE")
     own = [f"--{name.replace('_', '-')}" for name in (*least, *_PASSED_ON, "signal_seconds", "container", "job_name")]
@@ -168,6 +174,19 @@ def check_options(options: argparse.Namespace) -> None:
                 f"{argument.split('=')[0]} stands after the recipe, where options are training's: write it before "
                 f"{options.recipe}"
             )
+
+
+def limit_seconds(time: str) -> int:
+    """A time limit as sbatch takes it (which `_TIME` matches), in seconds."""
+    days, dash, rest = time.partition("-") if "-" in time else ("0", "", time)
+    parts = [int(part) for part in rest.split(":")]
+    if dash:  # hours come first
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, minutes, seconds = (0, *parts, 0)[:3]
+    return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def show_plan(script: JobScript, text: str) -> int:

@@ -31,7 +31,10 @@ def test_a_run_that_stopped_on_request_goes_on_under_slurm_alone():
     assert decided(ended(75)).again and decided(ended(75)).wait_seconds == 0
     assert not decided(ended(75), slurm=False).again
     assert not decided(ended(75), stop=True).again
-    assert decided(*[ended(75, step=None)] * 9).again  # however often
+    assert decided(*[ended(75, saved=True)] * 99).again  # however often
+    assert decided(*[ended(75)] * 19).again and decided(*[ended(75)] * 19, ended(1)).again
+    in_vain = decided(ended(75, saved=True), *[ended(75)] * 20)
+    assert not in_vain.again and "20 times in a row before its first step" in in_vain.reason
 
 
 @pytest.mark.parametrize("code", [1, EXIT_HUNG, SIGKILL, None])

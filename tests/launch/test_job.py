@@ -11,6 +11,7 @@ import pytest
 from launch.__main__ import main
 from launch.attempts import Ledger, ask_to_stop
 from launch.job_script import JobScript
+from launch.slurm import limit_seconds
 from launch.task import RankExit, environment_of_task, write_exit
 from pretrain.errors import UserError
 
@@ -67,6 +68,14 @@ def test_the_script_says_what_was_asked_for():
     assert "gpus-per-node" not in directives(script().text())
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5", 300), ("5:30", 330), ("1:02:03", 3723), ("2-3", 183600), ("1-2:30", 95400), ("1-0:0:10", 86410)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text, seconds):
+    assert limit_seconds(text) == seconds
+
+
 def test_words_with_signs_of_the_shell_stay_words(tmp_path):
     odd = ["it's.yaml", "$(touch hacked)", "`touch hacked`", '"', "a b", "--x=${HOME}", "{braces}"]
     folder = Path("/runs/50% of $it's")
@@ -103,6 +112,7 @@ def test_nothing_adds_a_line_to_the_script(field):
         (["--gpus-per-node", "8", "--tasks-per-node", "4", DEMO], "a rank has one GPU"),
         (["--time", "tomorrow", DEMO], "--time tomorrow"),
         (["--signal-seconds", "0", DEMO], "--signal-seconds 0"),
+        (["--time", "2", DEMO], "--time 2 ends before the run has begun"),
         (["--signal-seconds", "70000", DEMO], "65535"),
         (["--max-restarts", "-1", DEMO], "--max-restarts -1"),
         (["--container-mounts", "/a:/a", DEMO], "--container IMAGE"),
