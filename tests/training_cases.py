@@ -113,6 +113,23 @@ def losses(folder: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in events(folder, "step")}
 
 
+def rank_process(folder: Path, rank: int) -> int:
+    """The number of the newest process on this machine that is a rank of the run in a folder, whose recipe is beside it
+    (as the functions above write it). Raises AssertionError where there is none.
+    """
+    recipe, found = str(folder.with_suffix(".yaml")).encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if b"pretrain" in words and b"-m" in words and recipe in words and f"RANK={rank}".encode() in variables:
+            found.append(int(process.name))
+    assert found, f"no process of rank {rank}"
+    return max(found)
+
+
 def assert_same_learning(found: Path, expected: Path, *, steps: int) -> None:
     """Two runs of so many steps, of other layouts, have the same losses and gradient norms."""
     assert len(losses(found)) == steps and losses(found) == pytest.approx(losses(expected), rel=1e-5)

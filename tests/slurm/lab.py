@@ -15,7 +15,7 @@ from typing import Any
 from pretrain.checkpoints import list_checkpoints, problems
 from tests.distributed_helper import ROOT
 from tests.slurm.cluster import Cluster
-from tests.training_cases import events, losses, pretrain, write_synthetic_recipe
+from tests.training_cases import events, losses, pretrain, rank_process, write_synthetic_recipe
 
 REFERENCE = "reference"
 
@@ -84,18 +84,7 @@ class Lab:
 
     def rank_process(self, name: str, rank: int) -> int:
         """The number of the newest process that is this rank of a run."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                variables = (process / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            recipe = str((self.folder / name).with_suffix(".yaml")).encode()
-            if b"pretrain" in words and recipe in words and f"RANK={rank}".encode() in variables:
-                found.append(int(process.name))
-        assert found, f"no process of rank {rank}"
-        return max(found)
+        return rank_process(self.folder / name, rank)
 
     def step(self, name: str) -> int:
         """The last step that a run wrote."""
