@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -202,15 +203,24 @@ def main() -> None:
         (Path(folder) / "cluster").mkdir()
         with Cluster(Path(folder) / "cluster") as cluster:
             lab = Lab(cluster, Path(folder) / "runs", steps=STEPS)
-            rows = []
-            for name in chosen:
-                print(f"{names[name]} ...", file=sys.stderr, flush=True)
-                cost = SCENARIOS[names[name]](lab)
-                resumed = f"{cost.seconds:.0f}" if cost.attempts > 1 else "-"
-                rows.append(f"| {names[name]} | {cost.attempts} | {cost.steps} | {resumed} | bitwise, all whole |")
-                print(rows[-1], file=sys.stderr, flush=True)
+            rows = [row(lab, names[name]) for name in chosen]
     print("| what happens | attempts | steps lost | seconds to resume, at most | losses, checkpoints |")
     print("|---|---|---|---|---|\n" + "\n".join(rows))
+    sys.exit(any(text.endswith("FAILED |") for text in rows))
+
+
+def row(lab: Lab, title: str) -> str:
+    """A scenario's line of the table. What went wrong in one is printed, and the next ones are run."""
+    print(f"{title} ...", file=sys.stderr, flush=True)
+    try:
+        cost = SCENARIOS[title](lab)
+    except AssertionError:
+        traceback.print_exc()
+        return f"| {title} | | | | FAILED |"
+    resumed = f"{cost.seconds:.0f}" if cost.attempts > 1 else "-"
+    text = f"| {title} | {cost.attempts} | {cost.steps} | {resumed} | bitwise, all whole |"
+    print(text, file=sys.stderr, flush=True)
+    return text
 
 
 if __name__ == "__main__":
