@@ -36,6 +36,7 @@ class Lab:
 
     Args:
         steps: of each run.
+        every: of them there is a checkpoint.
     """
 
     def __init__(self, cluster: Cluster, folder: Path, *, steps: int, every: int = 20) -> None:
@@ -90,7 +91,7 @@ class Lab:
         """The last step that a run wrote."""
         return max(losses(self.folder / name), default=0)
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 900) -> None:
         """Wait until a condition holds. Raises AssertionError with all logs where it does not in time."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -101,7 +102,7 @@ class Lab:
         """Wait until a run has taken a step."""
         self.wait_for(lambda: self.step(name) >= step, f"step {step} of {name}")
 
-    def wait_end(self, name: str, job: str, seconds: float = 600) -> None:
+    def wait_end(self, name: str, job: str, seconds: float = 900) -> None:
         """Wait until a job has left the queue."""
         self.wait_for(lambda: self.job_state(job) is None, f"the end of {name}", seconds)
 

@@ -17,14 +17,17 @@ import traceback
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from tests.distributed_helper import ROOT
 from tests.slurm.cluster import Cluster, reason_to_skip
 from tests.slurm.lab import Lab, Loss
 from tests.training_cases import events
 
-STEPS = 150
-"""Of each run, with a checkpoint every 20: long enough for a signal to meet it in the middle."""
+STEPS, EVERY = 40, 8
+"""Of each run, and between its checkpoints."""
+PACE = 0.25
+"""Seconds that a step sleeps: long enough for a signal to meet a run in the middle, on any machine."""
 
 SLEEP = """
 import os
@@ -36,27 +39,32 @@ if "RANK" in os.environ and "SECONDS_A_STEP" in os.environ:
         self.taken = getattr(self, "taken", 0) + 1
         time.sleep(float(os.environ["SECONDS_A_STEP"]))
         once = os.environ.get("HANG_ONCE")
-        if once and self.taken == 50 and os.environ["RANK"] == "1" and not os.path.exists(once):
+        if once and self.taken == 20 and os.environ["RANK"] == "1" and not os.path.exists(once):
             open(once, "w").close()
             time.sleep(3600)
         return step(self, *arguments, **options)
 
     Engine.train_step = sleeping_step
 """
-"""Makes steps longer without work, and the 50th hang, once."""
+"""Makes steps longer without work, and the 20th of rank 1 hang, once."""
 
 
-def sleeping(lab: Lab, seconds: float, **more: str) -> dict[str, str]:
-    """The environment of a job whose steps take so much longer."""
+def submit(
+    lab: Lab, name: str, *options: str, pace: float = PACE, hang_once: Path | None = None, **sections: Any
+) -> str:
+    """Submit a run whose steps sleep `pace` seconds, and of which one hangs until the file `hang_once` is there."""
     patches = lab.folder / "patches"
     patches.mkdir(parents=True, exist_ok=True)
     (patches / "sitecustomize.py").write_text(SLEEP)
-    return {"PYTHONPATH": f"{patches}:{ROOT}", "SECONDS_A_STEP": str(seconds), **more}
+    environment = {"PYTHONPATH": f"{patches}:{ROOT}", "SECONDS_A_STEP": str(pace)}
+    if hang_once is not None:
+        environment["HANG_ONCE"] = str(hang_once)
+    return lab.submit(name, *options, environment=environment, **sections)
 
 
 def untouched(lab: Lab) -> Loss:
     """Submitted, trained, done."""
-    job = lab.submit("untouched")
+    job = submit(lab, "untouched")
     lab.wait_end("untouched", job)
     lab.assert_done_like("untouched", lab.reference())
     assert [a["exit_code"] for a in lab.attempts("untouched")] == [0]
@@ -65,9 +73,9 @@ def untouched(lab: Lab) -> Loss:
 
 def preempted(lab: Lab) -> Loss:
     """USR1 three times."""
-    job = lab.submit("preempted")
+    job = submit(lab, "preempted")
     for number in (1, 2, 3):
-        lab.wait_step("preempted", 35 * number)
+        lab.wait_step("preempted", 10 * number)
         lab.cluster.command("scancel", "--batch", "--signal=USR1", job)
         lab.wait_for(lambda n=number: len(events(lab.folder / "preempted", "preempt")) == n, "the stop")
     lab.wait_end("preempted", job)
@@ -80,7 +88,7 @@ def preempted(lab: Lab) -> Loss:
 
 def time_limit(lab: Lab) -> Loss:
     """A time limit of a minute, of which the last 25 s are for saving, for a run that takes longer."""
-    job = lab.submit("limited", "--time", "1", "--signal-seconds", "25", environment=sleeping(lab, 0.3))
+    job = submit(lab, "limited", "--time", "1", "--signal-seconds", "25", pace=1.0)
     lab.wait_end("limited", job, seconds=1500)
     lab.assert_done_like("limited", lab.reference())
     codes = [a["exit_code"] for a in lab.attempts("limited")]
@@ -92,8 +100,8 @@ def time_limit(lab: Lab) -> Loss:
 
 def killed_rank(lab: Lab) -> Loss:
     """SIGKILL to a rank."""
-    job = lab.submit("killed")
-    lab.wait_step("killed", 50)
+    job = submit(lab, "killed")
+    lab.wait_step("killed", 20)
     os.kill(lab.rank_process("killed", 1), signal.SIGKILL)
     lab.wait_end("killed", job)
     lab.assert_done_like("killed", lab.reference())
@@ -104,8 +112,8 @@ def killed_rank(lab: Lab) -> Loss:
 
 def lost_node(lab: Lab) -> Loss:
     """All processes of the node with rank 0 and the job script killed at once; a spare takes its place."""
-    job = lab.submit("lost")
-    lab.wait_step("lost", 50)
+    job = submit(lab, "lost")
+    lab.wait_step("lost", 20)
     node = lab.nodes_of(job)[0]
     lab.cluster.kill_node(node)
     lab.wait_for(lambda: lab.job_state(job) == "RUNNING" and node not in lab.nodes_of(job), "the spare")
@@ -121,8 +129,8 @@ def cut_network(lab: Lab) -> Loss:
     """The network of the only node cut while the job runs on there, and healed when its next copy runs elsewhere. The
     older copy is fenced off: it ends by itself, and changes nothing.
     """
-    job = lab.submit("cut", "--nodes", "1", "--tasks-per-node", "2", environment=sleeping(lab, 1.0))
-    lab.wait_step("cut", 30)
+    job = submit(lab, "cut", "--nodes", "1", "--tasks-per-node", "2", pace=3.0)
+    lab.wait_step("cut", 12)
     (node,) = lab.nodes_of(job)
     old = [lab.rank_process("cut", rank) for rank in (0, 1)]
     lab.cluster.cut(node)
@@ -145,8 +153,8 @@ def cut_network(lab: Lab) -> Loss:
 
 def restarted_controller(lab: Lab) -> Loss:
     """slurmctld killed, and started again ten seconds later."""
-    job = lab.submit("controller")
-    lab.wait_step("controller", 60)
+    job = submit(lab, "controller")
+    lab.wait_step("controller", 10)
     lab.cluster.stop_controller()
     time.sleep(10)
     lab.cluster.start_controller()
@@ -158,15 +166,13 @@ def restarted_controller(lab: Lab) -> Loss:
 
 
 def hanging_rank(lab: Lab) -> Loss:
-    """A rank asleep while the other waits for it in a collective; the watchdog has 15 s."""
-    environment = sleeping(lab, 0.0, HANG_ONCE=str(lab.folder / "hung-once"))
-    parallel = {"step_timeout_seconds": 15}
-    job = lab.submit("hanging", environment=environment, parallel=parallel)
+    """A rank asleep while the other waits for it in a collective; the watchdog has 30 s."""
+    job = submit(lab, "hanging", hang_once=lab.folder / "hung-once", parallel={"step_timeout_seconds": 30})
     lab.wait_end("hanging", job)
     lab.assert_done_like("hanging", lab.reference())
     assert [a["exit_code"] for a in lab.attempts("hanging")] == [124, 0]
     logs = [(lab.folder / "hanging" / "logs" / f"rank{rank}.log").read_text() for rank in (0, 1)]
-    assert all("hangs: step 50 is not done after 15 s" in log for log in logs)
+    assert all("hangs: step 20 is not done after 30 s" in log for log in logs)
     assert "in sleeping_step" in logs[1] and "all_reduce" in logs[0]
     return lab.cost("hanging")
 
@@ -187,7 +193,7 @@ SCENARIOS: dict[str, Callable[[Lab], Loss]] = {
     "a node lost, a spare takes over": lost_node,
     "network cut and healed, the old copy fenced off": cut_network,
     "slurmctld restarted": restarted_controller,
-    "a rank asleep in a step (watchdog after 15 s)": hanging_rank,
+    "a rank asleep in a step (watchdog after 30 s)": hanging_rank,
 }
 
 
@@ -202,7 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "cluster").mkdir()
         with Cluster(Path(folder) / "cluster") as cluster:
-            lab = Lab(cluster, Path(folder) / "runs", steps=STEPS)
+            lab = Lab(cluster, Path(folder) / "runs", steps=STEPS, every=EVERY)
             rows = [row(lab, names[name]) for name in chosen]
     print("| what happens | attempts | steps lost | seconds to resume, at most | losses, checkpoints |")
     print("|---|---|---|---|---|\n" + "\n".join(rows))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster, reason_to_skip
 from tests.slurm.lab import Lab
-from tests.slurm.scenarios import SCENARIOS, STEPS
+from tests.slurm.scenarios import EVERY, SCENARIOS, STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if reason := reason_to_skip():
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield Lab(cluster, Path(tmp_path_factory.mktemp("runs")), steps=STEPS)
+        yield Lab(cluster, Path(tmp_path_factory.mktemp("runs")), steps=STEPS, every=EVERY)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
