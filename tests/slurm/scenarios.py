@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -197,12 +197,12 @@ SCENARIOS: dict[str, Callable[[Lab], Loss]] = {
 }
 
 
-def main() -> None:
-    """Run the scenarios and print the table."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the scenarios and print the table; exits with 1 where one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {function.__name__: title for title, function in SCENARIOS.items()}
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names)} (default: all)")
-    chosen = parser.parse_args().names or list(names)
+    chosen = parser.parse_args(argv).names or list(names)
     if reason := reason_to_skip():
         sys.exit(reason)
     with tempfile.TemporaryDirectory() as folder:
