@@ -150,3 +150,45 @@ def test_last_lines_are_found_without_reading_all(tmp_path):
     assert path.read_bytes()[start_of_last_lines(path, 2) :] == b"end\nlast"
     path.write_text("")
     assert start_of_last_lines(path, 2) == 0
+
+
+def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str) -> Path:
+    """A squeue that runs this line of shell, and a scancel that writes down what it is told; where it writes."""
+    told = folder / "told"
+    for name, line in {"squeue": squeue, "scancel": f'echo "$@" >> {told}'}.items():
+        program = folder / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+    return told
+
+
+def submitted(run: Path) -> None:
+    attempt_of(run, "12")
+    (run / "launch" / "job.json").write_text('{"job": "12", "name": "tiny", "submitted": "2026-01-01T00:00:00+00:00"}')
+
+
+@pytest.mark.parametrize(
+    ("squeue", "state"),
+    [
+        ("echo RUNNING", "running"),
+        ("echo PENDING", "pending"),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", "lost"),
+        ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", "unknown"),
+    ],
+)
+def test_the_state_of_a_job_is_slurms(run, capfd, monkeypatch, tmp_path, squeue, state):
+    submitted(run)
+    assert status("tiny-1", capfd=capfd)["state"] == "unknown"  # without squeue
+    fake_slurm(tmp_path, monkeypatch, squeue)
+    found = status("tiny-1", capfd=capfd)
+    assert (found["job"], found["state"]) == ("12", state)
+
+
+@pytest.mark.parametrize(("state", "told"), [("RUNNING", "--batch --signal=USR1 12"), ("PENDING", "12")])
+def test_a_job_is_told_to_save_and_one_that_waits_is_cancelled(run, monkeypatch, tmp_path, state, told):
+    submitted(run)
+    written = fake_slurm(tmp_path, monkeypatch, f"echo {state}")
+    assert main(["stop", "tiny-1"]) == 0
+    assert written.read_text() == f"{told}\n" and told_to_stop(run)
