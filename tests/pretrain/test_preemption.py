@@ -28,7 +28,9 @@ ATTEMPTS = {  # what a rank does when signals reach it (which time, rank, signal
 
 def test_preempted_runs_end_as_one_that_was_not(tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    recipes = [str(write_synthetic_recipe(whole)), str(write_synthetic_recipe(folder))]
+    # Saves that steps wait for, so that the step at which one is under way is known.
+    every = {"every_tokens": 512, "keep": 2, "asynchronous": False}
+    recipes = [str(write_synthetic_recipe(run, checkpoint=every)) for run in (whole, folder)]
     plans = [*(plan for plan, _, _ in ATTEMPTS.values()), []]
     finished = run_ranks([WORKER, *recipes, json.dumps(plans)], ranks=2)
     names = [name for _, _, name in ATTEMPTS.values()]
