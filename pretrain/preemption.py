@@ -10,8 +10,9 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from parallel.process import World
-from parallel.side_group import SideGroup
+import torch
+
+from parallel.process import World, lowest, side_group
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """What asks a run to stop. SIGINT is not among them: Ctrl-C ends a run at once."""
@@ -44,10 +45,10 @@ class StopRequests:
     """
 
     def __init__(self, world: World, *, timeout_minutes: float) -> None:
-        self._group = None if world.size == 1 else SideGroup(timeout_minutes)
+        self._group = None if world.size == 1 else side_group(timeout_minutes)
 
     def agreed(self) -> signal.Signals | None:
         """The signal that asks the run to stop, the same on every rank; None when no rank got one."""
         own = _noted[0] if _noted else 0
-        number = own if self._group is None else self._group.largest(own)
+        number = own if self._group is None else -lowest(-own, torch.device("cpu"), self._group)
         return signal.Signals(number) if number else None
