@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from launch import local
+from launch import local, logs, requeue, slurm, status, stop, task
 from pretrain.errors import UserError
 
 
@@ -12,7 +12,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand and return its exit status; a user's mistake is one line on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="python -m launch", description="Start the training processes of a recipe.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    local.add_parser(subparsers)
+    for command in (local, slurm, status, logs, stop, task, requeue):
+        command.add_parser(subparsers)
     options, unknown = parser.parse_known_args(argv)
     try:
         if unknown:

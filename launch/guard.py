@@ -12,7 +12,8 @@ import sys
 
 def main() -> None:
     """Say that the group is ready, wait for the launcher's end, kill the group (this process with it)."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # Some of Slurm's plugins signal all processes of a step.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     sys.stdout.write("ready\n")
     sys.stdout.flush()

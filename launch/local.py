@@ -6,20 +6,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from launch.processes import RankCommand, run_ranks
-from pretrain import command_line
+from launch.attempts import Ledger, decide, forget_stop, resume_arguments, told_to_stop
+from launch.processes import Outcome, RankCommand, run_ranks
 from pretrain.errors import UserError
-from pretrain.phases import load_phases
+from pretrain.exit_codes import EXIT_DONE, EXIT_PREEMPTED
 
 HELP = """\
 Start one training process for each rank on this machine and wait for them.
 
 Rank 0 is shown here; every rank writes to <run folder>/logs/rankN.log. When a rank fails, its last lines are
 printed, the others are ended and its exit code is passed on; when the job hangs (parallel.step_timeout_seconds),
-every rank's stacks. Ctrl-C and SIGTERM reach every rank."""
+every rank's stacks. SIGTERM makes the run save a checkpoint and end with exit code 75, Ctrl-C ends it as it is; either
+reaches every rank. With --restarts a run that crashed or hung is started again, after 10 s, 20 s, 40 s ... (10 minutes
+at most), unless it fails at the same step with the same error twice in a row."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,6 +45,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="SECONDS",
         help="time between SIGTERM and SIGKILL, at most 10 where a rank has failed (default 30)",
     )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again after so many crashes in a row without a new checkpoint (default 0)",
+    )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe; this command's own options go before it")
     parser.add_argument(
         "arguments",
@@ -53,14 +64,68 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(options: argparse.Namespace) -> int:
     """Check the options and the recipe once, then launch; returns the exit status. Raises UserError."""
+    from pretrain import command_line  # late: other subcommands need no torch
+    from pretrain.phases import load_phases
+
     check_options(options)
     training = command_line.parse([options.recipe, *options.arguments])
     phases = load_phases(training.recipe, training.overrides)
     phases.require_fit(options.nproc)
-    argv = [sys.executable, "-m", "pretrain", options.recipe, *options.arguments]
+    argv = [sys.executable, "-m", "pretrain", options.recipe]
     if training.dry_run:  # rank 0 alone speaks, and it starts no group
-        return subprocess.run(argv, env=rank_environment(0, options.nproc, options.port or free_port())).returncode
-    return launch_local(argv, options.nproc, phases.run.folder / "logs", port=options.port, grace_seconds=options.grace)
+        environment = rank_environment(0, options.nproc, options.port or free_port())
+        return subprocess.run([*argv, *options.arguments], env=environment).returncode
+    return launch_with_restarts(argv, phases.run.folder, options)
+
+
+def launch_with_restarts(argv: Sequence[str], folder: Path, options: argparse.Namespace) -> int:
+    """Run `argv` with the options' arguments until it is done, has to be mended, was stopped, or crashed too often;
+    returns the exit status. Raises UserError for a folder that cannot be written.
+    """
+    prepare_log(folder / "logs" / "rank0.log")
+    host, ledger = socket.gethostname(), Ledger(folder)
+    job = f"local-{host}-{os.getpid()}"
+    with writable(folder):
+        forget_stop(folder)
+    while True:
+        arguments = resume_arguments(options.arguments, ledger.read(job))
+        with writable(folder):
+            attempt = ledger.begin(job, [host])
+        outcome = launch_local(
+            [*argv, *arguments],
+            options.nproc,
+            folder / "logs",
+            port=options.port,
+            grace_seconds=options.grace,
+            holds_stop_signals=True,
+        )
+        ended = ledger.ended(attempt, outcome.status, rank=outcome.rank, error=outcome.error)
+        decision = decide(
+            [*ledger.read(job)[:-1], ended],
+            max_restarts=options.restarts,
+            again_when_stopped=False,
+            told_to_stop=outcome.interrupted or told_to_stop(folder),
+        )
+        try:
+            ledger.write(replace(ended, reason=decision.reason))
+        except OSError as error:  # what the run itself said of a full disk is what matters
+            say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
+        if not decision.again:
+            if options.restarts and ended.crashed:
+                say(f"not started again: {decision.reason}")
+            return outcome.status
+        say(f"starting again in {decision.wait_seconds:g} s: {decision.reason}")
+        time.sleep(decision.wait_seconds)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """What the launcher writes of a run goes into its folder. Raises UserError where it cannot."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or folder
+        raise UserError(f"{place}: {error.strerror or error}; make room, or give a --folder to write to") from error
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -69,9 +134,11 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f"--nproc {options.nproc}: at least one process is needed")
     if options.port is not None and not 1 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: choose a port from 1 to 65535, or leave the option out for a free one")
+    if options.restarts < 0:
+        raise UserError(f"--restarts {options.restarts}: give a number of restarts, 0 or more")
     if options.grace < 0:
         raise UserError(f"--grace {options.grace:g}: give a number of seconds, 0 or more")
-    for name in ("--nproc", "--port", "--grace"):
+    for name in ("--nproc", "--port", "--grace", "--restarts"):
         if any(argument == name or argument.startswith(f"{name}=") for argument in options.arguments):
             raise UserError(
                 f"{name} stands after the recipe, where options are training's: write it before {options.recipe}"
@@ -79,9 +146,15 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def launch_local(
-    argv: Sequence[str], nproc: int, log_folder: Path, *, port: int | None = None, grace_seconds: float = 30.0
-) -> int:
-    """Run `argv` once for each of `nproc` ranks and return the exit status (see run_ranks).
+    argv: Sequence[str],
+    nproc: int,
+    log_folder: Path,
+    *,
+    port: int | None = None,
+    grace_seconds: float = 30.0,
+    holds_stop_signals: bool = False,
+) -> Outcome:
+    """Run `argv` once for each of `nproc` ranks, and say how they ended (see run_ranks and RankCommand).
 
     Raises UserError for a log folder that cannot be written.
     """
@@ -92,6 +165,7 @@ def launch_local(
             argv=argv,
             environment=rank_environment(rank, nproc, port),
             log=log_folder / f"rank{rank}.log",
+            holds_stop_signals=holds_stop_signals,
         )
         for rank in range(nproc)
     ]
@@ -99,9 +173,12 @@ def launch_local(
         prepare_log(command.log)
     say(f"{nproc} {'process' if nproc == 1 else 'processes'} on this machine, port {port}, logs in {log_folder}")
     started = time.monotonic()
-    status = run_ranks(commands, terminal=sys.stdout.buffer, say=say, grace_seconds=grace_seconds)
-    say(f"{'done' if status == 0 else f'ended with status {status}'} after {time.monotonic() - started:.0f} s")
-    return status
+    outcome = run_ranks(commands, terminal=sys.stdout.buffer, say=say, grace_seconds=grace_seconds)
+    words = {EXIT_DONE: "done", EXIT_PREEMPTED: "stopped on request"}.get(
+        outcome.status, f"ended with status {outcome.status}"
+    )
+    say(f"{words} after {time.monotonic() - started:.0f} s")
+    return outcome
 
 
 def prepare_log(path: Path) -> None:

@@ -5,7 +5,9 @@ output is lost when the launcher dies, and a rank never blocks on a full pipe. A
 launch/guard.py holds.
 """
 
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import BinaryIO
 
 from pretrain.errors import EXIT_HUNG, STACKS_SIGNAL
+from pretrain.exit_codes import EXIT_DONE, EXIT_PREEMPTED
 
 POLL_SECONDS = 0.05
 TAIL_LINES = 40
@@ -28,6 +31,27 @@ FAILURE_GRACE_SECONDS = 10.0
 """The longest that the other ranks have to end when one has failed: what they wait for will not come."""
 STACKS_SECONDS = 1.0
 """For the ranks of a job that hangs to print their stacks when they are asked to."""
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+"""What asks a rank to save and end."""
+
+_ERROR = re.compile(r"^\s*[\w.]*(?:Error|Exception|Interrupt)\b|^error: |: .* is not done after ")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended."""
+
+    status: int
+    """As a shell shows it: 0 done, 75 stopped on request, else that of the rank that failed first."""
+
+    rank: int | None = None
+    """The one that failed first."""
+
+    error: str | None = None
+    """What its log says went wrong, in a line."""
+
+    interrupted: bool = False
+    """Whether the launcher got a signal for it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,13 @@ class RankCommand:
     argv: Sequence[str]
     environment: dict[str, str]
     log: Path
+    holds_stop_signals: bool = False
+    """Start it with SIGTERM and SIGUSR1 blocked: what comes before it listens to them waits until it does."""
+
+    @property
+    def ranks(self) -> int:
+        """How many there are in the whole job."""
+        return int(self.environment["WORLD_SIZE"])
 
 
 @dataclass
@@ -108,14 +139,19 @@ class ProcessGroup(AbstractContextManager["ProcessGroup"]):
             started = time.strftime("%Y-%m-%d %H:%M:%S")
             log.write(f"--- rank {command.rank} started {started}: {' '.join(command.argv)}\n".encode())
             log.flush()
-            popen = subprocess.Popen(
-                list(command.argv),
-                env=command.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                process_group=self.guard.pid,
-            )
+            # A child begins with the mask of the thread that starts it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS if command.holds_stop_signals else ())
+            try:
+                popen = subprocess.Popen(
+                    list(command.argv),
+                    env=command.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    process_group=self.guard.pid,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             rank = RankProcess(command, popen, log.tell())
         self.ranks.append(rank)
         return rank
@@ -125,9 +161,9 @@ class ProcessGroup(AbstractContextManager["ProcessGroup"]):
         return [rank for rank in self.ranks if rank.popen.poll() is None]
 
     def failed(self) -> list[RankProcess]:
-        """The ranks that ended with anything but 0. Of several, the one whose log fell silent first comes first:
-        it is the likely cause, the others lost their peer."""
-        failures = [rank for rank in self.ranks if rank.popen.poll() not in (None, 0)]
+        """The ranks that ended neither done nor stopped on request. Of several, the one whose log fell silent first
+        comes first: it is the likely cause, the others lost their peer."""
+        failures = [rank for rank in self.ranks if rank.popen.poll() not in (None, EXIT_DONE, EXIT_PREEMPTED)]
         return sorted(failures, key=lambda rank: rank.command.log.stat().st_mtime_ns)
 
     def send(self, number: int) -> None:
@@ -146,11 +182,11 @@ class ProcessGroup(AbstractContextManager["ProcessGroup"]):
 
 
 class SignalRelay(AbstractContextManager["SignalRelay"]):
-    """Notes SIGINT, SIGTERM and SIGHUP while ranks run, so that the loop can hand them on instead of dying. A SIGHUP
-    that is ignored stays so: that is what nohup is for.
+    """Notes SIGINT, SIGTERM, SIGUSR1 and SIGHUP while ranks run, so that the loop can hand them on instead of dying. A
+    SIGHUP that is ignored stays so: that is what nohup is for.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._pending: list[int] = []
@@ -202,14 +238,15 @@ def run_ranks(
     terminal: BinaryIO,
     say: Callable[[str], None],
     grace_seconds: float,
-) -> int:
-    """Run all ranks to their end and return the exit status of the launch.
+) -> Outcome:
+    """Run all ranks to their end, and say how they ended.
 
     The first command's log is shown on `terminal`; `say` gets the launcher's own lines. 0 when every rank ended with
     0. When one fails, its last lines are said first (of one that found the job hanging, those of all ranks, with their
     stacks), the others get SIGTERM, after `grace_seconds`, but 10 at the most, SIGKILL, and its exit status is
-    returned. SIGINT, SIGTERM and SIGHUP are handed on to the ranks (SIGHUP as SIGTERM), with the same
-    grace; a second one kills at once.
+    the launch's. SIGINT, SIGTERM, SIGUSR1 and SIGHUP are handed on to the ranks (SIGHUP as SIGTERM), with the same
+    grace. SIGINT after any of them kills at once: a person does not want to wait; others are one request with the
+    first, and leave the ranks the time to save.
     """
     # The relay goes in first: a signal between the start of a rank and the loop must not kill the launcher.
     with SignalRelay() as relay, ProcessGroup() as group:
@@ -227,7 +264,7 @@ def run_ranks(
             group.kill()
             follower.close()
         watch.look_for_failure()  # the ranks may all have ended between two looks
-        return watch.status()
+        return watch.outcome()
 
 
 @dataclass
@@ -243,16 +280,18 @@ class _Watch:
     started: float = field(default_factory=time.monotonic)
 
     def hand_on(self, number: int | None) -> None:
-        """Hand a signal to the ranks; the second one means that the user will not wait."""
+        """Hand a signal to the ranks; Ctrl-C behind another means that the user will not wait."""
         if number is None:
             return
         name = signal.Signals(number).name
         if self.interrupted:
-            self.say(f"{name} again")
-            self.deadline = time.monotonic()
+            if number == signal.SIGINT:
+                self.say(f"{name} again")
+                self.deadline = time.monotonic()
             return
         self.interrupted = True
-        self.say(f"{name}: handing it on to the ranks; they have {self.grace_seconds:g} s to end")
+        limit = f"; they have {self.grace_seconds:g} s to end" if math.isfinite(self.grace_seconds) else ""
+        self.say(f"{name}: handing it on to the ranks{limit}")
         self.group.send(signal.SIGTERM if number == signal.SIGHUP else number)
         self.deadline = time.monotonic() + self.grace_seconds
 
@@ -270,7 +309,7 @@ class _Watch:
             time.sleep(STACKS_SECONDS)
             _report_stacks(self.cause, self.group.ranks, seconds, self.say)
         else:
-            _report(failures, len(self.group.ranks), seconds, self.say)
+            _report(failures, seconds, self.say)
         self.group.send(signal.SIGTERM)
         self.deadline = time.monotonic() + min(self.grace_seconds, FAILURE_GRACE_SECONDS)
 
@@ -282,16 +321,29 @@ class _Watch:
         self.say(f"killing rank {late}: still running after the grace time")
         return True
 
-    def status(self) -> int:
-        """The exit status of the launch, once every rank has ended: the cause's, or the first that is not 0."""
-        if self.cause is not None:
-            return exit_status(self.cause.popen.returncode)
+    def outcome(self) -> Outcome:
+        """How the launch ended, once every rank has: as the cause, or as the first that did not end as it should."""
         codes = [rank.popen.wait() for rank in self.group.ranks]
-        return next((exit_status(code) for code in codes if code != 0), 0)
+        as_asked = (EXIT_DONE, EXIT_PREEMPTED)
+        first = self.cause or next((r for r in self.group.ranks if r.popen.returncode not in as_asked), None)
+        if first is None:
+            return Outcome(max(codes), interrupted=self.interrupted)
+        if self.cause is None:
+            self.say(f"rank {first.rank}: {describe_exit(first.popen.returncode)} ({first.command.log})")
+        error = last_error(first.last_lines(STACK_LINES))
+        return Outcome(exit_status(first.popen.returncode), first.rank, error, self.interrupted)
 
 
-def _report(failures: list[RankProcess], total: int, seconds: float, say: Callable[[str], None]) -> None:
+def last_error(lines: Sequence[str]) -> str | None:
+    """The line of a log that says what went wrong: the last that names an exception or an error, or that a rank hangs.
+    None where there is none.
+    """
+    return next((line.strip() for line in reversed(lines) if _ERROR.search(line)), None)
+
+
+def _report(failures: list[RankProcess], seconds: float, say: Callable[[str], None]) -> None:
     first, others = failures[0], failures[1:]
+    total = first.command.ranks
     say(
         f"rank {first.rank} of {total} failed after {seconds:.0f} s: {describe_exit(first.popen.returncode)}. "
         f"Its last lines (all of them: {first.command.log}):"
@@ -307,7 +359,7 @@ def _report(failures: list[RankProcess], total: int, seconds: float, say: Callab
 def _report_stacks(first: RankProcess, ranks: list[RankProcess], seconds: float, say: Callable[[str], None]) -> None:
     """Where every rank was when one was found hanging: it may be another that it waits for."""
     say(
-        f"rank {first.rank} of {len(ranks)} found the job hanging after {seconds:.0f} s: "
+        f"rank {first.rank} of {first.command.ranks} found the job hanging after {seconds:.0f} s: "
         f"{describe_exit(first.popen.returncode)}. The last lines of every rank (look for one that waits for no other):"
     )
     for rank in ranks:

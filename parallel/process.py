@@ -201,12 +201,14 @@ def broadcast_object(value: T, group: SideGroup | None = None) -> T:
     return held[0]
 
 
-def lowest(value: int, device: torch.device) -> int:
-    """The least of all ranks' values, on every rank: a single small collective, on the device."""
+def lowest(value: int, device: torch.device, group: SideGroup | None = None) -> int:
+    """The least of all ranks' values, on every rank: a single small collective, on the device. `group` as above; a side
+    group's is on the CPU.
+    """
     if dist.get_world_size() == 1:
         return value
     held = torch.tensor(value, device=device)
-    dist.all_reduce(held, op=dist.ReduceOp.MIN)
+    dist.all_reduce(held, op=dist.ReduceOp.MIN, group=group)
     return int(held)
 
 

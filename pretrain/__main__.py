@@ -12,14 +12,15 @@ from parallel import process
 from pretrain.agreement import SharedUserError
 from pretrain.command_line import Options, parse
 from pretrain.errors import UserError
-from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_USER_ERROR
+from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_PREEMPTED, EXIT_USER_ERROR
 from pretrain.fence import FencedOffError
 from pretrain.phases import Phases, load_phases
+from pretrain.preemption import Preempted, listen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank. Returns the exit code: 0 done, 2 a user's error, 77 where another copy of the run has its folder;
-    the message is printed once. Anything else raises.
+    """Run one rank. Returns the exit code: 0 done, 2 a user's error, 77 where another copy of the run has its folder,
+    each with its message printed once, 75 stopped on request. Anything else raises.
     """
     try:
         options = parse(argv)
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(phases: Phases, options: Options) -> int:
+    listen()
     # Late: --help and --dry-run need no DeepSpeed.
     from pretrain.loop import startup_watchdog, train
     from pretrain.preflight import preflight
@@ -60,6 +62,9 @@ def _run(phases: Phases, options: Options) -> int:
                 print(*lines, sep="\n")
         else:
             train(phases, world, resume=options.resume)
+    except Preempted:
+        process.shutdown()
+        return EXIT_PREEMPTED
     except UserError as error:
         if world.is_main or not isinstance(error, SharedUserError):
             rank = "" if world.size == 1 or isinstance(error, SharedUserError) else f"rank {world.rank}: "

@@ -35,6 +35,7 @@ from pretrain.metrics import RunLog
 from pretrain.optimizer import build_optimizer
 from pretrain.phase_data import check_data, open_data, verify_data
 from pretrain.phases import Phase, Phases
+from pretrain.preemption import Preempted, StopRequests
 from pretrain.preflight import PreflightReport, preflight
 from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore
 from pretrain.rng import seed_rank
@@ -52,6 +53,7 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
         UserError: sizes that do not fit, shards or checkpoints that are missing, damaged or of another run, another
             run in the same folder, no disk space.
         DivergedError: too many steps in a row were not finite; there is a checkpoint of the weights before them.
+        Preempted: a signal asked the run to stop; there is a checkpoint behind its last step.
         FencedOffError: another copy of the run has taken the folder over.
     """
     with startup_watchdog(phases, rank=world.rank, ranks=world.size) as startup:
@@ -108,6 +110,7 @@ def _train_alone(
             report.write(log)
         beside = side_group(run.parallel.timeout_minutes)
         checkpoint, meshes = start_from, dict[Layout, Mesh]()
+        stop = StopRequests(world, timeout_minutes=run.parallel.timeout_minutes)
         for phase in left:
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
@@ -117,7 +120,7 @@ def _train_alone(
                 meshes[layout] = Mesh.build(world, layout)
             mesh = meshes[layout]
             state, checkpoint = run_phase(
-                phases, phase, mesh, checkpoints, log, state, checkpoint, place, damage, startup
+                phases, phase, mesh, checkpoints, log, stop, state, checkpoint, place, damage, startup
             )
             state = state.moved_on(phases)
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
@@ -131,6 +134,7 @@ def run_phase(
     mesh: Mesh,
     checkpoints: Checkpoints,
     log: RunLog,
+    stop: StopRequests,
     state: TrainerState,
     checkpoint: Path | None,
     place: BoundaryPlace | None,
@@ -181,7 +185,7 @@ def run_phase(
         saved = 0 if checkpoint is None else state.tokens
         saver = Saver(checkpoints, recipe.checkpoint, log, watchdog, last_tokens=saved)
         stack.enter_context(saver)
-        run = Run(phases, phase, world, batches, engine, data, saver, log, watchdog)
+        run = Run(phases, phase, world, batches, engine, data, saver, log, watchdog, stop)
         with startup.resting(f"what stands behind the steps of {phase.title}"):
             reached = run.steps(loader, state, checkpoint)
     engine.destroy()
@@ -266,6 +270,9 @@ def open_log(phases: Phases, world: World, state: TrainerState) -> Iterator[RunL
     log = RunLog(run.folder, name=run.name, is_main=world.is_main, start_step=state.step, total_steps=steps)
     try:
         yield log
+    except Preempted:  # no error: its event is written
+        log.close()
+        raise
     except BaseException as error:
         last_words = partial(log.event, "error", type=type(error).__name__, message=str(error))
         if isinstance(error, FencedOffError):  # the file is another copy's
@@ -297,6 +304,7 @@ def announce(
         log.event("damaged", message=warning)
         if world.is_main:
             loud(warning)
+    log.restarted(state.step)
     name, steps = phases.run.name, state.total_steps(phases, world.size)
     where = {"step": state.step, "tokens": state.tokens, "ranks": world.size, "steps": steps, "data": data}
     where |= {"backends": backends, **_placed(place)}

@@ -50,6 +50,7 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             cut = _ends_inside_a_line(path)
+            self._earlier_attempts = _attempts_in(path)
             # What cannot be written stays in the buffer.
             self._events = open(path, "a", encoding="utf-8", buffering=_WAITING_BYTES)  # noqa: SIM115  (closed in close())
             self._waits = False
@@ -83,6 +84,11 @@ class RunLog:
                 self._waits = True
             else:
                 self._waits = False
+
+    def restarted(self, step: int) -> None:
+        """Add a point to the curve of how often the run went on, or began anew, behind an earlier attempt."""
+        if self._main:
+            self.scalars(step, {"run/restarts": float(self._earlier_attempts)})
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add a point to each curve; None (not known on this device) adds none.
@@ -206,6 +212,13 @@ def _ends_inside_a_line(path: Path) -> bool:
     with open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
+
+
+def _attempts_in(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        return sum(line.startswith((b'{"event": "start"', b'{"event": "resume"')) for line in file)
 
 
 class Stopwatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from parallel.process import World
 from parallel.watchdog import Watchdog
 from pretrain import rollback
 from pretrain.agreement import DivergedError
-from pretrain.checkpoints import Checkpoints
+from pretrain.checkpoints import Checkpoints, checkpoint_step
 from pretrain.config import Batches, Recipe
 from pretrain.data import Data, Loader
 from pretrain.devices import peak_flops, peak_memory_bytes
@@ -25,6 +26,7 @@ from pretrain.evaluation import evaluate
 from pretrain.guard import counted, end_of_run, guard_curves, judged, report, report_spike, too_many
 from pretrain.metrics import RunLog, Stopwatch
 from pretrain.phases import Phase, Phases
+from pretrain.preemption import Preempted, StopRequests
 from pretrain.resume import TrainerState, checkpoint_files, restore
 from pretrain.saver import Saver
 from pretrain.schedule import learning_rate
@@ -47,6 +49,7 @@ class Run:
     saver: Saver
     log: RunLog
     watchdog: Watchdog
+    stop: StopRequests
 
     @property
     def recipe(self) -> Recipe:
@@ -76,6 +79,8 @@ class Run:
             record = last or step % recipe.logging.every_steps == 0
             with_stats = record and (last or step % recipe.logging.memory_interval == 0)
             self.watchdog.feed(f"step {step}")
+            if (asked := self.stop.agreed()) is not None:
+                self.preempt(state, checkpoint, asked)
             watch.start()
             stragglers.begin()
             rate = learning_rate(recipe.schedule, recipe.optimizer.lr, tokens, self.batches.total_tokens)
@@ -166,6 +171,8 @@ class Run:
         if result.bubble is not None:
             padded["bubble"] = values["speed/pipeline_bubble"] = result.bubble
             self.say_bubble(result.bubble)
+        if (mfu := values["speed/mfu"]) is not None:
+            padded["mfu"] = mfu
         shares = {name.removeprefix(SHARE): value for name, value in others.items() if name.startswith(SHARE)}
         self.log.scalars(state.step, values)
         if result.stats is not None:
@@ -247,6 +254,18 @@ class Run:
         anew = {"skipped_in_a_row": 0, "spikes": state.spikes.without_row().model_copy(update={"rollbacks": 0})}
         folder = self.save(state.model_copy(update=anew), stays=state.is_done(self.phase), spare=1)
         raise explain(str(folder))
+
+    def preempt(self, state: TrainerState, checkpoint: Path | None, asked: signal.Signals) -> NoReturn:
+        """Save the run as it stands, unless `checkpoint` or one that is being written is that, and raise Preempted."""
+        self.saver.finish()
+        checkpoint = self.saver.newest or checkpoint
+        if state.step > 0 and (checkpoint is None or checkpoint_step(checkpoint) != state.step):
+            checkpoint = self.save(state, stays=False)
+        where = {"step": state.step, "tokens": state.tokens, **self.phase_field}
+        held = None if checkpoint is None else str(checkpoint)
+        self.log.event("preempt", **where, signal=asked.name, checkpoint=held)
+        self.log.say(f"{self.recipe.name}: stopped by {asked.name} at step {state.step}; checkpoint: {held or 'none'}")
+        raise Preempted(asked.name)
 
     def save(self, state: TrainerState, *, stays: bool, wait: bool = True, spare: int = 0) -> Path | None:
         """Save a checkpoint of the run as it stands.

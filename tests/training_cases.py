@@ -68,6 +68,19 @@ def write_recipe(data: Path, folder: Path, *, steps: int = 12, **sections: Mappi
     return path
 
 
+def write_synthetic_recipe(folder: Path, *, steps: int = 14, **sections: Mapping[str, Any]) -> Path:
+    """As `write_recipe`, of recall over 8 to 16 tokens: it needs no shards."""
+    fields = recipe_fields(Path("none"), folder, steps=steps)
+    task = {"kind": "recall", "num_pairs": 4, "num_queries": 4, "filler": [8, 16], "num_keys": 8, "num_values": 8}
+    fields["data"] = {"kind": "synthetic", "num_workers": 1, "task": task}
+    for name, changes in sections.items():
+        fields[name] = {**fields[name], **changes}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
 def pretrain(
     recipe: Path,
     *options: str,
@@ -98,6 +111,23 @@ def events(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def losses(folder: Path) -> dict[int, float]:
     """The loss of each step, as last written."""
     return {event["step"]: event["loss"] for event in events(folder, "step")}
+
+
+def rank_process(folder: Path, rank: int) -> int:
+    """The number of the newest process on this machine that is a rank of the run in a folder, whose recipe is beside it
+    (as the functions above write it). Raises AssertionError where there is none.
+    """
+    recipe, found = str(folder.with_suffix(".yaml")).encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if b"pretrain" in words and b"-m" in words and recipe in words and f"RANK={rank}".encode() in variables:
+            found.append(int(process.name))
+    assert found, f"no process of rank {rank}"
+    return max(found)
 
 
 def assert_same_learning(found: Path, expected: Path, *, steps: int) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from launch.local import launch_local
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 script, nproc, folder, grace = sys.argv[1:]
-sys.exit(launch_local([sys.executable, script], int(nproc), Path(folder), grace_seconds=float(grace)))
+sys.exit(launch_local([sys.executable, script], int(nproc), Path(folder), grace_seconds=float(grace)).status)
 """
 # Writes its process id for the test to follow, and does not end by itself.
 STAY = """

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from parallel.mesh import Mesh
@@ -20,7 +19,7 @@ from pretrain.phases import load_phases
 from pretrain.plan import describe
 from pretrain.resume import check_fits, read_trainer_state
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, losses, pretrain, recipe_fields
+from tests.training_cases import events, losses, pretrain, write_synthetic_recipe
 from tools.export import main as export
 
 STEPS = 14
@@ -28,16 +27,8 @@ WORKER = "tests/pretrain/train_worker.py"
 
 
 def write(folder: Path, **sections: Any) -> Path:
-    """A recipe of recall over 8 to 16 tokens, small enough for seconds."""
-    batch = {"tokens": 128 * STEPS, "sequence_length": 32, "batch_tokens": 128, "micro_batch_size": 2}
-    fields = recipe_fields(Path("none"), folder, training=batch, checkpoint={"every_tokens": 512})
-    task = {"kind": "recall", "num_pairs": 4, "num_queries": 4, "filler": [8, 16], "num_keys": 8, "num_values": 8}
-    fields["data"] = {"kind": "synthetic", "num_workers": 1, "task": task}
-    for name, changes in sections.items():
-        fields[name] = {**fields[name], **changes}
-    path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(fields))
-    return path
+    """A recipe of recall, small enough for seconds."""
+    return write_synthetic_recipe(folder, steps=STEPS, **sections)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,266 @@
+"""The attempts of a launch: what each came to, and whether there is to be another.
+
+A launch is one `python -m launch local`, or one Slurm job through all its requeues. Each attempt writes two lines to
+<run folder>/launch/attempts.jsonl: one when it starts, one when it has ended. An attempt without the second was lost
+with its node; the next one writes it.
+"""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from itertools import takewhile
+from pathlib import Path
+from typing import BinaryIO
+
+from launch.run_events import Progress, events_size, read_events
+from pretrain.errors import EXIT_HUNG
+from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_PREEMPTED, EXIT_USER_ERROR
+
+LAUNCH_FOLDER = "launch"
+ATTEMPTS_FILE = "attempts.jsonl"
+STOP_FILE = "stop"
+"""There while a launch that was asked to stop must not start another attempt."""
+
+FIRST_WAIT_SECONDS = 10.0
+LONGEST_WAIT_SECONDS = 600.0
+MOST_STOPS_IN_VAIN = 20
+"""In a row, of attempts that were stopped before they had taken a step: they would go on for ever."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt, as its lines say it; times are ISO 8601 in UTC."""
+
+    attempt: int
+    """From 1, over all launches of the run."""
+
+    job: str
+    """The launch: a Slurm job's number, or `local-<host>-<process id>`."""
+
+    nodes: tuple[str, ...]
+    """Hosts."""
+
+    started: str
+    events_from: int
+    """Bytes of run.jsonl that were there before it."""
+
+    ended: str | None = None
+    exit_code: int | None = None
+    """None where nobody saw its end."""
+
+    reason: str | None = None
+    """What was decided behind it, and why."""
+
+    step: int | None = None
+    """The last one that its events name."""
+
+    saved: bool = False
+    """Whether it wrote a checkpoint."""
+
+    rank: int | None = None
+    """The one that failed first."""
+
+    error: str | None = None
+    """What went wrong, in a line."""
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it ended, or was lost, in a way that nobody asked for and starting again may mend."""
+        known = (EXIT_DONE, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_FENCED_OFF)
+        return self.ended is not None and self.exit_code not in known
+
+    @property
+    def failure(self) -> str | None:
+        """What went wrong, in words; None where it did not fail."""
+        if self.ended is None or self.exit_code in (EXIT_DONE, EXIT_PREEMPTED):
+            return None
+        code = "nobody saw its end" if self.exit_code is None else f"exit code {self.exit_code}"
+        if self.exit_code is not None and self.exit_code > 128:  # as shells say it
+            code = f"killed by {signal.Signals(self.exit_code - 128).name}"
+        return ("" if self.rank is None else f"rank {self.rank}: ") + (self.error or code)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a launch starts another attempt, after how long, and why."""
+
+    again: bool
+    reason: str
+    wait_seconds: float = 0.0
+
+
+def decide(attempts: Sequence[Attempt], *, max_restarts: int, again_when_stopped: bool, told_to_stop: bool) -> Decision:
+    """What comes after the last of a launch's attempts, which has ended.
+
+    Args:
+        max_restarts: how many crashes in a row without a new checkpoint are started again after.
+        again_when_stopped: whether a run that stopped on request is started again.
+        told_to_stop: whether somebody wants the launch to end.
+    """
+    last = attempts[-1]
+    final = {
+        EXIT_DONE: "done",
+        EXIT_USER_ERROR: "something has to be mended first, see the message; starting again would change nothing",
+        EXIT_FENCED_OFF: "another copy of the run has taken its folder over",
+    }
+    if last.exit_code in final:
+        return Decision(False, final[last.exit_code])
+    if told_to_stop:
+        return Decision(False, "stopped for good, as was asked")
+    if last.exit_code == EXIT_PREEMPTED:
+        in_vain = list(
+            takewhile(lambda attempt: attempt.exit_code == EXIT_PREEMPTED and not attempt.saved, attempts[::-1])
+        )
+        if len(in_vain) >= MOST_STOPS_IN_VAIN:
+            return Decision(
+                False,
+                f"stopped on request {len(in_vain)} times in a row before its first step; does the time limit leave "
+                "room for starting up ahead of its signal?",
+            )
+        return Decision(again_when_stopped, f"stopped on request{', and saved' if last.saved else ''}")
+    kind = {EXIT_HUNG: "the job hung", None: "the attempt was lost"}.get(last.exit_code, "a crash")
+    if len(attempts) > 1 and same_failure(attempts[-2], last):
+        return Decision(
+            False,
+            f"{kind} with the same error at the same step ({last.step}) twice in a row: {last.error}; starting again "
+            "would meet it again",
+        )
+    crashes = crashes_in_a_row(attempts)
+    if crashes > max_restarts:
+        return Decision(
+            False, f"{kind}, number {crashes} in a row without a new checkpoint; {max_restarts} are started again after"
+        )
+    wait = min(FIRST_WAIT_SECONDS * 2 ** (crashes - 1), LONGEST_WAIT_SECONDS)
+    return Decision(True, f"{kind}, number {crashes} of {max_restarts} without a new checkpoint", wait)
+
+
+def same_failure(first: Attempt, second: Attempt) -> bool:
+    """Whether two attempts crashed at the same step with the same error, numbers in its text apart (ports, process
+    numbers, addresses). An attempt whose error nobody knows is like no other.
+    """
+    if not (first.crashed and second.crashed) or first.error is None or second.error is None:
+        return False
+    return first.step == second.step and _without_numbers(first.error) == _without_numbers(second.error)
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", text)
+
+
+def crashes_in_a_row(attempts: Sequence[Attempt]) -> int:
+    """How many of the last attempts crashed, back to the last one that wrote a checkpoint before it did."""
+    count = 0
+    for attempt in reversed(attempts):
+        if not attempt.crashed:
+            break
+        count += 1
+        if attempt.saved:
+            break
+    return count
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The attempts of a run, in its folder."""
+
+    run_folder: Path
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.run_folder / LAUNCH_FOLDER / ATTEMPTS_FILE
+
+    def read(self, job: str | None = None) -> list[Attempt]:
+        """All attempts, or those of one launch, oldest first."""
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        attempts: dict[int, Attempt] = {}
+        for line in lines:
+            try:
+                fields = json.loads(line)
+                found = Attempt(**{**fields, "nodes": tuple(fields["nodes"])})
+            except (ValueError, TypeError, KeyError):  # cut by a kill or a full disk
+                continue
+            attempts[found.attempt] = found
+        return [found for found in attempts.values() if job is None or found.job == job]
+
+    def begin(self, job: str, nodes: Sequence[str]) -> Attempt:
+        """Write that an attempt starts. Those of the same launch whose end is missing were lost. Raises OSError."""
+        before = self.read()
+        for lost in (found for found in before if found.job == job and found.ended is None):
+            self.write(replace(self.ended(lost, None), reason="lost: nobody saw its end"))
+        number = max((found.attempt for found in before), default=0) + 1
+        started = Attempt(number, job, tuple(nodes), _now(), events_size(self.run_folder))
+        self.write(started)
+        return started
+
+    def ended(
+        self, attempt: Attempt, exit_code: int | None, *, rank: int | None = None, error: str | None = None
+    ) -> Attempt:
+        """An attempt with its end, which is not written yet.
+
+        Args:
+            rank, error: of the rank that failed first, where the launcher saw it; else the error is run.jsonl's, of
+                rank 0, which may have lost its peer.
+        """
+        progress = Progress.of(read_events(self.run_folder, attempt.events_from))
+        return replace(
+            attempt,
+            ended=_now(),
+            exit_code=exit_code,
+            step=progress.step,
+            saved=progress.saved,
+            rank=rank,
+            error=progress.error if rank is None else error,
+        )
+
+    def write(self, attempt: Attempt) -> None:
+        """Write a line. Raises OSError."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(asdict(attempt)) + "\n"
+        with open(self.path, "ab+") as file:
+            if file.tell() and _last_byte(file) != b"\n":  # a kill or a full disk cut the one before
+                line = "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def ask_to_stop(run_folder: Path) -> None:
+    """Let no further attempt of the run's launch start. Raises OSError."""
+    path = run_folder / LAUNCH_FOLDER / STOP_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def told_to_stop(run_folder: Path) -> bool:
+    """Whether `ask_to_stop` was called since the last launch began."""
+    return (run_folder / LAUNCH_FOLDER / STOP_FILE).exists()
+
+
+def forget_stop(run_folder: Path) -> None:
+    """A new launch begins. Raises OSError."""
+    (run_folder / LAUNCH_FOLDER / STOP_FILE).unlink(missing_ok=True)
+
+
+def resume_arguments(arguments: Sequence[str], attempts: Sequence[Attempt]) -> list[str]:
+    """The arguments of training for a launch's next attempt: where one before wrote a checkpoint, that is what to go on
+    from, and not what --resume said at first; the last of two --resume holds.
+    """
+    again = ("--resume", "auto") if any(attempt.saved for attempt in attempts) else ()
+    return [*arguments, *again]

@@ -1,0 +1,101 @@
+"""`python -m launch attempt`: what a job script asks before and behind each attempt. No torch, no Slurm command: it
+runs in a container too.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from launch.attempts import Attempt, Decision, Ledger, decide, resume_arguments, told_to_stop
+from launch.local import say
+from launch.task import first_failure, read_exits
+from pretrain.errors import UserError
+from pretrain.exit_codes import EXIT_PREEMPTED
+
+EXIT_REFUSED = 1
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the subcommand."""
+    parser = subparsers.add_parser(
+        "attempt", help="what a job script asks before and behind each attempt", description=__doc__, allow_abbrev=False
+    )
+    parts = parser.add_subparsers(required=True, metavar="begin|end")
+    begins = parts.add_parser("begin", allow_abbrev=False, help="prints the attempt's number and options of training")
+    begins.add_argument("--job", required=True, metavar="ID", help="the job's number")
+    begins.add_argument("--nodes", required=True, metavar="LIST", help="its nodes, as Slurm writes them")
+    ends = parts.add_parser("end", allow_abbrev=False, help="prints `again SECONDS` or `end EXIT_CODE`")
+    ends.add_argument("--attempt", type=int, required=True, metavar="N", help="its number")
+    ends.add_argument("--exit-code", type=int, required=True, metavar="N", help="srun's")
+    for part in (begins, ends):
+        part.add_argument("--run", type=Path, required=True, metavar="FOLDER", dest="folder", help="the run's folder")
+        part.add_argument("--max-restarts", type=int, required=True, metavar="N", help="crashes in a row; see slurm")
+    begins.set_defaults(run=begin)
+    ends.set_defaults(run=end)
+
+
+def begin(options: argparse.Namespace) -> int:
+    """Write that an attempt begins and print its number, and what training gets beside its own arguments; 1 where there
+    is to be none. Raises UserError where the run's folder cannot be written.
+    """
+    ledger = Ledger(options.folder)
+    if told_to_stop(options.folder):
+        say("no attempt: `launch stop` has ended this launch; launch the run anew to go on")
+        return EXIT_REFUSED
+    try:
+        attempt = ledger.begin(options.job, [options.nodes])
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or options.folder}: {error.strerror or error}; make room and submit"
+        ) from error
+    before = ledger.read(options.job)[:-1]
+    if before and before[-1].exit_code is None:  # Slurm started the job again, without asking
+        decision = _decided(options, before)
+        if not decision.again:
+            say(f"no attempt: {decision.reason}")
+            ledger.write(replace(ledger.ended(attempt, EXIT_REFUSED), reason=f"not begun: {decision.reason}"))
+            return EXIT_REFUSED
+    print(attempt.attempt, *resume_arguments((), before))
+    return 0
+
+
+def end(options: argparse.Namespace) -> int:
+    """Write how the attempt ended and print what comes next. A folder that cannot be written to is told; what can be
+    decided without it is.
+    """
+    ledger = Ledger(options.folder)
+    attempts = [found for found in ledger.read() if found.attempt == options.attempt]
+    if not attempts:
+        raise UserError(f"{ledger.path}: has no attempt {options.attempt}")
+    job = ledger.read(attempts[0].job)
+    ended = how_it_ended(ledger, attempts[0], options.exit_code)
+    decision = _decided(options, [*(found for found in job if found.attempt < ended.attempt), ended])
+    try:
+        ledger.write(replace(ended, reason=decision.reason))
+    except OSError as error:
+        say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
+        # Without the ledger crashes cannot be counted.
+        decision = decision if ended.exit_code == EXIT_PREEMPTED else Decision(False, "the ledger cannot be written")
+    say(f"attempt {ended.attempt} ended with {ended.exit_code}: {decision.reason}")
+    if ended.failure is not None:
+        say(f"first to fail: {ended.failure}")
+    print(f"again {decision.wait_seconds:.0f}" if decision.again else f"end {ended.exit_code}")
+    return 0
+
+
+def how_it_ended(ledger: Ledger, attempt: Attempt, exit_code: int) -> Attempt:
+    """An attempt's end, by what its ranks left rather than by srun's exit code, which is the largest of all: that of a
+    rank which srun killed, say, behind the one that failed.
+    """
+    exits = read_exits(ledger.run_folder, attempt.attempt)
+    failed = first_failure(exits)
+    if failed is not None:
+        return ledger.ended(attempt, failed.exit_code, rank=failed.rank, error=failed.error)
+    if any(left.exit_code == EXIT_PREEMPTED for left in exits):
+        return ledger.ended(attempt, EXIT_PREEMPTED)
+    return ledger.ended(attempt, exit_code)
+
+
+def _decided(options: argparse.Namespace, attempts: list[Attempt]) -> Decision:
+    stop = told_to_stop(options.folder)
+    return decide(attempts, max_restarts=options.max_restarts, again_when_stopped=True, told_to_stop=stop)

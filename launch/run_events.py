@@ -1,0 +1,61 @@
+"""What a run wrote of itself, read without anything that trains: run.jsonl and the logs of its ranks."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EVENTS_FILE = "run.jsonl"
+LOGS_FOLDER = "logs"
+
+
+def events_size(folder: Path) -> int:
+    """How many bytes of events a run has written so far."""
+    path = folder / EVENTS_FILE
+    return path.stat().st_size if path.exists() else 0
+
+
+def read_events(folder: Path, start: int = 0) -> list[dict[str, Any]]:
+    """A run's events from byte `start` of run.jsonl on; none where there is no such file. What a killed process left of
+    a line is no event.
+    """
+    try:
+        with open(folder / EVENTS_FILE, "rb") as file:
+            file.seek(start)
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:  # cut within a character or a value
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return events
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run came in some of its events."""
+
+    step: int | None
+    """The last that one of them names."""
+
+    saved: bool
+    """Whether a checkpoint was written."""
+
+    error: str | None
+    """The exception that ended it."""
+
+    @classmethod
+    def of(cls, events: list[dict[str, Any]]) -> "Progress":
+        """Read from the events of an attempt."""
+        steps = [event["step"] for event in events if "step" in event]
+        errors = [f"{e.get('type')}: {e.get('message')}" for e in events if e["event"] == "error"]
+        return cls(
+            step=steps[-1] if steps else None,
+            saved=any(event["event"] == "save" for event in events),
+            error=errors[-1] if errors else None,
+        )

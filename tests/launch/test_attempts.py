@@ -1,0 +1,122 @@
+"""What a launch does behind an attempt: start again, when, or not, and why."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.attempts import Attempt, Ledger, ask_to_stop, decide, forget_stop, resume_arguments, told_to_stop
+from pretrain.errors import EXIT_HUNG
+
+STARTED = Attempt(1, "7", ("n[1-2]",), "2026-01-01T00:00:00+00:00", 0)
+SIGKILL = 128 + 9
+
+
+def ended(exit_code: int | None, *, step: int | None = 10, saved: bool = False, error: str | None = None) -> Attempt:
+    return replace(STARTED, ended=STARTED.started, exit_code=exit_code, step=step, saved=saved, error=error)
+
+
+def decided(*attempts: Attempt, max_restarts: int = 2, slurm: bool = True, stop: bool = False):
+    return decide(attempts, max_restarts=max_restarts, again_when_stopped=slurm, told_to_stop=stop)
+
+
+@pytest.mark.parametrize(("code", "words"), [(0, "done"), (2, "mended"), (77, "another copy")])
+def test_what_starting_again_cannot_change_is_not_started_again(code, words):
+    decision = decided(ended(code))
+    assert not decision.again and words in decision.reason
+
+
+def test_a_run_that_stopped_on_request_goes_on_under_slurm_alone():
+    assert decided(ended(75)).again and decided(ended(75)).wait_seconds == 0
+    assert not decided(ended(75), slurm=False).again
+    assert not decided(ended(75), stop=True).again
+    assert decided(*[ended(75, saved=True)] * 99).again  # however often
+    assert decided(*[ended(75)] * 19).again and decided(*[ended(75)] * 19, ended(1)).again
+    in_vain = decided(ended(75, saved=True), *[ended(75)] * 20)
+    assert not in_vain.again and "20 times in a row before its first step" in in_vain.reason
+
+
+@pytest.mark.parametrize("code", [1, EXIT_HUNG, SIGKILL, None])
+def test_crashes_are_started_again_later_and_later_so_many_times(code):
+    waits = [decided(*[ended(code)] * count, max_restarts=9).wait_seconds for count in range(1, 10)]
+    assert waits == [10, 20, 40, 80, 160, 320, 600, 600, 600]
+    assert decided(*[ended(code)] * 2).again
+    last = decided(*[ended(code)] * 3)
+    assert not last.again and "number 3 in a row" in last.reason
+    assert not decided(ended(code), max_restarts=0).again
+    assert not decided(ended(code), stop=True).again
+
+
+def test_crashes_behind_a_new_checkpoint_are_counted_anew():
+    saved = ended(SIGKILL, saved=True)
+    assert decided(ended(SIGKILL), ended(SIGKILL), saved).wait_seconds == 10  # it got further
+    assert decided(saved, ended(SIGKILL)).wait_seconds == 20
+    assert not decided(saved, *[ended(SIGKILL)] * 2).again
+    assert decided(ended(SIGKILL), ended(SIGKILL), ended(75), ended(SIGKILL)).wait_seconds == 10
+
+
+def test_the_same_error_at_the_same_step_twice_is_not_tried_a_third_time():
+    first = ended(1, error="rank 1: ValueError: port 1234 at 0xab12")
+    decision = decided(first, ended(1, error="rank 1: ValueError: port 99 at 0x1"))
+    assert not decision.again and "same error at the same step (10)" in decision.reason and "port 99" in decision.reason
+    assert decided(first, ended(1, step=11, error=first.error)).again
+    assert decided(first, ended(1, error="KeyError: 'a'")).again
+    assert decided(first, ended(75), ended(1, error=first.error)).again
+    assert decided(ended(SIGKILL), ended(SIGKILL)).again  # nobody knows what killed them
+    saved = [ended(1, error="ValueError", saved=True)] * 2
+    assert not decided(*saved).again
+
+
+def write_events(folder: Path, *events: dict) -> None:
+    with open(folder / "run.jsonl", "a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def test_the_ledger_has_two_lines_for_each_attempt_with_what_its_own_events_say(tmp_path):
+    ledger = Ledger(tmp_path)
+    write_events(tmp_path, {"event": "step", "step": 99}, {"event": "save", "step": 99})  # an earlier launch's
+    first = ledger.begin("7", ["n1"])
+    write_events(tmp_path, {"event": "step", "step": 5}, {"event": "error", "type": "OSError", "message": "gone"})
+    ledger.write(replace(ledger.ended(first, 1), reason="a crash"))
+    second = ledger.begin("7", ["n2"])
+    write_events(tmp_path, {"event": "save", "step": 8}, {"event": "step", "step": 9})
+    ledger.write(ledger.ended(second, SIGKILL, rank=3, error=None))
+    lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
+    assert [(line["attempt"], line["exit_code"]) for line in lines] == [(1, None), (1, 1), (2, None), (2, SIGKILL)]
+    one, two = ledger.read("7")
+    assert (one.step, one.saved, one.error, one.reason, one.nodes) == (5, False, "OSError: gone", "a crash", ("n1",))
+    assert (two.step, two.saved, two.error, two.failure) == (9, True, None, "rank 3: killed by SIGKILL")
+    assert ledger.read("8") == [] and one.failure == "OSError: gone"
+
+
+def test_an_attempt_whose_end_nobody_wrote_is_lost_and_a_cut_line_is_no_attempt(tmp_path):
+    ledger = Ledger(tmp_path)
+    assert ledger.read() == []
+    ledger.begin("7", ["n1"])
+    with open(ledger.path, "a") as file:
+        file.write('{"attempt": 9, "job": "7", "no')
+    other = ledger.begin("8", ["n2"])  # another launch's does not end it
+    assert ledger.read("7")[0].ended is None and other.attempt == 2
+    third = ledger.begin("7", ["n2"])
+    lost, again = ledger.read("7")
+    assert lost.crashed and lost.exit_code is None and "lost" in lost.reason and again == third
+    assert third.attempt == 3 and decided(lost).again
+
+
+def test_an_attempt_goes_on_from_what_an_earlier_one_of_its_launch_saved(tmp_path):
+    given = ["--resume", "other/step-00000004", "--optimizer.lr", "1"]
+    assert resume_arguments(given, []) == given == resume_arguments(given, [ended(1)])
+    assert resume_arguments(given, [ended(1, saved=True), ended(1)]) == [*given, "--resume", "auto"]
+    from pretrain.command_line import parse
+
+    assert parse(["x.yaml", *given, "--resume", "auto"]).resume == "auto"
+
+
+def test_a_stop_holds_until_the_next_launch(tmp_path):
+    forget_stop(tmp_path)
+    assert not told_to_stop(tmp_path)
+    ask_to_stop(tmp_path)
+    assert told_to_stop(tmp_path)
+    forget_stop(tmp_path)
+    assert not told_to_stop(tmp_path)

@@ -1,0 +1,214 @@
+"""The job script, what is refused before one is written, and what its commands decide behind an attempt."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+from launch.attempts import Ledger, ask_to_stop
+from launch.job_script import JobScript
+from launch.slurm import limit_seconds
+from launch.task import RankExit, environment_of_task, write_exit
+from pretrain.errors import UserError
+
+DEMO = str(Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml")
+STEP = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "MASTER_ADDR": "n1", "MASTER_PORT": "12345"}
+
+
+def script(**fields) -> JobScript:
+    given = {
+        "name": "run",
+        "run_folder": Path("/runs/run"),
+        "directory": Path("/code"),
+        "python": "/usr/bin/python3",
+        "training": ("recipe.yaml",),
+        "nodes": 2,
+        "tasks_per_node": 4,
+        "gpus_per_node": 0,
+        "cpus_per_task": None,
+        "signal_seconds": 60,
+        "max_restarts": 3,
+    }
+    return JobScript(**given | fields)
+
+
+def directives(text: str) -> dict[str, str]:
+    lines = [shlex.split(line.removeprefix("#SBATCH "))[0] for line in text.splitlines() if line.startswith("#SBATCH ")]
+    return dict((line.removeprefix("--").split("=", 1) + [""])[:2] for line in lines)
+
+
+def assert_bash_takes(text: str) -> None:
+    result = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+def test_the_script_says_what_was_asked_for():
+    text = script(gpus_per_node=4, cpus_per_task=12, sbatch=(("partition", "long"), ("time", "1-00"))).text()
+    assert_bash_takes(text)
+    found = directives(text)
+    assert found == {
+        "job-name": "run",
+        "nodes": "2",
+        "ntasks": "8",
+        "ntasks-per-node": "4",
+        "gpus-per-node": "4",
+        "cpus-per-task": "12",
+        "partition": "long",
+        "time": "1-00",
+        "signal": "B:USR1@60",
+        "output": "/runs/run/logs/job-%j.log",
+        "open-mode": "append",
+        "requeue": "",
+    }
+    assert "srun --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=12 --kill-on-bad-exit=1" in text
+    assert "gpus-per-node" not in directives(script().text())
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5", 300), ("5:30", 330), ("1:02:03", 3723), ("2-3", 183600), ("1-2:30", 95400), ("1-0:0:10", 86410)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text, seconds):
+    assert limit_seconds(text) == seconds
+
+
+def test_words_with_signs_of_the_shell_stay_words(tmp_path):
+    odd = ["it's.yaml", "$(touch hacked)", "`touch hacked`", '"', "a b", "--x=${HOME}", "{braces}"]
+    folder = Path("/runs/50% of $it's")
+    text = script(training=tuple(odd), run_folder=folder, directory=tmp_path).text()
+    assert_bash_takes(text)
+    assert directives(text)["output"] == "/runs/50%% of $it's/logs/job-%j.log"
+    begin = text.index("cd ")
+    settings = text[begin : text.index("launcher()", begin)]
+    printed = subprocess.run(
+        ["bash", "-c", settings + 'printf "%s\\0" "$run" "${training[@]}"'], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.split("\0")[:-1] == [str(folder), *odd]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_container_holds_all_that_runs():
+    text = script(container="image.sqsh", container_mounts="/data:/data").text()
+    assert_bash_takes(text)
+    line = next(line for line in text.splitlines() if line.startswith("container="))
+    assert "--container-image=image.sqsh --container-workdir=/code --container-mounts=/data:/data" in line
+
+
+@pytest.mark.parametrize("field", [{"name": "a\nb"}, {"training": ("a\n#SBATCH --x",)}, {"sbatch": (("qos", "\x1b"),)}])
+def test_nothing_adds_a_line_to_the_script(field):
+    with pytest.raises(UserError, match="line's end"):
+        script(**field).text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "0", DEMO], "--nodes 0"),
+        (["--gpus-per-node", "-1", DEMO], "--gpus-per-node -1"),
+        (["--gpus-per-node", "8", "--tasks-per-node", "4", DEMO], "a rank has one GPU"),
+        (["--time", "tomorrow", DEMO], "--time tomorrow"),
+        (["--signal-seconds", "0", DEMO], "--signal-seconds 0"),
+        (["--time", "2", DEMO], "--time 2 ends before the run has begun"),
+        (["--signal-seconds", "70000", DEMO], "65535"),
+        (["--max-restarts", "-1", DEMO], "--max-restarts -1"),
+        (["--container-mounts", "/a:/a", DEMO], "--container IMAGE"),
+        ([DEMO, "--nodes", "2"], "write it before"),
+        ([DEMO, "--partition=x"], "write it before"),
+        (["--nodes", "3", DEMO], "training.batch_tokens"),
+        ([DEMO, "--parallel.device", "cuda"], "--gpus-per-node"),
+        (["--job-name", "a\nb", DEMO], "line's end"),
+        ([DEMO], "sbatch is not on the PATH"),
+    ],
+)
+def test_mistakes_are_one_message_and_submit_nothing(arguments, message, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
+    assert main(["slurm", *arguments]) == 2
+    output = capfd.readouterr()
+    assert output.err.startswith("error: ") and message in output.err and output.out == ""
+    written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == ({"job.sbatch", "rank0.log"} if "sbatch is" in message else set())
+
+
+def test_print_and_no_submit_give_the_same_script(capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = ["--nodes", "2", "--time", "60", DEMO, "--folder", "my run", "--optimizer.lr", "1e-3"]
+    assert main(["slurm", "--print", *options]) == 0
+    printed = capfd.readouterr().out
+    assert list(tmp_path.iterdir()) == [] and f"training=({DEMO} --folder 'my run' --optimizer.lr 1e-3)" in printed
+    assert main(["slurm", "--no-submit", *options]) == 0
+    assert (tmp_path / "my run" / "launch" / "job.sbatch").read_text() == printed
+    assert directives(printed)["output"] == f"{tmp_path}/my run/logs/job-%j.log"
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_nothing_behind(capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
+    folder = tmp_path / "run"
+    assert main(["slurm", "--dry-run", "--nodes", "2", DEMO, "--folder", str(folder)]) == 0
+    shown = capfd.readouterr().out
+    assert "job demo: 2 nodes x 1 ranks on CPUs" in shown and "sbatch is not on the PATH" in shown and "mac" in shown
+    assert not folder.exists()
+
+
+def test_a_task_takes_its_place_from_slurm():
+    found = environment_of_task({**STEP, "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "6"})
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")
+    assert [found[name] for name in names] == ["3", "1", "4", "2", "6", "n1", "12345"]
+    assert environment_of_task({**STEP, "OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    with pytest.raises(UserError, match="SLURM_PROCID, MASTER_PORT not set"):
+        environment_of_task(
+            {name: value for name, value in STEP.items() if name not in ("SLURM_PROCID", "MASTER_PORT")}
+        )
+
+
+def begin(folder: Path, capfd, job: str = "7", restarts: int = 3) -> str:
+    command = ["attempt", "begin", "--run", str(folder), "--job", job, "--nodes", "n[1-2]"]
+    main([*command, "--max-restarts", str(restarts)])
+    return capfd.readouterr().out.strip()
+
+
+def end(folder: Path, capfd, attempt: int, code: int, exits: dict[int, tuple[float, int, str | None]]) -> str:
+    for rank, (when, left, error) in exits.items():
+        write_exit(folder, RankExit(attempt, rank, "n1", when, left, error))
+    command = ["attempt", "end", "--run", str(folder), "--attempt", str(attempt), "--exit-code", str(code)]
+    assert main([*command, "--max-restarts", "3"]) == 0
+    return capfd.readouterr().out.strip()
+
+
+def test_the_first_rank_to_fail_decides_and_not_the_exit_code_of_srun(tmp_path, capfd):
+    assert begin(tmp_path, capfd) == "1"
+    lost_peer = (11.0, 1, "RuntimeError: Connection closed by peer")
+    assert end(tmp_path, capfd, 1, 143, {0: lost_peer, 1: (12.0, 2, "error: no space")}) == "end 2"
+    assert Ledger(tmp_path).read()[0].failure == "rank 1: error: no space"
+    assert begin(tmp_path, capfd) == "2"
+    assert end(tmp_path, capfd, 2, 143, {0: (20.0, 75, None), 1: (20.1, 75, None)}) == "again 0"
+    assert begin(tmp_path, capfd) == "3"
+    assert end(tmp_path, capfd, 3, 137, {}) == "again 10"  # what the ranks of attempt 2 left says nothing of it
+    assert begin(tmp_path, capfd) == "4"
+    (tmp_path / "run.jsonl").write_text('{"event": "save", "step": 4}\n')
+    assert end(tmp_path, capfd, 4, 0, {0: (30.0, 0, None)}) == "end 0"
+    assert begin(tmp_path, capfd) == "5 --resume auto"
+    assert begin(tmp_path, capfd, job="8") == "6"  # another launch
+
+
+def test_a_launch_that_was_stopped_or_lost_too_often_begins_no_attempt(tmp_path, capfd):
+    assert [begin(tmp_path, capfd, restarts=2) for _ in range(4)] == ["1", "2", "3", ""]  # Slurm lost each
+    assert begin(tmp_path, capfd, job="8") == "5"
+    ask_to_stop(tmp_path)
+    assert end(tmp_path, capfd, 5, 75, {0: (1.0, 75, None)}) == "end 75"
+    assert begin(tmp_path, capfd, job="8") == ""
+
+
+def test_what_a_job_script_asks_needs_neither_torch_nor_long(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not for this')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    command = ["attempt", "begin", "--run", str(tmp_path), "--job", "7", "--nodes", "n1", "--max-restarts", "3"]
+    for words in (command, ["status", str(tmp_path)], ["slurm", "--help"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "launch", *words], env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
