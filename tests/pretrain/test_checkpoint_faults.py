@@ -93,6 +93,7 @@ class Silent(RunLog):
 def walk_and_save(folder: Path, world: World, steps: int, begin: Callable[[], object]) -> int:
     """Walk on from the newest checkpoint, saving at every step; how many saves failed."""
     torch.set_num_threads(1)  # those of the test are not there behind a fork
+    folder.mkdir(exist_ok=True)
     config, log, walk = CheckpointConfig(keep=2, max_failed_saves=99), Silent(), Walk()
     checkpoints = Checkpoints(folder / "checkpoints", config.keep, world, take_fence(folder, world))
     if (newest := checkpoints.newest_whole(pytest.fail)) is not None:
@@ -161,7 +162,6 @@ def trace(tmp_path: Path, world: World) -> Callable[..., Traced]:
         pytest.skip("strace is not installed")
 
     def run(folder: Path, *faults: str) -> Traced:
-        folder.mkdir(exist_ok=True)
         child, log = Child.fork(folder, world, 2), folder / "strace"
         command = ["strace", "-f", "-o", str(log), "-e", "trace=write,fsync,rename,renameat,renameat2"]
         command += [part for fault in faults for part in ("-e", f"inject={fault}")]
