@@ -64,6 +64,18 @@ def take_fence(folder: Path, world: World) -> Fence | None:
     return fence
 
 
+def held_by_older_copy(folder: Path) -> bool:
+    """Whether the copy that took the fence of this folder last is of the same Slurm job as this process, from before
+    the job was requeued.
+    """
+    job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    try:
+        found = _read(folder / FENCE_FILE)
+        return job is not None and found.get("job") == job and int(found.get("restart") or 0) < restart
+    except (OSError, ValueError):
+        return False
+
+
 def _take(path: Path) -> Fence:
     try:
         number = int(_read(path)["number"]) + 1 if path.exists() else 1

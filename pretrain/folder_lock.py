@@ -1,4 +1,8 @@
-"""One run in a folder at a time: two would remove each other's checkpoints."""
+"""One run in a folder at a time: two would remove each other's checkpoints.
+
+On file systems whose locks hold across nodes, the copy of a Slurm job that runs on behind a cut network keeps the lock.
+The job's next copy is let in all the same: the fence, which it takes then, keeps the older one from changing anything.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from parallel.process import World
 from pretrain.agreement import agreed
 from pretrain.checkpoints import loud
 from pretrain.errors import UserError
+from pretrain.fence import held_by_older_copy
 
 LOCK_FILE = ".lock"
 
@@ -24,8 +29,17 @@ def alone_in(folder: Path, world: World) -> Iterator[None]:
     with ExitStack() as stack:
         with agreed():
             if world.is_main:
-                stack.enter_context(locked(folder, busy="another run is training in it", place="a --folder"))
+                try:
+                    stack.enter_context(locked(folder, busy="another run is training in it", place="a --folder"))
+                except BusyError:
+                    if not held_by_older_copy(folder):
+                        raise
+                    loud(f"folder {folder} is held by an older copy of this job, which is fenced off now")
         yield
+
+
+class BusyError(UserError):
+    """Another process holds the folder."""
 
 
 @contextmanager
@@ -36,7 +50,7 @@ def locked(folder: Path, *, busy: str, place: str) -> Iterator[None]:
         busy: what is wrong when another process holds it, as the message says it.
         place: what names another folder: "a --folder".
 
-    Raises UserError when another process holds the folder, or when it cannot be written.
+    Raises BusyError when another process holds the folder, UserError when it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +61,7 @@ def locked(folder: Path, *, busy: str, place: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"folder {folder}: {busy}; wait for its end, or give {place} of its own") from error
+            raise BusyError(f"folder {folder}: {busy}; wait for its end, or give {place} of its own") from error
         except OSError as error:  # a file system without locks is no reason not to train
             loud(f"folder {folder} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
         yield

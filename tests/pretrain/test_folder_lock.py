@@ -12,6 +12,7 @@ import pytest
 from parallel import process
 from parallel.process import World
 from pretrain.agreement import SharedUserError
+from pretrain.fence import FencedOffError, take_fence
 from pretrain.folder_lock import LOCK_FILE, alone_in
 from pretrain.loop import train
 from pretrain.phases import load_phases
@@ -52,6 +53,40 @@ def test_a_killed_runs_folder_is_free(tmp_path: Path, world: World) -> None:
         holder.kill()
     with alone_in(tmp_path, world):
         pass
+
+
+@pytest.mark.parametrize(
+    ("job", "restart", "is_let_in"), [("7", "1", True), ("7", "0", False), ("8", "1", False), (None, None, False)]
+)
+def test_the_next_copy_of_a_job_is_let_in_beside_the_one_that_was_cut_off(
+    tmp_path: Path,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    job: str | None,
+    restart: str | None,
+    is_let_in: bool,
+) -> None:
+    def as_job(number: str | None, restarts: str | None) -> None:
+        for name, value in (("SLURM_JOB_ID", number), ("SLURM_RESTART_COUNT", restarts)):
+            monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+
+    as_job("7", None)  # as Slurm has it before the first requeue
+    with alone_in(tmp_path, world):
+        older = take_fence(tmp_path, world)
+        assert older is not None
+        as_job(job, restart)
+        if not is_let_in:
+            with pytest.raises(SharedUserError, match="another run is training in it"), alone_in(tmp_path, world):
+                pass
+            return
+        with alone_in(tmp_path, world):
+            assert "held by an older copy of this job" in capsys.readouterr().err
+            newer = take_fence(tmp_path, world)
+            assert newer is not None
+            newer.check()
+            with pytest.raises(FencedOffError):
+                older.check()
 
 
 def test_a_folder_without_locks_is_said_and_used(

@@ -72,7 +72,11 @@ def test_what_hangs_beside_the_steps_ends_the_run(
     tmp_path: Path, name: str, call: int, seconds: int, doing: str
 ) -> None:
     data = make_data(tmp_path / "data", number=120, words=40)
-    recipe = write_recipe(data, tmp_path / "run", steps=1, parallel={"startup_timeout_seconds": seconds})
+    sections = {
+        "parallel": {"startup_timeout_seconds": seconds},
+        "schedule": {"kind": "constant", "warmup_tokens": 0},
+    }
+    recipe = write_recipe(data, tmp_path / "run", steps=1, **sections)
     program = BESIDE_STEPS.format(name=name, call=call)
     finished = run_ranks(["-c", program, str(recipe), "--phases", PHASES], ranks=2, timeout=120, check=False)
     assert finished.codes == [EXIT_HUNG, EXIT_HUNG], finished.report()

@@ -135,9 +135,6 @@ def cut_network(lab: Lab) -> Loss:
     old = [lab.rank_process("cut", rank) for rank in (0, 1)]
     lab.cluster.cut(node)
     since = time.time()
-    # Both nodes are one kernel here, so that the lock of the older copy holds against the newer one, as that of a node
-    # which is cut off does not.
-    (lab.folder / "cut" / ".lock").unlink()
     lab.wait_for(lambda: len(events(lab.folder / "cut", "resume")) == 1, "the next copy")
     lab.wait_for(lambda: not any(alive(pid) for pid in old), "the end of the older copy, while it is cut off")
     assert lab.job_state(job) == "RUNNING"
