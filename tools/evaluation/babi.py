@@ -18,13 +18,12 @@ from pretrain.errors import UserError
 from tools.encoding import Tokenizer
 from tools.evaluation.answers import labels_of
 from tools.evaluation.haystack import Haystack
-from tools.evaluation.prompts import Prompt, compose
+from tools.evaluation.prompts import Prompt, compose, require_answer_room
 
 TASKS = tuple(f"qa{number}" for number in range(1, 21))
 ANSWER_TOKENS = 20
 SUBSETS = ("en-10k", "en")
 """Of the published archive, the first that is there counts; their test parts are the same."""
-_ANSWER_END = "\n"
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def babi_prompt(
         num_fewshot: stories with their answers before the text.
 
     Raises:
-        UserError: no drawn story fits, or there are too few examples.
+        UserError: no drawn story fits, its answer does not fit, or there are too few examples.
     """
     draw = random.Random(f"{seed}/{task.name}/{length}/{depth}/{sample}")
     if len(task.examples) < num_fewshot:
@@ -114,6 +113,7 @@ def babi_prompt(
         except UserError as too_long:
             error = too_long
             continue
+        require_answer_room(tokenizer, (story.answer,), answer_tokens, task.name)
         return Prompt(task.name, length, depth, sample, tokens, context, placed, story.question, (story.answer,))
     assert error is not None
     raise error

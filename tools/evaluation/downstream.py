@@ -26,7 +26,7 @@ from tools.evaluation.ranks import join
 from tools.evaluation.results import setting_name, tensorboard_scalars, write_results
 from tools.model_directory import load_model_directory
 
-NATIVE, HUGGINGFACE = "native", "huggingface"
+HUGGINGFACE = "huggingface"
 COLUMNS = (
     ("Wiki ppl", "wikitext", "word_perplexity"),
     ("LMB ppl", "lambada", "perplexity"),

@@ -15,7 +15,7 @@ from typing import Literal
 
 from tools.encoding import Tokenizer
 from tools.evaluation.haystack import Haystack, encode_sentences
-from tools.evaluation.prompts import Prompt, compose
+from tools.evaluation.prompts import Prompt, compose, require_answer_room
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 ANSWER_TOKENS = 128
@@ -91,7 +91,7 @@ def needle_prompt(
         depth: of the first needle that is asked for, 0 to 1.
 
     Raises:
-        UserError: `length` is too short.
+        UserError: `length` or `answer_tokens` is too short.
     """
     task, draw = TASKS[name], random.Random(f"{seed}/{name}/{length}/{depth}/{sample}")
     keys: list[str] = []
@@ -118,6 +118,7 @@ def needle_prompt(
         name=f"{name} with {answer_tokens} tokens for the answer",
     )
     answers = tuple(value for key in asked for value in values[key])
+    require_answer_room(tokenizer, answers, answer_tokens, name)
     return Prompt(name, length, depth, sample, tokens, context, placed, after.strip(), answers)
 
 

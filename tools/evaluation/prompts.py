@@ -54,6 +54,13 @@ class Prompt:
         }  # fmt: skip
 
 
+def require_answer_room(tokenizer: Tokenizer, answers: Sequence[str], answer_tokens: int, name: str) -> None:
+    """Raises UserError where a right answer is longer than what a model may write."""
+    needed = len(tokenizer.encode(f" {', '.join(answers)}", begins=False))
+    if needed > answer_tokens:
+        raise UserError(f"{name}: a right answer takes {needed} tokens, more than --answer-tokens {answer_tokens}")
+
+
 def compose(
     tokenizer: Tokenizer,
     haystack: Haystack,

@@ -81,14 +81,26 @@ def test_an_oracle_finds_everything_and_a_constant_nothing(
 
 
 def test_a_model_is_asked_by_one_rank_or_two_alike(mac: Path, book: Path, stories: Path, tmp_path: Path) -> None:
-    options = ("--lengths", "1400", "--samples", "2", "--depths", "10,90", "--answer-tokens", "60", "--batch-size", "3")
-    arguments = command(mac, book, stories, *options)
+    options = [
+        "--lengths",
+        "700",
+        "--samples",
+        "1",
+        "--depths",
+        "10,50,90",
+        "--answer-tokens",
+        "12",
+        "--batch-size",
+        "2",
+    ]
+    tasks = ["--ruler", "niah_single_1", "--babi", "qa1", "--haystack", str(book), "--data", str(stories)]
+    arguments = [str(mac), *tasks, *options]
     alone = run(arguments, tmp_path / "alone.json")
     run_ranks(["-m", "tools.evaluate", *arguments, "--json", str(tmp_path / "two.json")], ranks=2)
     two = json.loads((tmp_path / "two.json").read_text())
     assert two.pop("ranks") == 2 and alone.pop("ranks") == 1
     assert two == alone
-    assert len(alone["prompts"]) == 5 * 2 * 2 and len({prompt["output"] for prompt in alone["prompts"]}) > 1
+    assert len(alone["prompts"]) == 2 * 3 and len({prompt["output"] for prompt in alone["prompts"]}) > 1
     assert all(prompt["output"].count("\n") == 0 for prompt in alone["prompts"] if prompt["task"] == "qa1")
 
 
@@ -118,6 +130,7 @@ def test_answers_are_the_likeliest_tokens_up_to_their_end(mac: Path) -> None:
         (["--ruler", "niah_single_1", "--haystack", "absent.txt"], "--haystack: no task that was asked for reads it"),
         (["--ruler", "niah_single_1", "--data", "x"], "--data with --ruler or --babi: has no effect"),
         (["--ruler", "niah_single_1", "--lengths", "100"], "tokens are too few"),
+        (["--ruler", "niah_single_1", "--answer-tokens", "2"], "tokens, more than --answer-tokens 2"),
     ],
 )
 def test_what_cannot_be_done_is_refused(options: list[str], message: str, mac: Path, capsys) -> None:
