@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+from tools.command import read_text
 
 Record = dict[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
@@ -260,12 +261,7 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
             raise UserError(f"{path}: cannot be read as parquet: {error}; fetch it again") from None
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
         return
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte {error.start}; convert it") from None
+    text = read_text(path, str(path))
     if path.suffix == ".txt":
         starts = [match.start() for match in _HEADING.finditer(text)] or [0]
         for start, stop in zip(starts, [*starts[1:], len(text)], strict=True):
