@@ -39,7 +39,7 @@ def draw_heat_map(path: Path, cells: Sequence[Mapping[str, Any]], *, title: str)
             _panel(axes, [cell for cell in cells if cell["task"] == name])
         for axes in panels[len(names) :]:
             axes.set_axis_off()
-        figure.suptitle(title)
+        figure.suptitle(f"{title}: score, %")
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
