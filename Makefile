@@ -43,6 +43,6 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt requirements-eval.txt $(VENV)/.installed
 	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $@

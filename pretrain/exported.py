@@ -65,6 +65,11 @@ class ModelDirectoryConfig(Provenance):
     """The model's configuration."""
 
     @property
+    def context_limit(self) -> int | None:
+        """Most tokens of a text: those of a training row for a transformer, None for a model with a memory."""
+        return self.sequence_length if self.model.variant == "transformer" else None
+
+    @property
     def provenance(self) -> Provenance:
         """All but the model's configuration."""
         return Provenance(**self.model_dump(exclude={"model"}))

@@ -91,6 +91,14 @@ def read_text(path: Path, name: str) -> str:
         raise UserError(f"{name}: is not UTF-8 at byte {error.start}; convert it") from None
 
 
+def changed_options(add: Callable[[argparse.ArgumentParser], None], arguments: argparse.Namespace) -> list[str]:
+    """The options, of those that `add` gives to a parser, that hold another value than their default."""
+    parser = argparse.ArgumentParser()
+    add(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(arguments, name) != value]
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns an OSError of writing to `path` into a UserError that says what to do."""

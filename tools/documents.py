@@ -16,6 +16,7 @@ from typing import BinaryIO, Literal
 
 from pretrain.data.stores import parse_location
 from pretrain.errors import UserError
+from tools.command import changed_options
 from tools.inputs import JSONL_SUFFIXES, KNOWN_SUFFIXES, InputFile, find_files
 
 
@@ -242,14 +243,8 @@ def add_document_arguments(parser: argparse.ArgumentParser, *, required: bool = 
 
 def changed_document_options(arguments: argparse.Namespace) -> list[str]:
     """The options of `add_document_arguments`, --input apart, that were given another value than their default."""
-    parser = argparse.ArgumentParser()
-    add_document_arguments(parser, required=False)
-    defaults = vars(parser.parse_args([]))
-    return [
-        f"--{name.replace('_', '-')}"
-        for name, value in defaults.items()
-        if getattr(arguments, name) != value and name != "input"
-    ]
+    changed = changed_options(lambda parser: add_document_arguments(parser, required=False), arguments)
+    return [option for option in changed if option != "--input"]
 
 
 def location(text: str) -> Path | str:

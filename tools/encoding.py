@@ -71,13 +71,19 @@ class Tokenizer:
             )
         return cls(path, proto)
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without BOS and EOS."""
-        return self.encode_documents([text])[0]
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """The tokens of a text, without BOS and EOS. `begins` as in `encode_documents`."""
+        return self.encode_documents([text], begins=begins)[0]
 
-    def encode_documents(self, texts: Sequence[str], *, threads: int = -1) -> list[list[int]]:
-        """The tokens of each text, without BOS and EOS; one call for many is faster. `threads`: -1 for all cores."""
-        pieces = [self._pieces(self._prefix + text) if text else [] for text in texts]
+    def encode_documents(self, texts: Sequence[str], *, threads: int = -1, begins: bool = True) -> list[list[int]]:
+        """The tokens of each text, without BOS and EOS; one call for many is faster.
+
+        Args:
+            threads: -1 for all cores.
+            begins: whether texts begin here; False behind other text, where the tokenizer adds no space of its own.
+        """
+        prefix = self._prefix if begins else ""
+        pieces = [self._pieces(prefix + text) if text else [] for text in texts]
         runs = [piece for group in pieces for piece in group if piece != SPACE_SYMBOL]
         encoded = iter(self._processor.encode(runs, num_threads=threads))
         return [

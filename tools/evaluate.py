@@ -7,6 +7,9 @@ documents, so it says how much has been read since the row's beginning, not wher
 
 `--compare-reset WINDOW` shows what the memory gives: the same targets are scored a second time with the memory set
 back to its start every WINDOW tokens, all else (attention, convolutions, positions) going on as in the first reading.
+
+`--tasks`: downstream tasks through lm-eval. `--ruler`, `--babi`: needles and facts in long texts. Both in
+tools/evaluation; torchrun divides them over several processes.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ from tools.documents import (
     reader_from_arguments,
 )
 from tools.encoding import Tokenizer
+from tools.evaluation.options import add_benchmark_arguments, add_long_arguments, add_task_arguments, kind_of
+from tools.evaluation.ranks import leave, require_alone
+from tools.evaluation.results import require_writable
 from tools.model_directory import LoadedModel, load_model_directory
 
 PIECE = 1024
@@ -126,14 +132,35 @@ def evaluate(
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    result = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__.splitlines()[0])
+    result = argparse.ArgumentParser(
+        prog="python -m tools.evaluate",
+        description="An exported model's loss on text, its results on downstream tasks, or what it finds in long ones.",
+    )
     result.add_argument("model", type=Path, help="folder made by `python -m tools.export`")
+    add_text_arguments(result)
+    add_task_arguments(result)
+    add_long_arguments(result)
+    add_benchmark_arguments(result)
+    result.add_argument(
+        "--batch-size",
+        type=positive_int,
+        help="rows at a time (default: 8, or fewer where a text has fewer rows; of each rank)",
+    )
+    result.add_argument("--json", "--output", type=Path, metavar="FILE", help="file to write the results to")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default cpu)")
+    result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
+    return result
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of --shards and --input."""
+    result = parser.add_argument_group("a text's loss")
     result.add_argument(
         "--shards",
         type=location,
         help="folder or URL of a shard set made by `python -m tools.shards build`; or give --input",
     )
-    add_document_arguments(result, required=False)
+    add_document_arguments(parser, required=False)
     result.add_argument("--context", type=positive_int, help="tokens in a row (default: the training length)")
     result.add_argument(
         "--compare-reset",
@@ -143,19 +170,12 @@ def parser() -> argparse.ArgumentParser:
         "going on: the difference is what the memory gives. A multiple of the model's chunk (mac: segment), below "
         "--context",
     )
-    result.add_argument(
-        "--batch-size", type=positive_int, help="rows at a time (default: 8, or fewer where the text has fewer rows)"
-    )
     result.add_argument("--max-tokens", type=positive_int, help="stop after this many tokens (default: all)")
-    result.add_argument("--json", type=Path, help="file to write the results to")
-    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default cpu)")
-    result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arithmetic")
-    return result
 
 
 def open_source(arguments: argparse.Namespace, loaded: LoadedModel) -> ShardSet | EncodedText:
-    """The text to score. Raises UserError for none or two sources, and for shards of another tokenizer."""
-    if (arguments.input is None) == (arguments.shards is None):
+    """The text to score. Raises UserError for two sources, and for shards of another tokenizer."""
+    if arguments.input is not None and arguments.shards is not None:
         raise UserError("give either --shards or --input: what is to be scored")
     if arguments.shards is not None and (unused := changed_document_options(arguments)):
         raise UserError(f"{', '.join(unused)} with --shards: shards are scored as they are; drop it, or give --input")
@@ -193,11 +213,24 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluates, prints and writes."""
-    if arguments.json is not None:
-        with writing(arguments.json):  # before the work, not after it
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            open(arguments.json, "a").close()
+    """Does what the options ask for."""
+    kind = kind_of(arguments, add_text_arguments)
+    require_writable(arguments.json)
+    if kind == "tasks":
+        from tools.evaluation import downstream  # with lm-eval, which the rest has no use for
+
+        downstream.run(arguments)
+    elif kind == "long":
+        from tools.evaluation import long_context
+
+        long_context.run(arguments)
+    else:
+        require_alone("a text's loss (--shards, --input)")
+        score_text(arguments)
+
+
+def score_text(arguments: argparse.Namespace) -> None:
+    """Scores a text, prints and writes."""
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     context = arguments.context or loaded.config.sequence_length
     if arguments.compare_reset is not None:
@@ -230,7 +263,9 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments = parser().parse_args(argv)
-    return run_command(lambda: run(arguments))
+    code = run_command(lambda: run(arguments))
+    leave(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -111,8 +111,7 @@ def _tokenizer_files(path: Path, config: ModelDirectoryConfig) -> dict[str, str]
     if (reason := refusal(path)) is not None:
         print(f"warning: no tokenizer.json, as the tokenizer can't be converted exactly: {reason}", file=sys.stderr)
         return {}
-    limited = config.model.variant == "transformer"
-    return tokenizer_files(path, config.sequence_length if limited else UNBOUNDED)
+    return tokenizer_files(path, config.context_limit or UNBOUNDED)
 
 
 def _replace(building: Path, output: Path) -> None:
