@@ -260,7 +260,7 @@ def test_other_rows_and_none_at_all_are_refused(tmp_path: Path) -> None:
 
 
 def test_rows_that_have_read_nothing_begin(tmp_path: Path) -> None:
-    states_of(Layout(), 0, 2, 2).write(tmp_path)
+    states_of(Layout(), 0, 2, 2).file().write(tmp_path)
     carried = states_of(Layout(), 0, 1, 4)
     carried.put(0, {"position": torch.ones(4)})
     carried.read(tmp_path)
