@@ -134,6 +134,7 @@ def test_states_that_do_not_fit_are_refused(
         ([str(text), "--model", str(exported)], "cannot be read as a session"),
         ([str(exported), "--model", str(exported)], "holds its own: drop it"),
         ([str(tmp_path)], "holds no checkpoints"),
+        ([str(tmp_path), "--dtype", "bfloat16"], "a checkpoint's weights are looked at as they are"),
     ):
         assert main(["memory", *arguments]) == 2, arguments
         assert message in capsys.readouterr().err
