@@ -46,13 +46,13 @@ def replacing(path: Path) -> Iterator[Path]:
             yield path
         return
     partial = _beside(path, "partial")
-    try:
-        with writing(path):
+    with writing(path):
+        try:
             yield partial
             sync(partial)
             os.replace(partial, path.resolve())
-    finally:
-        partial.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
