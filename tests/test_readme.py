@@ -98,6 +98,13 @@ def check_python_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> N
     assert not unknown, f"python -m {module} has no {unknown[0]}"
 
 
+def check_other_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above for a command of another program, which may start a module of ours: `torchrun ... -m MODULE ...`."""
+    assert words[0] in OTHER_PROGRAMS
+    if words[0] == "torchrun" and "-m" in words:
+        check_python_command(words[words.index("-m") + 1 :], monkeypatch)
+
+
 def test_there_are_commands_to_check():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     modules = {words.split()[2] for words in shell_commands(readme) if words.startswith("python -m ")}
@@ -112,7 +119,7 @@ def test_command_can_be_typed_as_written(command, monkeypatch):
     elif words[0] == "make":
         assert re.search(rf"^{re.escape(words[1])}:", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
     else:
-        assert words[0] in OTHER_PROGRAMS
+        check_other_command(words, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +140,13 @@ def test_command_can_be_typed_as_written(command, monkeypatch):
 def test_the_check_sees_a_wrong_command(command, monkeypatch):
     with pytest.raises((AssertionError, ValueError)):
         check_python_command(shlex.split(command), monkeypatch)
+
+
+def test_the_check_sees_what_torchrun_starts(monkeypatch):
+    start = "torchrun --nproc-per-node 8 -m tools.evaluate model --tasks all"
+    check_other_command(shlex.split(start), monkeypatch)
+    with pytest.raises(AssertionError, match="has no --bogus"):
+        check_other_command(shlex.split(f"{start} --bogus"), monkeypatch)
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=[str(guide.relative_to(REPOSITORY)) for guide in GUIDES])

@@ -15,7 +15,6 @@ tools/evaluation; torchrun divides them over several processes.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,10 +29,11 @@ from rich.table import Table
 from torch import Tensor
 
 from model import ModelState, TitansLM
+from parallel.process import rank_from_environment
 from parallel.scoring import IGNORED, Piece, PositionSums, Rows, mean_reset, read_in_pieces, require_reset_window
 from pretrain.data import ShardSet, sequential_batches
 from pretrain.errors import UserError
-from tools.command import Progress, positive_int, run_command, writing
+from tools.command import Progress, positive_int, run_command
 from tools.documents import (
     DocumentReader,
     add_document_arguments,
@@ -44,8 +44,8 @@ from tools.documents import (
 from tools.encoding import Tokenizer
 from tools.evaluation.options import add_benchmark_arguments, add_long_arguments, add_task_arguments, kind_of
 from tools.evaluation.ranks import leave, require_alone
-from tools.evaluation.results import require_writable
 from tools.model_directory import LoadedModel, load_model_directory
+from tools.result_files import require_writable, write_json
 
 PIECE = 1024
 """Tokens of a row that are read at a time."""
@@ -93,7 +93,7 @@ class Score:
         return {
             "loss": loss,
             **({} if reset is None else {"loss_reset": reset, "difference": reset - loss}),
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "perplexity": math.inf if loss >= 700 else math.exp(loss),
             "bits_per_byte": self.nats / math.log(2) / self.text_bytes if self.text_bytes else None,
             "tokens": self.tokens,
             "text_bytes": self.text_bytes,
@@ -215,7 +215,8 @@ def print_report(report: dict[str, Any]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Does what the options ask for."""
     kind = kind_of(arguments, add_text_arguments)
-    require_writable(arguments.json)
+    if rank_from_environment() == 0:
+        require_writable(arguments.json, arguments.plot)
     if kind == "tasks":
         from tools.evaluation import downstream  # with lm-eval, which the rest has no use for
 
@@ -256,8 +257,7 @@ def score_text(arguments: argparse.Namespace) -> None:
     report = {"model": str(arguments.model), "context": context, **compared, **score.report()}
     print_report(report)
     if arguments.json is not None:
-        with writing(arguments.json):
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, report, indent=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -154,6 +154,12 @@ def _check_output(output: Path, overwrite: bool) -> None:
         )
 
 
+def require_device(device: str) -> None:
+    """Raises UserError for "cuda" where there is no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+
+
 def load_model_directory(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """The exported model in evaluation mode.
 
@@ -164,8 +170,7 @@ def load_model_directory(folder: Path, *, device: str = "cpu", dtype: torch.dtyp
         UserError: the machine has no such device; a file is missing or differs from its recorded sha256; or the weights
             are not those of the model.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    require_device(device)
     config = read_config(folder)
     check_files(folder)
     if not (folder / TOKENIZER).is_file():

@@ -19,7 +19,7 @@ from tools.command import read_text
 
 Record = dict[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
-LIKE_LM_EVAL, LETTERS = "as in lm-eval", "letters"
+LIKE_LM_EVAL, LETTERS, UNKNOWN_WORDS = "as in lm-eval", "letters", "with <unk>"
 _HEADING = re.compile(r"^ = [^=].* = $", re.MULTILINE)
 
 
@@ -53,7 +53,7 @@ class TaskData:
     path: Path
     documents: list[Record]
     prompt: str
-    """`LIKE_LM_EVAL` or `LETTERS`."""
+    """`LIKE_LM_EVAL`, `LETTERS`, or `UNKNOWN_WORDS`: of these published numbers are of the first alone."""
     examples: list[Record] | None = None
     """Those of the training part, for few-shot prompts; None where it has no file."""
 
@@ -214,6 +214,8 @@ def read_task(name: str, folder: Path, *, with_examples: bool) -> TaskData:
         examples, other = _read(train, name)
         if other != prompt:
             raise UserError(f"{train}: its prompts are {other}, those of {path} {prompt}; give both in one format")
+    if name == "wikitext" and any("<unk>" in document["page"] for document in documents):
+        prompt = UNKNOWN_WORDS  # the files without "raw" in their name, whose rare words are left out
     return TaskData(path, documents, prompt, examples)
 
 

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from parallel.process import World
 from pretrain.errors import UserError
-from tools.evaluation.benchmark_files import TASKS, TaskData, read_task
+from tools.evaluation.benchmark_files import LIKE_LM_EVAL, TASKS, TaskData, read_task
 from tools.evaluation.names import listed
 from tools.evaluation.ranks import join
 from tools.evaluation.results import setting_name, tensorboard_scalars, write_results
@@ -126,15 +125,20 @@ def _summary(metric: str, found: Sequence[Any]) -> dict[str, float | None]:
         squares = math.fsum((value - mean * weight) ** 2 for value, weight in zip(values, weights, strict=True))
         error = math.sqrt(squares * number / (number - 1)) / total
     if metric.endswith("perplexity"):
-        mean = math.exp(-mean) if -mean < 700 else math.inf
+        mean = math.inf if -mean >= 700 else math.exp(-mean)
         return {"value": mean, "stderr": None if error is None else mean * error}
     if metric == "bits_per_byte":
         return {"value": -mean / math.log(2), "stderr": None if error is None else error / math.log(2)}
     return {"value": mean, "stderr": error}
 
 
-def paper_row(tasks: dict[str, Any]) -> dict[str, float | None]:
-    """The paper's Table 1 by heading: accuracies in percent, None for what was not measured; Avg needs all eight."""
+def paper_row(tasks: dict[str, Any], limit: int | None) -> dict[str, float | None]:
+    """The paper's Table 1 by heading: accuracies in percent; Avg needs all eight.
+
+    None for what was not measured, and for what is no such number: of prompts other than lm-eval's, or of the first
+    `limit` documents.
+    """
+    tasks = {name: task for name, task in tasks.items() if limit is None and task["prompt"] == LIKE_LM_EVAL}
     row: dict[str, float | None] = {}
     for heading, task, metric in COLUMNS:
         value = tasks[task]["metrics"][metric]["value"] if task in tasks else None
@@ -146,7 +150,7 @@ def paper_row(tasks: dict[str, Any]) -> dict[str, float | None]:
 
 def finish(arguments: argparse.Namespace, tasks: dict[str, Any], world: World) -> None:
     """Prints the tables and writes the results."""
-    row = paper_row(tasks)
+    row = paper_row(tasks, arguments.limit)
     report = {
         "limit": arguments.limit,
         "through": arguments.through,
@@ -157,24 +161,36 @@ def finish(arguments: argparse.Namespace, tasks: dict[str, Any], world: World) -
         "tasks": tasks,
         "table": row,
     }
-    _print(arguments.model, tasks, row)
+    _print(arguments, tasks, row)
     scalars = {
-        f"{name}/{metric}": found["value"] for name, task in tasks.items() for metric, found in task["metrics"].items()
+        f"{name}/{metric} ({_label(task, arguments.limit)})": found["value"]
+        for name, task in tasks.items()
+        for metric, found in task["metrics"].items()
     }
     write_results(arguments, report)
     tensorboard_scalars(arguments, "downstream", scalars)
 
 
-def _print(model: Path, tasks: dict[str, Any], row: dict[str, float | None]) -> None:
+def _label(task: dict[str, Any], limit: int | None) -> str:
+    """How a task's numbers were made, as far as it keeps them from others."""
+    prompt = [] if task["prompt"] == LIKE_LM_EVAL else [task["prompt"]]
+    return ", ".join([task["setting"], *prompt, *([] if limit is None else [f"first {limit}"])])
+
+
+def _print(arguments: argparse.Namespace, tasks: dict[str, Any], row: dict[str, float | None]) -> None:
+    limit = arguments.limit
     console = Console(width=max(140, Console().width))
-    every = Table("task", "setting", "prompt", "documents", "metric", "value", "stderr")
+    title = None if limit is None else f"first {limit:,} documents of each task: not to be compared with published ones"
+    every = Table("task", "setting", "prompt", "documents", "metric", "value", "stderr", title=title)
     for name, task in tasks.items():
         for metric, found in task["metrics"].items():
             error = "n/a" if found["stderr"] is None else f"{found['stderr']:.4g}"
             count = f"{task['documents']:,}"
             every.add_row(name, task["setting"], task["prompt"], count, metric, f"{found['value']:.4g}", error)
     console.print(every)
+    if limit is not None:
+        return
     settings = ", ".join(dict.fromkeys(task["setting"] for task in tasks.values()))
-    paper = Table(*row, title=f"{model}: columns of the paper's Table 1 ({settings})")
+    paper = Table(*row, title=f"{arguments.model}: columns of the paper's Table 1 ({settings})")
     paper.add_row(*("" if value is None else f"{value:.4g}" for value in row.values()))
     console.print(paper)

@@ -1,11 +1,13 @@
 """Models as lm-eval asks them: ours, and an export as transformers loads it.
 
-A text begins after EOS in both, since documents in training do. Requests are scored in batches, each row read in pieces
-with the state handed on, so that a text of any length takes the memory of a short one. Ranks each answer a share.
+A text begins after EOS in both, since documents in training do. Requests are scored in batches; ours reads each row in
+pieces with the state handed on, so that a text of any length takes the memory of a short one. lm-eval gives an export
+whole texts, and holds the logits of all their tokens. Ranks each answer a share.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +112,7 @@ class NativeLM(_Divided, TemplateLM):
             rows = len(piece.targets)
             nats[:rows] += piece.carried[0]
             wrong[:rows] += piece.carried[1] - (piece.targets == IGNORED).sum(1)
-        return [(-float(loss), int(errors) == 0) for loss, errors in zip(nats, wrong, strict=True)]
+        return require_finite([(-float(loss), int(errors) == 0) for loss, errors in zip(nats, wrong, strict=True)])
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each by itself; in windows for a transformer, whose context is bounded."""
@@ -150,10 +152,24 @@ class TransformersLM(_Divided, HFLM):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._limit = limit
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(
+                f"{folder}: has no tokenizer.json, as its tokenizer can't be converted exactly, and transformers reads "
+                "no other; use --through native"
+            )
+        # Loading copies the folder's code into a cache, which ranks may share: the first one alone, then the first of
+        # each node, then the others.
+        turn = 0 if world.is_main else 1 if world.local_index == 0 else 2
+        for now in range(3):
+            if now == turn:
+                model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+            if world.size > 1:
+                barrier()
         HFLM.__init__(
             self,
-            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).to(world.device),
-            tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
+            model.to(world.device),
+            tokenizer=tokenizer,
             backend="causal",
             batch_size=batch_size,
             max_length=limit or UNBOUNDED,
@@ -162,15 +178,26 @@ class TransformersLM(_Divided, HFLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], *arguments: Any, **options: Any) -> Any:
         require_context(requests, self._limit)  # lm-eval would cut it
-        return super()._loglikelihood_tokens(requests, *arguments, **options)
+        return require_finite(super()._loglikelihood_tokens(requests, *arguments, **options))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """As in lm-eval; but the EOS that our tokenizer begins a text with is its prefix, and not scored itself."""
+        together, self.batch_size_per_gpu = self.batch_size_per_gpu, 1  # of whole texts the logits are held
         self.add_bos_token = False
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
-            self.add_bos_token = None
+            self.add_bos_token, self.batch_size_per_gpu = None, together
+
+
+def require_finite(answers: Sequence[tuple[float, bool]]) -> list[tuple[float, bool]]:
+    """The (log-likelihood, is greedy) of requests; raises UserError where one is no finite number."""
+    if not all(math.isfinite(likelihood) for likelihood, _ in answers):
+        raise UserError(
+            "the model's likelihoods are not finite: its training diverged, or --dtype has too few bits for it; try "
+            "--dtype float32, or an earlier checkpoint"
+        )
+    return list(answers)
 
 
 def require_context(requests: Sequence[TokenRequest], limit: int | None) -> None:

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from tools.command import writing
+from tools.result_files import replacing
 
 COLUMNS = 3
 """Panels beside each other."""
@@ -32,7 +32,7 @@ def draw_heat_map(path: Path, cells: Sequence[Mapping[str, Any]], *, title: str)
     names = list(dict.fromkeys(cell["task"] for cell in cells))
     columns = min(COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)
-    with matplotlib.rc_context(_STYLE), writing(path):
+    with matplotlib.rc_context(_STYLE), replacing(path) as partial:
         figure = Figure(figsize=(1.2 + 3.2 * columns, 0.8 + 2.4 * rows), layout="constrained")
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, name in zip(panels, names, strict=False):
@@ -40,7 +40,7 @@ def draw_heat_map(path: Path, cells: Sequence[Mapping[str, Any]], *, title: str)
         for axes in panels[len(names) :]:
             axes.set_axis_off()
         figure.suptitle(f"{title}: score, %")
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(partial, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _panel(axes: Any, cells: Sequence[Mapping[str, Any]]) -> None:

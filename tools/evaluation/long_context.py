@@ -30,7 +30,7 @@ from tools.evaluation.heat_map import draw_heat_map
 from tools.evaluation.names import listed
 from tools.evaluation.prompts import Prompt
 from tools.evaluation.ranks import join
-from tools.evaluation.results import require_writable, setting_name, tensorboard_scalars, write_results
+from tools.evaluation.results import setting_name, tensorboard_scalars, write_results
 from tools.model_directory import LoadedModel, load_model_directory
 
 NEEDLE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -68,7 +68,6 @@ class Answered:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates, prints, draws and writes; with several ranks each does a share, and the first one reports."""
-    require_writable(arguments.plot)
     world = join(arguments.device)
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     lengths = sorted(set(arguments.lengths))
@@ -148,7 +147,7 @@ def ask(
     loaded: LoadedModel, tasks: Sequence[Task], lengths: Sequence[int], samples: int, *, batch_size: int, world: World
 ) -> list[Answered]:
     """This rank's share of all prompts, answered."""
-    batches = list(_batches(tasks, lengths, samples, batch_size))[world.rank :: world.size]
+    batches = list(_batches(tasks, lengths, samples, batch_size, world.size))[world.rank :: world.size]
     progress = Progress(sum(length * len(cells) for _, length, cells in batches)) if world.is_main else None
     answered: list[Answered] = []
     done = 0
@@ -169,12 +168,16 @@ def ask(
 
 
 def _batches(
-    tasks: Sequence[Task], lengths: Sequence[int], samples: int, size: int
+    tasks: Sequence[Task], lengths: Sequence[int], samples: int, batch_size: int, ranks: int
 ) -> Iterator[tuple[Task, int, list[tuple[float | None, int]]]]:
-    """(task, length, [(depth, sample)]), the short ones first: an error of a long one costs least then."""
+    """(task, length, [(depth, sample)]), the short ones first: an error of a long one costs least then.
+
+    Batches are smaller than `batch_size` where some ranks would have none of a task and length.
+    """
     for length in lengths:
         for task in tasks:
             cells = [(depth, sample) for depth in task.depths for sample in range(samples)]
+            size = min(batch_size, -(-len(cells) // ranks))
             for start in range(0, len(cells), size):
                 yield task, length, cells[start : start + size]
 
@@ -216,8 +219,6 @@ def _report(arguments: argparse.Namespace, tasks: Sequence[Task], answered: list
             total = sum(cell["samples"] for cell in found)
             by_length.setdefault(name, {})[length] = sum(cell["score"] * cell["samples"] for cell in found) / total
     _print(by_length, setting)
-    if arguments.plot is not None:
-        draw_heat_map(arguments.plot, cells, title=str(arguments.model))
     prompts = sorted(answered, key=lambda one: (one.prompt["task"], one.prompt["length"], one.prompt["depth"] or 0.0))
     write_results(
         arguments,
@@ -227,8 +228,14 @@ def _report(arguments: argparse.Namespace, tasks: Sequence[Task], answered: list
             "cells": cells, "prompts": [one.fields() for one in prompts],
         },
     )  # fmt: skip
-    scalars = {f"{name}/{length}": score for name, scores in by_length.items() for length, score in scores.items()}
+    scalars = {
+        f"{name}/{length} ({setting(name)})": score
+        for name, scores in by_length.items()
+        for length, score in scores.items()
+    }
     tensorboard_scalars(arguments, "long_context", scalars)
+    if arguments.plot is not None:  # last: should it fail, the numbers are there
+        draw_heat_map(arguments.plot, cells, title=str(arguments.model))
 
 
 def _print(by_length: dict[str, dict[int, float]], setting: Callable[[str], str]) -> None:

@@ -10,6 +10,10 @@ import torch.distributed as dist
 from parallel.process import World, exit_now, initialize, shutdown
 from pretrain.errors import UserError
 
+TIMEOUT_MINUTES = 60.0 * 24 * 14
+"""Ranks meet when all is answered, and one may have hours more to do than another. A launcher ends all with the first
+that fails."""
+
 
 def join(device: str) -> World:
     """This process's place. Of several it waits for the others; alone it needs no group.
@@ -23,7 +27,7 @@ def join(device: str) -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World(0, 1, 0, torch.device(device))
     try:
-        return initialize("cuda" if device == "cuda" else "cpu")
+        return initialize("cuda" if device == "cuda" else "cpu", timeout_minutes=TIMEOUT_MINUTES)
     except ValueError as error:
         raise UserError(str(error)) from None
 

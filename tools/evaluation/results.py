@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pretrain.exported import read_config
 from tools.command import writing
+from tools.result_files import write_json
 
 
 def setting_name(num_fewshot: int, fine_tuned: bool) -> str:
@@ -18,22 +17,13 @@ def setting_name(num_fewshot: int, fine_tuned: bool) -> str:
     return f"fine-tuned, {shots}" if fine_tuned else shots
 
 
-def require_writable(path: Path | None) -> None:
-    """Raises UserError where a file cannot be written: before the work, not after it."""
-    if path is not None:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            open(path, "a").close()
-
-
 def write_results(arguments: argparse.Namespace, report: Mapping[str, Any]) -> None:
     """Writes --json, if that was asked for: what the model is, then the report."""
     if arguments.json is None:
         return
     config = read_config(arguments.model)
     model = {"model": str(arguments.model), "step": config.step, "tokens_trained": config.tokens}
-    with writing(arguments.json):
-        arguments.json.write_text(json.dumps({**model, **report}, indent=1) + "\n")
+    write_json(arguments.json, {**model, **report}, indent=1)
 
 
 def tensorboard_scalars(arguments: argparse.Namespace, kind: str, scalars: Mapping[str, float]) -> None:

@@ -3,8 +3,10 @@
 A span's influence is `log p(answer | all) - log p(answer | the span's tokens not written)`, in nats, summed over the
 answer's tokens. "Not written" means theta = 0 at the span's tokens in the memory of every layer, as if their surprise
 had been nothing. All else is as before: the tokens are there for attention and convolutions, forgetting and momentum go
-on, the other tokens are written. To remove the text instead would also take it from attention and move what follows to
-other positions and chunks, and so say nothing of the memory. Positive: the span's writes made the answer likelier.
+on, the other tokens are written: those behind the span in its chunk with larger steps than before, where the step bound
+had divided them by what the span asked for. To remove the text instead would also take it from attention and
+move what follows to other positions and chunks, and so say nothing of the memory. Positive: the span's writes made the
+answer likelier.
 """
 
 from __future__ import annotations

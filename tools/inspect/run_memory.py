@@ -23,8 +23,9 @@ from tools.export import find_checkpoint
 from tools.inspect.contents import Matrix, of_memory
 from tools.inspect.memories import memory_cores
 from tools.inspect.memory_page import html_page
-from tools.inspect.output import numbers, require_writable, write_json, write_text
-from tools.model_directory import load_model_directory
+from tools.inspect.output import numbers
+from tools.model_directory import load_model_directory, require_device
+from tools.result_files import require_writable, write_json, write_text
 from tools.sessions import at_end, load_session
 
 
@@ -41,7 +42,7 @@ class Memories:
 @torch.no_grad()
 def run_memory(arguments: argparse.Namespace) -> None:
     """The subcommand. Raises UserError for input that doesn't fit."""
-    require_writable((arguments.output, arguments.json))
+    require_writable(arguments.output, arguments.json)
     if arguments.state.is_dir():
         if arguments.model is not None:
             raise UserError(f"--model is for a session; {arguments.state} is a folder and holds its own: drop it")
@@ -73,6 +74,9 @@ def _start(arguments: argparse.Namespace) -> Memories:
         ).model
         place = arguments.state
     else:
+        if arguments.dtype != "float32":
+            raise UserError(f"--dtype {arguments.dtype}: a checkpoint's weights are looked at as they are; drop it")
+        require_device(arguments.device)
         place = find_checkpoint(arguments.state)
         model = _checkpoint_model(place).to(arguments.device)
     cores = memory_cores(model, str(place))

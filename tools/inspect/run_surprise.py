@@ -16,11 +16,12 @@ from pretrain.errors import UserError
 from tools.command import Progress, read_text
 from tools.inspect.influence import Influence, answer_likelihoods
 from tools.inspect.memories import QUANTITIES, Trace, memory_cores, trace
-from tools.inspect.output import numbers, require_writable, write_json, write_text
+from tools.inspect.output import numbers
 from tools.inspect.spans import spans_of
 from tools.inspect.surprise_page import Page
 from tools.inspect.text import Reading, read
 from tools.model_directory import LoadedModel, load_model_directory
+from tools.result_files import require_writable, write_json, write_text
 
 TOP = 8
 """Tokens, or spans, that the terminal shows."""
@@ -30,7 +31,7 @@ def run_surprise(arguments: argparse.Namespace) -> None:
     """The subcommand. Raises UserError for input that doesn't fit."""
     if not arguments.answer and (arguments.query or arguments.span):
         raise UserError("--query and --span say what --answer rests on: give --answer, or drop them")
-    require_writable((arguments.output, arguments.json))
+    require_writable(arguments.output, arguments.json)
     text = read_text(arguments.text, str(arguments.text))
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     name = str(arguments.model)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,9 @@ class Page:
         """Each token's span's influence as text, and its colour."""
         nats: list[str | None] = [None] * len(self.reading.tokens)
         classes = [""] * len(nats)
-        largest = max((abs(influence.nats) for influence in influences), default=0.0) or 1.0
-        for influence in influences:
+        finite = [influence for influence in influences if math.isfinite(influence.nats)]
+        largest = max((abs(influence.nats) for influence in finite), default=0.0) or 1.0
+        for influence in finite:
             for token in influence.span:
                 nats[token] = f"{influence.nats:+.4g} nats"
                 sign = "n" if influence.nats < 0 else "c"

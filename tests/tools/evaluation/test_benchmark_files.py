@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from pretrain.errors import UserError
 from tests.tools.evaluation.evaluation_cases import LM_EVAL_NAMES, PREPARED, PUBLISHED, write_records
-from tools.evaluation.benchmark_files import LETTERS, LIKE_LM_EVAL, read_task
+from tools.evaluation.benchmark_files import LETTERS, LIKE_LM_EVAL, UNKNOWN_WORDS, read_task
 from tools.evaluation.tasks import build_task
 
 
@@ -128,3 +128,9 @@ def test_few_shot_examples_are_a_documents_own_and_never_itself(sets: Path, tmp_
         1
     ][0]
     assert prompt.count("Question: t") == 3 and prompt.count(" y\n\n") == 3
+
+
+def test_wikitext_that_is_not_raw_is_named(tmp_path: Path) -> None:
+    for page, prompt in (("a raw page", LIKE_LM_EVAL), ("a <unk> page", UNKNOWN_WORDS)):
+        write_records(tmp_path, {"wikitext": [{"page": "first"}, {"page": page}]})
+        assert read_task("wikitext", tmp_path, with_examples=False).prompt == prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.generation import PREFILL_TOKENS
 from parallel.process import World
 from pretrain.errors import UserError
+from pretrain.exported import MANIFEST
 from tests.distributed_helper import run_ranks
 from tests.tools.evaluation.evaluation_cases import PUBLISHED, write_records
+from tests.tools.huggingface.exported_cases import write_exported
 from tools import evaluate
+from tools.evaluation.benchmark_files import LETTERS
 from tools.evaluation.downstream import paper_row, summarise
 from tools.evaluation.harness import NativeLM
 from tools.model_directory import load_model_directory
@@ -133,7 +137,7 @@ def test_the_table_is_the_papers(native: dict[str, Any]) -> None:
     assert row["Hella acc_n"] == 100 * native["tasks"]["hellaswag"]["metrics"]["acc_norm"]["value"]
     accuracies = [value for heading, value in row.items() if "ppl" not in heading and heading != "Avg"]
     assert len(accuracies) == 8 and row["Avg"] == pytest.approx(sum(accuracies) / 8)
-    partial = paper_row({"piqa": native["tasks"]["piqa"]})
+    partial = paper_row({"piqa": native["tasks"]["piqa"]}, None)
     assert partial["Avg"] is None and partial["SIQA acc"] is None and partial["PIQA acc"] == row["PIQA acc"]
 
 
@@ -142,13 +146,32 @@ def test_results_say_how_they_were_made(native: dict[str, Any], mac: Path, sets:
     assert {task["setting"] for task in native["tasks"].values()} == {"zero-shot"}
     board = EventAccumulator(str(Path(native["folder"]) / "board"))
     board.Reload()
-    (event,) = board.Scalars("downstream/piqa/acc")
+    (event,) = board.Scalars("downstream/piqa/acc (zero-shot)")
     assert (event.step, event.value) == (3, pytest.approx(native["tasks"]["piqa"]["metrics"]["acc"]["value"]))
     few = results(mac, sets, tmp_path / "few.json", "--num-fewshot", "1", "--fine-tuned", "--limit", "2")
     settings = {name: task["setting"] for name, task in few["tasks"].items()}
     assert settings.pop("wikitext") == "fine-tuned, zero-shot"
     assert set(settings.values()) == {"fine-tuned, few-shot (1)"}
     assert few["tasks"]["piqa"]["documents"] == 2
+    assert set(few["table"].values()) == {None}
+
+
+def test_what_does_not_compare_stays_out_of_the_papers_table(native: dict[str, Any]) -> None:
+    letters = native["tasks"] | {"siqa": native["tasks"]["siqa"] | {"prompt": LETTERS}}
+    assert paper_row(letters, None) == native["table"] | {"SIQA acc": None, "Avg": None}
+    assert set(paper_row(native["tasks"], 200).values()) == {None}
+
+
+def test_an_export_without_a_converted_tokenizer_is_refused(mac: Path, sets: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(mac, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["files"]["tokenizer.json"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / "tokenizer.json").unlink()
+    arguments = [str(folder), "--tasks", "piqa", "--data", str(sets), "--through", "huggingface"]
+    assert evaluate.main(arguments) == 2
+    assert "has no tokenizer.json" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -206,3 +229,20 @@ def test_an_export_of_another_version_is_refused(mac: Path, sets: Path, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert evaluate.main([str(tmp_path), "--tasks", "piqa", "--data", str(sets)]) == 2
     assert "format version 1; this program reads 2" in capsys.readouterr().err
+
+
+def test_a_model_that_diverged_has_no_numbers(
+    sets: Path, modules: Path, tokenizer_path: Path, tmp_path: Path, capsys
+) -> None:
+    folder, output = tmp_path / "model", tmp_path / "out.json"
+    write_exported(folder, "mac", tokenizer=tokenizer_path, diverged=True)
+    for way in ("native", "huggingface"):
+        arguments = [str(folder), "--tasks", "piqa", "--data", str(sets), "--through", way, "--json", str(output)]
+        assert evaluate.main(arguments) == 2
+        assert "the model's likelihoods are not finite" in capsys.readouterr().err
+        assert not output.exists()
+    (tmp_path / "text.txt").write_text("ki mo ta re")
+    assert evaluate.main([str(folder), "--input", str(tmp_path / "text.txt"), "--json", str(output)]) == 0
+    report = json.loads(output.read_text(), parse_constant=pytest.fail)
+    assert report["loss"] is None and report["perplexity"] is None
+    assert math.isnan(summarise([{"metrics": ["perplexity"], "perplexity": math.nan}])["perplexity"]["value"])

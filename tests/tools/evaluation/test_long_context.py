@@ -185,3 +185,11 @@ def test_two_million_tokens_take_the_memory_of_a_short_text(
     short, long = peak_of(tmp_path / "model", 1 << 15), peak_of(tmp_path / "model", 1 << 21)
     # A prompt's own tokens, as int32, as int64, and in the making.
     assert long - short < 100 * 2**20
+
+
+def test_every_rank_has_prompts_of_a_length() -> None:
+    task = long_context.Task("x", (0.0, 0.5, 1.0), 8, make=None, judge=None)
+    for ranks, sizes in ((1, [8, 4]), (2, [6, 6]), (8, [2] * 6), (99, [1] * 12)):
+        batches = list(long_context._batches([task], [64], 4, 8, ranks))
+        assert [len(cells) for _, _, cells in batches] == sizes
+        assert [cell for _, _, cells in batches for cell in cells] == [(d, s) for d in task.depths for s in range(4)]

@@ -30,9 +30,14 @@ def trained_model(case: str) -> TitansLM:
     return model.eval()
 
 
-def write_exported(folder: Path, case: str, *, tokenizer: Path | None = None, **options: Any) -> TitansLM:
-    """Exports `trained_model` to a folder and returns it."""
+def write_exported(
+    folder: Path, case: str, *, tokenizer: Path | None = None, diverged: bool = False, **options: Any
+) -> TitansLM:
+    """Exports `trained_model` to a folder and returns it; `diverged`: its weights are no numbers."""
     model = trained_model(case)
+    if diverged:
+        for parameter in model.parameters():
+            parameter.detach().fill_(torch.nan)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recipe = folder.parent / "recipe.yaml"
     recipe.write_text("name: test\n")

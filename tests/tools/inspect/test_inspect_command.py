@@ -134,6 +134,20 @@ def test_states_that_do_not_fit_are_refused(
         ([str(text), "--model", str(exported)], "cannot be read as a session"),
         ([str(exported), "--model", str(exported)], "holds its own: drop it"),
         ([str(tmp_path)], "holds no checkpoints"),
+        ([str(tmp_path), "--dtype", "bfloat16"], "a checkpoint's weights are looked at as they are"),
     ):
         assert main(["memory", *arguments]) == 2, arguments
         assert message in capsys.readouterr().err
+
+
+def test_a_model_that_diverged_is_shown_as_it_is(tmp_path: Path, text: Path) -> None:
+    """No traceback, and JSON that any reader takes."""
+    write_exported(tmp_path / "model", "mac", diverged=True)
+    files = {name: ["--output", str(tmp_path / f"{name}.html"), "--json", str(tmp_path / name)] for name in "ab"}
+    model = str(tmp_path / "model")
+    assert main(["surprise", model, str(text), "--answer", " x", "--span", "1:4", *files["a"]]) == 0
+    found = json.loads((tmp_path / "a").read_text(), parse_constant=pytest.fail)
+    assert found["influence"]["answer_nats"] is None and found["influence"]["spans"][0]["nats"] is None
+    assert main(["memory", model, *files["b"]]) == 0
+    json.loads((tmp_path / "b").read_text(), parse_constant=pytest.fail)
+    assert not list(tmp_path.glob(".*"))
