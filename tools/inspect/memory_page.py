@@ -78,7 +78,8 @@ def spectra(matrices: Sequence[Matrix]) -> Figure:
     depth = 1 + max(matrix.matrix for matrix in matrices)
     colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.8, depth))
     columns = min(3, len(drawn))
-    top = np.nanmax([matrix.singular_values[0] for matrix in matrices] + [np.finfo(float).tiny])
+    largest = (float(matrix.singular_values[0]) for matrix in matrices)
+    top = max((value for value in largest if value > 0), default=1.0)  # 0 and nan have no logarithm
     with matplotlib.rc_context(STYLE):
         height = 2.6 * -(-len(drawn) // columns)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
