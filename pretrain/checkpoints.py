@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from parallel import process
 from parallel.process import World
-from pretrain.agreement import SharedUserError
+from pretrain.agreement import SharedMachineError, SharedUserError
 from pretrain.durable import file_sha256, sync
 from pretrain.fence import Fence, FencedOffError
 
@@ -104,7 +104,7 @@ def publish(partial: Path, final: Path, files: FileEntries) -> None:
     _rename(partial, final)
 
 
-class SaveError(SharedUserError):
+class SaveError(SharedMachineError):
     """A checkpoint was not written; the earlier ones are untouched."""
 
 
@@ -175,7 +175,8 @@ class Checkpoints:
         wrong.
 
         Raises:
-            SharedUserError: there are checkpoints but none is whole, or one cannot be read.
+            SharedUserError: there are checkpoints but none is whole.
+            SharedMachineError: one cannot be read.
         """
         candidates = process.broadcast_object(list_checkpoints(self.folder))
         if not candidates:
@@ -195,7 +196,7 @@ class Checkpoints:
         """What is wrong with one checkpoint, the ranks dividing the reading; the same list on every rank.
 
         Raises:
-            SharedUserError: a rank cannot read it (an error of the disk, say): it may be whole all the same.
+            SharedMachineError: a rank cannot read it (an error of the disk, say): it may be whole all the same.
         """
         own, error = [], None
         try:
@@ -203,7 +204,7 @@ class Checkpoints:
         except OSError as failure:
             error = _explain(failure, folder)
         if message := process.first_error(error):
-            raise SharedUserError(
+            raise SharedMachineError(
                 f"checkpoint {folder.name} cannot be read: {message}; nothing was changed: try again once it can be "
                 "read, or move it away to go on from the one before"
             )

@@ -20,7 +20,7 @@ from typing import Any
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.errors import UserError
+from pretrain.errors import MachineError, UserError, file_error
 
 EVENTS_FILE = "run.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -36,7 +36,7 @@ class RunLog:
         folder: the run's folder.
         start_step: where the run goes on: TensorBoard drops what an earlier attempt wrote beyond it.
 
-    Raises UserError when the folder cannot be written to.
+    Raises UserError when the folder cannot be written to, MachineError where that is its disk's fault.
     """
 
     def __init__(self, folder: Path, *, name: str, is_main: bool, start_step: int, total_steps: int) -> None:
@@ -58,16 +58,15 @@ class RunLog:
                 self._events.write("\n")
             self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
         except OSError as error:
-            raise UserError(
-                f"folder {folder}: {error.strerror or error}; give a --folder that can be written"
-            ) from error
+            message = f"folder {folder}: {error.strerror or error}; give a --folder that can be written"
+            raise file_error(error, message) from error
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event to run.jsonl: its kind, the time, and its fields. Floats are written in full.
 
         Where the disk is full, as it may be while a checkpoint is written, the event waits in memory for the next one.
 
-        Raises UserError when it cannot be written, or too many wait.
+        Raises MachineError when it cannot be written, or too many wait.
         """
         if not self._main:
             return
@@ -93,7 +92,7 @@ class RunLog:
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add a point to each curve; None (not known on this device) adds none.
 
-        Raises UserError when the points, or earlier ones, cannot be written.
+        Raises MachineError when the points, or earlier ones, cannot be written.
         """
         if not self._main:
             return
@@ -153,7 +152,7 @@ class RunLog:
             self._width = 0
 
     def close(self) -> None:
-        """Write out what is buffered and close the files. Raises UserError when it cannot be written."""
+        """Write out what is buffered and close the files. Raises MachineError when it cannot be written."""
         if not self._main:
             return
         try:
@@ -190,7 +189,7 @@ def _explained(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{place}: {error.strerror or error}; make room and resume") from error
+        raise MachineError(f"{place}: {error.strerror or error}; make room and resume") from error
 
 
 class _ThreadErrors:
