@@ -211,6 +211,12 @@ class Checkpoints:
         parts = process.gather_objects(own)
         return list(dict.fromkeys(problem for part in parts for problem in part))
 
+    def require_no_newer_copy(self) -> None:
+        """Raises FencedOffError when another copy of the run has taken the folder over, SaveError when that cannot be
+        found out. Not beside a save.
+        """
+        self._on_main(self._require_no_newer_copy, self.folder)
+
     def _require_no_newer_copy(self) -> None:
         if self.fence is not None:
             self.fence.check()
@@ -236,6 +242,7 @@ class Checkpoints:
         _write_manifest(partial, files)
         self._require_no_newer_copy()
         if final.exists():  # of a copy that was fenced off in the middle of this
+            self._require_no_newer_copy()
             _remove(final)
         _rename(partial, final)
         self._require_no_newer_copy()
@@ -243,6 +250,7 @@ class Checkpoints:
         _write_durable(temporary, final.name + "\n")
         temporary.replace(self.folder / LATEST)
         sync(self.folder)
+        self._require_no_newer_copy()
         others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
         for old in others[keep - 1 :]:
             if not (old / STAYS).exists():

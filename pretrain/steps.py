@@ -272,6 +272,7 @@ class Run:
                 held, failure = self.save(state, stays=False), None
             except SaveError as error:
                 failure = error
+        self.checkpoints.require_no_newer_copy()  # whose log it is then
         self.log_preemption(state, held, asked, failure)
         raise Preempted(asked.name)
 
