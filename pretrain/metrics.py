@@ -25,6 +25,8 @@ from pretrain.errors import MachineError, UserError, file_error
 EVENTS_FILE = "run.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_WRITERS = 60.0
+"""Until curves are tried again behind a full disk."""
 _WAITING_BYTES = 1 << 20
 """Of events that wait for room on the disk."""
 
@@ -56,7 +58,9 @@ class RunLog:
             self._waits = False
             if cut:  # a killed run's last line must not swallow the first of this one
                 self._events.write("\n")
-            self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
+            self._board_folder, self._try_again_at = folder / TENSORBOARD_FOLDER, -math.inf
+            self._told_of_lost_points = False
+            self._board: SummaryWriter | None = SummaryWriter(str(self._board_folder), purge_step=start_step + 1)
         except OSError as error:
             message = f"folder {folder}: {error.strerror or error}; give a --folder that can be written"
             raise file_error(error, message) from error
@@ -92,14 +96,38 @@ class RunLog:
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add a point to each curve; None (not known on this device) adds none.
 
-        Raises MachineError when the points, or earlier ones, cannot be written.
+        Where the disk is full, points are lost until there is room again.
+
+        Raises MachineError when the points, or earlier ones, cannot be written for another reason.
         """
         if not self._main:
             return
-        with _explained(self._board.log_dir):
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, step)
+        with self._without_room_lost(step):
+            if self._board is None and time.monotonic() >= self._try_again_at:
+                self._board = SummaryWriter(str(self._board_folder), purge_step=step)
+            if self._board is not None:
+                for name, value in values.items():
+                    if value is not None:
+                        self._board.add_scalar(name, value, step)
+
+    @contextmanager
+    def _without_room_lost(self, step: int | None = None) -> Iterator[None]:
+        """A full disk inside drops the writer of curves, whose thread it ends, and says so once."""
+        with _explained(str(self._board_folder)):
+            try:
+                yield
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self._board, self._try_again_at = None, time.monotonic() + SECONDS_BETWEEN_WRITERS
+                if not self._told_of_lost_points:
+                    where = "" if step is None else f" from about step {step} on"
+                    print(
+                        f"{self._board_folder}: {error.strerror}; points of curves{where} are lost until there is room",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                self._told_of_lost_points = True
 
     def layers(self, step: int, stats: Sequence[Mapping[str, float]]) -> None:
         """Add each layer's statistics: curves `memory/<statistic>/layer<number>`, and an event where there are any."""
@@ -156,8 +184,9 @@ class RunLog:
         if not self._main:
             return
         try:
-            with _explained(self._board.log_dir):
-                self._board.close()
+            with self._without_room_lost():
+                if self._board is not None:
+                    self._board.close()
         finally:
             with _explained(self._events.name):
                 self._events.close()
