@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
-from launch.run_events import Progress, events_size, read_events
+from launch.run_events import Progress, events_size, has_checkpoint_since, read_events
 from pretrain.errors import EXIT_HUNG
 from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_PREEMPTED, EXIT_USER_ERROR
 
@@ -258,9 +258,15 @@ def forget_stop(run_folder: Path) -> None:
     (run_folder / LAUNCH_FOLDER / STOP_FILE).unlink(missing_ok=True)
 
 
-def resume_arguments(arguments: Sequence[str], attempts: Sequence[Attempt]) -> list[str]:
+def resume_arguments(arguments: Sequence[str], attempts: Sequence[Attempt], run_folder: Path) -> list[str]:
     """The arguments of training for a launch's next attempt: where one before wrote a checkpoint, that is what to go on
     from, and not what --resume said at first; the last of two --resume holds.
+
+    Args:
+        attempts: the launch's before it. One that was killed right behind a save has not told of it: the checkpoint
+            itself counts too.
     """
-    again = ("--resume", "auto") if any(attempt.saved for attempt in attempts) else ()
-    return [*arguments, *again]
+    saved = any(attempt.saved for attempt in attempts) or (
+        bool(attempts) and has_checkpoint_since(run_folder, datetime.fromisoformat(attempts[0].started))
+    )
+    return [*arguments, *(("--resume", "auto") if saved else ())]

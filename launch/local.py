@@ -88,7 +88,7 @@ def launch_with_restarts(argv: Sequence[str], folder: Path, options: argparse.Na
     with writable(folder):
         forget_stop(folder)
     while True:
-        arguments = resume_arguments(options.arguments, ledger.read(job))
+        arguments = resume_arguments(options.arguments, ledger.read(job), folder)
         with writable(folder):
             attempt = ledger.begin(job, [host])
         outcome = launch_local(

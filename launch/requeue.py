@@ -55,7 +55,7 @@ def begin(options: argparse.Namespace) -> int:
             say(f"no attempt: {decision.reason}")
             ledger.write(replace(ledger.ended(attempt, EXIT_REFUSED), reason=f"not begun: {decision.reason}"))
             return EXIT_REFUSED
-    print(attempt.attempt, *resume_arguments((), before))
+    print(attempt.attempt, *resume_arguments((), before, options.folder))
     return 0
 
 

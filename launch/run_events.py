@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 EVENTS_FILE = "run.jsonl"
 LOGS_FOLDER = "logs"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def events_size(folder: Path) -> int:
@@ -34,6 +36,14 @@ def read_events(folder: Path, start: int = 0) -> list[dict[str, Any]]:
         if isinstance(event, dict) and "event" in event:
             events.append(event)
     return events
+
+
+def has_checkpoint_since(folder: Path, moment: datetime) -> bool:
+    """Whether a run's folder holds a checkpoint that was written since: also one that a kill kept from its event."""
+    try:
+        return any(path.stat().st_mtime >= moment.timestamp() for path in (folder / CHECKPOINTS_FOLDER).glob("step-*"))
+    except OSError:  # removed meanwhile, as newer ones are there, of which the events tell
+        return False
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from parallel import process
 from pretrain.agreement import SharedUserError
 from pretrain.command_line import Options, parse
-from pretrain.errors import UserError
-from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_PREEMPTED, EXIT_USER_ERROR
+from pretrain.errors import MachineError, UserError
+from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_MACHINE_ERROR, EXIT_PREEMPTED, EXIT_USER_ERROR
 from pretrain.fence import FencedOffError
 from pretrain.phases import Phases, load_phases
 from pretrain.preemption import Preempted, listen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank. Returns the exit code: 0 done, 2 a user's error, 77 where another copy of the run has its folder,
-    each with its message printed once, 75 stopped on request. Anything else raises.
+    """Run one rank. Returns the exit code: 0 done, 1 an error of the machine's disks, 2 a user's error, 77 where
+    another copy of the run has its folder, each with its message printed once, 75 stopped on request. Anything else
+    raises.
     """
     try:
         options = parse(argv)
@@ -69,10 +70,11 @@ def _run(phases: Phases, options: Options) -> int:
         if world.is_main or not isinstance(error, SharedUserError):
             rank = "" if world.size == 1 or isinstance(error, SharedUserError) else f"rank {world.rank}: "
             print(f"error: {rank}{error}", file=sys.stderr)
+        code = EXIT_MACHINE_ERROR if isinstance(error, MachineError) else EXIT_USER_ERROR
         if not isinstance(error, SharedUserError):
-            process.exit_now(EXIT_USER_ERROR)  # the other ranks are waiting in a collective, and the launcher ends them
+            process.exit_now(code)  # the other ranks are waiting in a collective, and the launcher ends them
         process.shutdown()
-        return EXIT_FENCED_OFF if isinstance(error, FencedOffError) else EXIT_USER_ERROR
+        return EXIT_FENCED_OFF if isinstance(error, FencedOffError) else code
     process.shutdown()
     return EXIT_DONE
 

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from parallel import process
-from pretrain.errors import UserError
+from pretrain.errors import MachineError, UserError
 
 
 class SharedUserError(UserError):
     """Raised on every rank alike, so that rank 0 alone prints it."""
+
+
+class SharedMachineError(SharedUserError, MachineError):
+    """A disk or file system failed on a rank."""
 
 
 class DivergedError(SharedUserError):
@@ -20,7 +24,7 @@ class DivergedError(SharedUserError):
 @contextmanager
 def agreed() -> Iterator[None]:
     """Run a block that holds no collective. When any rank raises UserError in it, every rank raises the first
-    one's message.
+    one's message, as a SharedMachineError where one of the errors is the machine's.
     """
     caught: UserError | None = None
     try:
@@ -29,4 +33,5 @@ def agreed() -> Iterator[None]:
         caught = error
     message = process.first_error(None if caught is None else str(caught))
     if message is not None:
-        raise SharedUserError(message) from caught
+        is_machines = any(process.gather_objects(isinstance(caught, MachineError)))
+        raise (SharedMachineError if is_machines else SharedUserError)(message) from caught

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from parallel import process
 from parallel.process import World
-from pretrain.agreement import SharedUserError
+from pretrain.agreement import SharedMachineError, SharedUserError
 from pretrain.durable import file_sha256, sync
 from pretrain.fence import Fence, FencedOffError
 
@@ -104,7 +104,7 @@ def publish(partial: Path, final: Path, files: FileEntries) -> None:
     _rename(partial, final)
 
 
-class SaveError(SharedUserError):
+class SaveError(SharedMachineError):
     """A checkpoint was not written; the earlier ones are untouched."""
 
 
@@ -175,7 +175,8 @@ class Checkpoints:
         wrong.
 
         Raises:
-            SharedUserError: there are checkpoints but none is whole, or one cannot be read.
+            SharedUserError: there are checkpoints but none is whole.
+            SharedMachineError: one cannot be read.
         """
         candidates = process.broadcast_object(list_checkpoints(self.folder))
         if not candidates:
@@ -195,7 +196,7 @@ class Checkpoints:
         """What is wrong with one checkpoint, the ranks dividing the reading; the same list on every rank.
 
         Raises:
-            SharedUserError: a rank cannot read it (an error of the disk, say): it may be whole all the same.
+            SharedMachineError: a rank cannot read it (an error of the disk, say): it may be whole all the same.
         """
         own, error = [], None
         try:
@@ -203,12 +204,18 @@ class Checkpoints:
         except OSError as failure:
             error = _explain(failure, folder)
         if message := process.first_error(error):
-            raise SharedUserError(
+            raise SharedMachineError(
                 f"checkpoint {folder.name} cannot be read: {message}; nothing was changed: try again once it can be "
                 "read, or move it away to go on from the one before"
             )
         parts = process.gather_objects(own)
         return list(dict.fromkeys(problem for part in parts for problem in part))
+
+    def require_no_newer_copy(self) -> None:
+        """Raises FencedOffError when another copy of the run has taken the folder over, SaveError when that cannot be
+        found out. Not beside a save.
+        """
+        self._on_main(self._require_no_newer_copy, self.folder)
 
     def _require_no_newer_copy(self) -> None:
         if self.fence is not None:
@@ -235,6 +242,7 @@ class Checkpoints:
         _write_manifest(partial, files)
         self._require_no_newer_copy()
         if final.exists():  # of a copy that was fenced off in the middle of this
+            self._require_no_newer_copy()
             _remove(final)
         _rename(partial, final)
         self._require_no_newer_copy()
@@ -242,6 +250,7 @@ class Checkpoints:
         _write_durable(temporary, final.name + "\n")
         temporary.replace(self.folder / LATEST)
         sync(self.folder)
+        self._require_no_newer_copy()
         others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
         for old in others[keep - 1 :]:
             if not (old / STAYS).exists():

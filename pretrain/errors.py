@@ -1,9 +1,23 @@
 """The ways in which a rank ends that are no crash."""
 
+import errno
+
 # For launch/, to which a rank is a process with an exit code.
 from parallel.watchdog import EXIT_HUNG as EXIT_HUNG
 from parallel.watchdog import STACKS_SIGNAL as STACKS_SIGNAL
 
+_OF_THE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+"""Errors of a path that was given, which stay until another one is, or its owner lets the run in."""
+
 
 class UserError(ValueError):
     """Wrong input: a recipe, an option, data, or a checkpoint. The message names the field or file, and the fix."""
+
+
+class MachineError(UserError):
+    """A disk or file system fails, whatever was asked of it: starting again may mend it."""
+
+
+def file_error(failure: OSError, message: str) -> UserError:
+    """The error to raise for a file that cannot be read or written: a MachineError, unless it is its path's fault."""
+    return UserError(message) if failure.errno in _OF_THE_PATH else MachineError(message)

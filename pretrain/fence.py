@@ -19,7 +19,7 @@ from typing import Any
 from parallel.process import World
 from pretrain.agreement import SharedUserError, agreed
 from pretrain.durable import sync
-from pretrain.errors import UserError
+from pretrain.errors import UserError, file_error
 
 FENCE_FILE = "fence.json"
 
@@ -88,7 +88,8 @@ def _take(path: Path) -> Fence:
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give a --folder that can be written") from error
+        message = f"{path}: {error.strerror or error}; give a --folder that can be written"
+        raise file_error(error, message) from error
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}); when no other copy of this run is there any more, remove the file"

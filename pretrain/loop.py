@@ -51,7 +51,8 @@ def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
 
     Raises:
         UserError: sizes that do not fit, shards or checkpoints that are missing, damaged or of another run, another
-            run in the same folder, no disk space.
+            run in the same folder.
+        MachineError: a disk that is full or fails.
         DivergedError: too many steps in a row were not finite; there is a checkpoint of the weights before them.
         Preempted: a signal asked the run to stop; there is a checkpoint behind its last step.
         FencedOffError: another copy of the run has taken the folder over.

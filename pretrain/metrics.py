@@ -20,11 +20,13 @@ from typing import Any
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.errors import UserError
+from pretrain.errors import MachineError, UserError, file_error
 
 EVENTS_FILE = "run.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_WRITERS = 60.0
+"""Until curves are tried again behind a full disk."""
 _WAITING_BYTES = 1 << 20
 """Of events that wait for room on the disk."""
 
@@ -36,7 +38,7 @@ class RunLog:
         folder: the run's folder.
         start_step: where the run goes on: TensorBoard drops what an earlier attempt wrote beyond it.
 
-    Raises UserError when the folder cannot be written to.
+    Raises UserError when the folder cannot be written to, MachineError where that is its disk's fault.
     """
 
     def __init__(self, folder: Path, *, name: str, is_main: bool, start_step: int, total_steps: int) -> None:
@@ -56,18 +58,19 @@ class RunLog:
             self._waits = False
             if cut:  # a killed run's last line must not swallow the first of this one
                 self._events.write("\n")
-            self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
+            self._board_folder, self._try_again_at = folder / TENSORBOARD_FOLDER, -math.inf
+            self._told_of_lost_points = False
+            self._board: SummaryWriter | None = SummaryWriter(str(self._board_folder), purge_step=start_step + 1)
         except OSError as error:
-            raise UserError(
-                f"folder {folder}: {error.strerror or error}; give a --folder that can be written"
-            ) from error
+            message = f"folder {folder}: {error.strerror or error}; give a --folder that can be written"
+            raise file_error(error, message) from error
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event to run.jsonl: its kind, the time, and its fields. Floats are written in full.
 
         Where the disk is full, as it may be while a checkpoint is written, the event waits in memory for the next one.
 
-        Raises UserError when it cannot be written, or too many wait.
+        Raises MachineError when it cannot be written, or too many wait.
         """
         if not self._main:
             return
@@ -93,14 +96,38 @@ class RunLog:
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add a point to each curve; None (not known on this device) adds none.
 
-        Raises UserError when the points, or earlier ones, cannot be written.
+        Where the disk is full, points are lost until there is room again.
+
+        Raises MachineError when the points, or earlier ones, cannot be written for another reason.
         """
         if not self._main:
             return
-        with _explained(self._board.log_dir):
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, step)
+        with self._without_room_lost(step):
+            if self._board is None and time.monotonic() >= self._try_again_at:
+                self._board = SummaryWriter(str(self._board_folder), purge_step=step)
+            if self._board is not None:
+                for name, value in values.items():
+                    if value is not None:
+                        self._board.add_scalar(name, value, step)
+
+    @contextmanager
+    def _without_room_lost(self, step: int | None = None) -> Iterator[None]:
+        """A full disk inside drops the writer of curves, whose thread it ends, and says so once."""
+        with _explained(str(self._board_folder)):
+            try:
+                yield
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                self._board, self._try_again_at = None, time.monotonic() + SECONDS_BETWEEN_WRITERS
+                if not self._told_of_lost_points:
+                    where = "" if step is None else f" from about step {step} on"
+                    print(
+                        f"{self._board_folder}: {error.strerror}; points of curves{where} are lost until there is room",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                self._told_of_lost_points = True
 
     def layers(self, step: int, stats: Sequence[Mapping[str, float]]) -> None:
         """Add each layer's statistics: curves `memory/<statistic>/layer<number>`, and an event where there are any."""
@@ -153,12 +180,13 @@ class RunLog:
             self._width = 0
 
     def close(self) -> None:
-        """Write out what is buffered and close the files. Raises UserError when it cannot be written."""
+        """Write out what is buffered and close the files. Raises MachineError when it cannot be written."""
         if not self._main:
             return
         try:
-            with _explained(self._board.log_dir):
-                self._board.close()
+            with self._without_room_lost():
+                if self._board is not None:
+                    self._board.close()
         finally:
             with _explained(self._events.name):
                 self._events.close()
@@ -190,7 +218,7 @@ def _explained(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{place}: {error.strerror or error}; make room and resume") from error
+        raise MachineError(f"{place}: {error.strerror or error}; make room and resume") from error
 
 
 class _ThreadErrors:

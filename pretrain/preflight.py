@@ -23,7 +23,7 @@ import torch
 from parallel import process
 from parallel.bandwidth import all_reduce_bandwidth
 from parallel.process import World
-from pretrain.agreement import SharedUserError
+from pretrain.agreement import SharedMachineError, SharedUserError
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, list_checkpoints
 from pretrain.gpu_health import memory_errors, wrong_products
 from pretrain.guards_config import GuardsConfig
@@ -128,8 +128,8 @@ def preflight(phases: Phases, world: World, *, clock: Callable[[], float] = time
         clock: this rank's.
 
     Raises:
-        SharedUserError: versions that differ, a device that computes wrong, no space for one checkpoint: with every
-            rank that it holds for, its host, and the fix.
+        SharedUserError: versions that differ, a device that computes wrong, no space for one checkpoint (a
+            SharedMachineError): with every rank that it holds for, its host, and the fix.
     """
     started = time.monotonic()
     run, guards = phases.run, phases.run.guards
@@ -156,7 +156,7 @@ def preflight(phases: Phases, world: World, *, clock: Callable[[], float] = time
     )
     facts = process.gather_objects(own)
     size = BYTES_PER_PARAMETER * num_parameters(run.model)
-    _raise(_without_space(facts, size, run.folder))
+    _raise(_without_space(facts, size, run.folder), kind=SharedMachineError)
     wanted = max(phase.recipe.checkpoint.keep for phase in phases) + 1
     wanted -= len(process.broadcast_object(list_checkpoints(run.folder / CHECKPOINTS_FOLDER)))
     warnings = [
@@ -230,11 +230,9 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def _raise(problems: Sequence[str], fix: str = "") -> None:
+def _raise(problems: Sequence[str], fix: str = "", kind: type[SharedUserError] = SharedUserError) -> None:
     if problems:
-        raise SharedUserError(
-            "\n".join(["preflight:", *(f"  {problem}" for problem in problems), *([fix] if fix else [])])
-        )
+        raise kind("\n".join(["preflight:", *(f"  {problem}" for problem in problems), *([fix] if fix else [])]))
 
 
 def _differing(ranks: Sequence[tuple[str, dict[str, str]]]) -> list[str]:

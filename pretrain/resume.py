@@ -18,7 +18,7 @@ from parallel.process import World, barrier
 from pretrain.agreement import SharedUserError
 from pretrain.checkpoints import Checkpoints, checkpoint_step, list_checkpoints
 from pretrain.data import Cursor, TokenizerInfo
-from pretrain.errors import UserError
+from pretrain.errors import UserError, file_error
 from pretrain.phases import ONLY_PHASE, Phase, Phases
 from pretrain.rng import load_rng, rng_file, rng_tensors, seed_rank
 from pretrain.spikes import SpikeState
@@ -192,7 +192,8 @@ def read_trainer_state(folder: Path) -> TrainerState:
     try:
         return TrainerState.model_validate_json((folder / TRAINER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
-        raise UserError(f"{folder / TRAINER_FILE} cannot be read ({error}); resume from another checkpoint") from error
+        message = f"{folder / TRAINER_FILE} cannot be read ({error}); resume from another checkpoint"
+        raise (file_error(error, message) if isinstance(error, OSError) else UserError(message)) from error
 
 
 def check_fits(folder: Path, phases: Phases, tokenizer: TokenizerInfo | None) -> TrainerState:

@@ -17,7 +17,7 @@ from parallel.process import World
 from parallel.watchdog import Watchdog
 from pretrain import rollback
 from pretrain.agreement import DivergedError
-from pretrain.checkpoints import Checkpoints, checkpoint_step
+from pretrain.checkpoints import Checkpoints, SaveError, checkpoint_step, loud
 from pretrain.config import Batches, Recipe
 from pretrain.data import Data, Loader
 from pretrain.devices import peak_flops, peak_memory_bytes
@@ -256,16 +256,43 @@ class Run:
         raise explain(str(folder))
 
     def preempt(self, state: TrainerState, checkpoint: Path | None, asked: signal.Signals) -> NoReturn:
-        """Save the run as it stands, unless `checkpoint` or one that is being written is that, and raise Preempted."""
-        self.saver.finish()
-        checkpoint = self.saver.newest or checkpoint
-        if state.step > 0 and (checkpoint is None or checkpoint_step(checkpoint) != state.step):
-            checkpoint = self.save(state, stays=False)
+        """Save the run as it stands, unless `checkpoint` or one that is being written is that, and raise Preempted.
+
+        Where that fails the run goes on from the newest checkpoint that is whole: the next attempt may find another
+        node, or room. Raises SaveError where there is none.
+        """
+        failure = None
+        try:
+            self.saver.finish()
+        except SaveError as error:  # told already
+            failure = error
+        held = self.saver.newest or checkpoint
+        if state.step > 0 and (held is None or checkpoint_step(held) != state.step):
+            try:
+                held, failure = self.save(state, stays=False), None
+            except SaveError as error:
+                failure = error
+        self.checkpoints.require_no_newer_copy()  # whose log it is then
+        self.log_preemption(state, held, asked, failure)
+        raise Preempted(asked.name)
+
+    def log_preemption(
+        self, state: TrainerState, checkpoint: Path | None, asked: signal.Signals, failure: SaveError | None
+    ) -> None:
+        """Tell of a stop on request, behind which the run goes on from `checkpoint`.
+
+        Args:
+            failure: why that is not of the last step; raised where there is no checkpoint at all.
+        """
+        if failure is not None:
+            if checkpoint is None:
+                raise failure
+            if self.world.is_main:
+                loud(f"step {state.step}: {failure}. The run stops all the same, and goes on from {checkpoint.name}")
         where = {"step": state.step, "tokens": state.tokens, **self.phase_field}
         held = None if checkpoint is None else str(checkpoint)
         self.log.event("preempt", **where, signal=asked.name, checkpoint=held)
         self.log.say(f"{self.recipe.name}: stopped by {asked.name} at step {state.step}; checkpoint: {held or 'none'}")
-        raise Preempted(asked.name)
 
     def save(self, state: TrainerState, *, stays: bool, wait: bool = True, spare: int = 0) -> Path | None:
         """Save a checkpoint of the run as it stands.

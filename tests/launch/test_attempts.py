@@ -1,7 +1,9 @@
 """What a launch does behind an attempt: start again, when, or not, and why."""
 
 import json
+import os
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -106,8 +108,16 @@ def test_an_attempt_whose_end_nobody_wrote_is_lost_and_a_cut_line_is_no_attempt(
 
 def test_an_attempt_goes_on_from_what_an_earlier_one_of_its_launch_saved(tmp_path):
     given = ["--resume", "other/step-00000004", "--optimizer.lr", "1"]
-    assert resume_arguments(given, []) == given == resume_arguments(given, [ended(1)])
-    assert resume_arguments(given, [ended(1, saved=True), ended(1)]) == [*given, "--resume", "auto"]
+    assert resume_arguments(given, [], tmp_path) == given == resume_arguments(given, [ended(1)], tmp_path)
+    assert resume_arguments(given, [ended(1, saved=True), ended(1)], tmp_path) == [*given, "--resume", "auto"]
+    # A kill right behind a save leaves no event of it; what was there before the launch is none of its own.
+    checkpoint = tmp_path / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    attempt = Ledger(tmp_path).begin("7", ["n1"])
+    began = datetime.fromisoformat(attempt.started).timestamp()
+    for seconds, more in ((-5, []), (5, ["--resume", "auto"])):
+        os.utime(checkpoint, (began + seconds, began + seconds))
+        assert resume_arguments(given, [attempt], tmp_path) == [*given, *more]
     from pretrain.command_line import parse
 
     assert parse(["x.yaml", *given, "--resume", "auto"]).resume == "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -69,6 +70,32 @@ def test_of_two_that_took_one_number_at_once_the_last_is_right(tmp_path: Path, w
     with pytest.raises(FencedOffError, match=r"number 1, host .* this one is 1"):
         first.check()
     Fence(first.path, 1, "another").check()
+
+
+def test_a_copy_that_is_overtaken_behind_its_publication_retires_nothing(
+    start_copy: Callable[[], Checkpoints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = start_copy()
+    for step in (1, 2):
+        old.save(step, write)
+    syncs = "pretrain.checkpoints.sync"
+    real = importlib.import_module("pretrain.checkpoints").sync
+
+    def overtaken(path: Path) -> None:
+        real(path)
+        if (
+            path == old.folder
+            and (path / "step-00000003").is_dir()
+            and "step-00000003" in (path / "latest").read_text()
+        ):
+            start_copy()
+
+    monkeypatch.setattr(syncs, overtaken)
+    with pytest.raises(FencedOffError):
+        old.save(3, write)
+    assert len(list(old.folder.glob("step-*"))) == 3, "which it would have removed the first of"
+    with pytest.raises(FencedOffError):
+        old.require_no_newer_copy()
 
 
 def test_an_older_copy_publishes_nothing_and_removes_nothing(

@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from parallel import process
+from parallel.host_copies import TensorFile
 from parallel.process import World
-from pretrain.preemption import STOP_SIGNALS, StopRequests, listen
+from pretrain.checkpoints import SaveError
+from pretrain.errors import MachineError
+from pretrain.loop import train
+from pretrain.phases import load_phases
+from pretrain.preemption import STOP_SIGNALS, Preempted, StopRequests, listen
 from tests.distributed_helper import run_ranks
 from tests.training_cases import events, losses, write_synthetic_recipe
 
@@ -47,6 +53,35 @@ def test_preempted_runs_end_as_one_that_was_not(tmp_path: Path) -> None:
     assert not events(folder, "error")
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [(e.step, e.value) for e in board.Scalars("run/restarts")] == [(0, 0), (0, 1), (3, 2), (4, 3), (8, 4)]
+
+
+@pytest.mark.parametrize(("failing", "held"), [((2,), 4), ((2, 3), 4), ((1, 2), None)])
+def test_a_stop_whose_save_fails_goes_on_from_the_one_before(
+    failing: tuple[int, ...], held: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The save that is under way, the stop's own, or both; without any checkpoint it is an error of the machine."""
+    write, asks, writes = TensorFile.write, iter(range(100)), iter(range(1, 100))
+    stop_at = 8 if failing == (2, 3) else 6
+
+    def on_a_full_disk(file: TensorFile, folder: Path) -> Path:
+        if file.name.startswith("state") and next(writes) in failing:
+            raise OSError(28, "No space left on device", str(folder / file.name))
+        return write(file, folder)
+
+    monkeypatch.setattr(TensorFile, "write", on_a_full_disk)
+    monkeypatch.setattr(StopRequests, "agreed", lambda _: signal.SIGUSR1 if next(asks) == stop_at else None)
+    every = {"every_tokens": 512, "max_failed_saves": 2}
+    phases = load_phases(write_synthetic_recipe(tmp_path / "run", checkpoint=every))
+    try:
+        with pytest.raises(SaveError if held is None else Preempted) as end:
+            train(phases, process.initialize("cpu"))
+    finally:
+        process.shutdown()
+    stops = [(event["step"], event["checkpoint"]) for event in events(tmp_path / "run", "preempt")]
+    if held is None:
+        assert isinstance(end.value, MachineError) and stops == []
+    else:
+        assert stops == [(stop_at, str(tmp_path / "run" / "checkpoints" / f"step-{held:08d}"))]
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
