@@ -23,7 +23,7 @@ from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_PREEMPTED, EXIT
 LAUNCH_FOLDER = "launch"
 ATTEMPTS_FILE = "attempts.jsonl"
 STOP_FILE = "stop"
-"""There while a launch that was asked to stop must not start another attempt."""
+"""The launches that were asked to stop and must not start another attempt, a line each."""
 
 FIRST_WAIT_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 600.0
@@ -39,7 +39,7 @@ class Attempt:
     """From 1, over all launches of the run."""
 
     job: str
-    """The launch: a Slurm job's number, or `local-<host>-<process id>`."""
+    """The launch: a Slurm job's number, or `local-<host>-<process id>-<the process's start>` (see process_start)."""
 
     nodes: tuple[str, ...]
     """Hosts."""
@@ -54,6 +54,9 @@ class Attempt:
 
     reason: str | None = None
     """What was decided behind it, and why."""
+
+    again: bool = False
+    """Whether its launch was to start another one, after a wait."""
 
     step: int | None = None
     """The last one that its events name."""
@@ -79,7 +82,7 @@ class Attempt:
         if self.ended is None or self.exit_code in (EXIT_DONE, EXIT_PREEMPTED):
             return None
         code = "nobody saw its end" if self.exit_code is None else f"exit code {self.exit_code}"
-        if self.exit_code is not None and self.exit_code > 128:  # as shells say it
+        if self.exit_code is not None and self.exit_code - 128 in set(signal.Signals):  # as shells say it
             code = f"killed by {signal.Signals(self.exit_code - 128).name}"
         return ("" if self.rank is None else f"rank {self.rank}: ") + (self.error or code)
 
@@ -241,21 +244,20 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def ask_to_stop(run_folder: Path) -> None:
-    """Let no further attempt of the run's launch start. Raises OSError."""
+def ask_to_stop(run_folder: Path, job: str) -> None:
+    """Let a launch of the run, a job or one on this machine, start no further attempt. Raises OSError."""
     path = run_folder / LAUNCH_FOLDER / STOP_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{job}\n")
 
 
-def told_to_stop(run_folder: Path) -> bool:
-    """Whether `ask_to_stop` was called since the last launch began."""
-    return (run_folder / LAUNCH_FOLDER / STOP_FILE).exists()
-
-
-def forget_stop(run_folder: Path) -> None:
-    """A new launch begins. Raises OSError."""
-    (run_folder / LAUNCH_FOLDER / STOP_FILE).unlink(missing_ok=True)
+def told_to_stop(run_folder: Path, job: str) -> bool:
+    """Whether `ask_to_stop` was called for this launch."""
+    try:
+        return job in (run_folder / LAUNCH_FOLDER / STOP_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return False
 
 
 def resume_arguments(arguments: Sequence[str], attempts: Sequence[Attempt], run_folder: Path) -> list[str]:

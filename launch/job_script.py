@@ -8,6 +8,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.attempts import STOP_FILE
 from pretrain.errors import UserError
 
 
@@ -55,6 +56,7 @@ class JobScript:
             srun=" ".join(self._srun()),
             container=" ".join(self._container()),
             max_restarts=self.max_restarts,
+            stop_file=STOP_FILE,
         )
 
     def _directives(self) -> list[str]:
@@ -123,16 +125,51 @@ launcher() {{ # on this node, in the container where there is one
   fi
 }}
 
+state() {{ squeue --noheader --job="$SLURM_JOB_ID" --format="%T %r"; }} # nothing while Slurm does not answer
+
+# `requeue TRIES SECONDS`: until Slurm takes it, so many times, so far apart. Not after `launch stop`. Who cancels a job
+# does not want it again; at its time limit, too, it is no longer RUNNING, but that is the reason. And a copy whose node
+# Slurm took for lost would kill the copy that was started in its place.
+requeue() {{
+  local try now
+  for ((try = 1; try <= $1; try++)); do
+    if grep -qxF -e "$SLURM_JOB_ID" "$run/launch/{stop_file}" 2>/dev/null; then
+      echo "job: not requeued, as launch stop has ended it"
+      return 1
+    fi
+    case $(scontrol show job "$SLURM_JOB_ID") in
+      *" Restarts=${{SLURM_RESTART_COUNT:-0}} "*)
+        now=$(state)
+        case $now in
+          RUNNING* | *TimeLimit) scontrol requeue "$SLURM_JOB_ID" && return 0 ;;
+          ?*) echo "job: not requeued, as it is $now" && return 1 ;;
+        esac
+        ;;
+      *" Restarts="*) echo "job: not requeued, as a newer copy of it was started" && return 1 ;;
+    esac
+    sleep "$2"
+  done
+  echo "job: not requeued: Slurm does not answer, or refuses"
+  return 1
+}}
+
 # Slurm signals this shell alone; srun hands USR1 on to the tasks, which save and exit with 75.
 asked= step=
 stop() {{
   asked=$1
+  local try now=
   echo "job: SIG$1 at $(date +%T)"
   [ -n "$step" ] && kill -USR1 "$step" 2>/dev/null
-  # The ranks did not save in time, and this script ends with them: the next attempt will see that this one was lost.
-  [[ $1 == TERM && $(state) == *TimeLimit ]] && scontrol requeue "$SLURM_JOB_ID"
+  [ "$1" = TERM ] || return
+  # At the limit the ranks did not save in time, and this script ends with them: the next attempt will see that this
+  # one was lost. Slurm kills what is left some 30 s later.
+  for try in 1 2 3 4 5; do
+    now=$(state)
+    [ -n "$now" ] && break
+    sleep 1
+  done
+  [[ $now == *TimeLimit ]] && requeue 5 1
 }}
-state() {{ squeue --noheader --job="$SLURM_JOB_ID" --format="%T %r"; }}
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
 wait_for() {{ # its exit code, whatever signals come in between
@@ -149,29 +186,33 @@ begun=$(launcher attempt begin --run "$run" --job "$SLURM_JOB_ID" --nodes "$SLUR
 read -r attempt resume <<< "$begun" # its number, and --resume auto where an earlier one of this job has saved
 echo "job: attempt $attempt on $SLURM_JOB_NODELIST at $(date +%T)"
 
-srun {srun} "${{container[@]}}" \
-  "$python" -m launch task --run "$run" --attempt "$attempt" "${{training[@]}}" $resume &
-step=$!
-[ -n "$asked" ] && kill -USR1 "$step"
-wait_for "$step"
-code=$?
-step=
+if [ -n "$asked" ]; then
+  code=75 # nothing runs yet that could save
+else
+  srun {srun} "${{container[@]}}" \
+    "$python" -m launch task --run "$run" --attempt "$attempt" "${{training[@]}}" $resume &
+  step=$!
+  if [ -n "$asked" ]; then # by a signal that came before this shell knew whom to hand it to
+    sleep 5                # srun must have begun to listen, or it dies of the signal
+    kill -USR1 "$step" 2>/dev/null
+  fi
+  wait_for "$step"
+  code=$?
+  step=
+fi
 
+# Where nobody can say what comes next, the next attempt says it: it takes this one for lost, and counts it as a crash.
 verdict=$(launcher attempt end --run "$run" --attempt "$attempt" --exit-code "$code" \
-  --max-restarts {max_restarts}) || exit
+  --max-restarts {max_restarts}) || verdict="again 60"
 read -r verdict number <<< "$verdict"
 if [ "$verdict" != again ]; then exit "$number"; fi
 if [ "$number" != 0 ] && [ -z "$asked" ]; then
   sleep "$number" & # a signal ends the wait
-  wait $!
+  step=$!
+  if [ -n "$asked" ]; then kill "$step"; fi
+  wait "$step"
+  step=
 fi
-# Who cancels a job does not want it again. At its time limit, too, it is no longer RUNNING, but that is the reason.
-state=$(state)
-case $state in
-  RUNNING* | *TimeLimit)
-    scontrol requeue "$SLURM_JOB_ID" && exec sleep 300 # until Slurm ends this script
-    ;;
-  *) echo "job: not requeued, as it was cancelled ($state)" ;;
-esac
+requeue 120 10 && exec sleep 300 # until Slurm ends this script
 exit "$code"
 """

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from launch.attempts import Ledger, decide, forget_stop, resume_arguments, told_to_stop
-from launch.processes import Outcome, RankCommand, run_ranks
+from launch.attempts import Attempt, Ledger, decide, resume_arguments, told_to_stop
+from launch.jobs import local_job
+from launch.processes import POLL_SECONDS, Outcome, RankCommand, SignalRelay, run_ranks
 from pretrain.errors import UserError
 from pretrain.exit_codes import EXIT_DONE, EXIT_PREEMPTED
 
@@ -83,14 +84,11 @@ def launch_with_restarts(argv: Sequence[str], folder: Path, options: argparse.Na
     returns the exit status. Raises UserError for a folder that cannot be written.
     """
     prepare_log(folder / "logs" / "rank0.log")
-    host, ledger = socket.gethostname(), Ledger(folder)
-    job = f"local-{host}-{os.getpid()}"
-    with writable(folder):
-        forget_stop(folder)
+    ledger, job = Ledger(folder), local_job()
     while True:
         arguments = resume_arguments(options.arguments, ledger.read(job), folder)
         with writable(folder):
-            attempt = ledger.begin(job, [host])
+            attempt = ledger.begin(job, [socket.gethostname()])
         outcome = launch_local(
             [*argv, *arguments],
             options.nproc,
@@ -99,23 +97,41 @@ def launch_with_restarts(argv: Sequence[str], folder: Path, options: argparse.Na
             grace_seconds=options.grace,
             holds_stop_signals=True,
         )
-        ended = ledger.ended(attempt, outcome.status, rank=outcome.rank, error=outcome.error)
-        decision = decide(
-            [*ledger.read(job)[:-1], ended],
-            max_restarts=options.restarts,
-            again_when_stopped=False,
-            told_to_stop=outcome.interrupted or told_to_stop(folder),
-        )
-        try:
-            ledger.write(replace(ended, reason=decision.reason))
-        except OSError as error:  # what the run itself said of a full disk is what matters
-            say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
-        if not decision.again:
-            if options.restarts and ended.crashed:
-                say(f"not started again: {decision.reason}")
-            return outcome.status
-        say(f"starting again in {decision.wait_seconds:g} s: {decision.reason}")
-        time.sleep(decision.wait_seconds)
+        with SignalRelay() as relay:
+            ended = ledger.ended(attempt, outcome.status, rank=outcome.rank, error=outcome.error)
+            decision = decide(
+                [*ledger.read(job)[:-1], ended],
+                max_restarts=options.restarts,
+                again_when_stopped=False,
+                told_to_stop=outcome.interrupted or told_to_stop(folder, job),
+            )
+            ended = replace(ended, reason=decision.reason, again=decision.again)
+            _write(ledger, ended)
+            if not decision.again:
+                if options.restarts and ended.crashed:
+                    say(f"not started again: {decision.reason}")
+                return outcome.status
+            say(f"starting again in {decision.wait_seconds:g} s: {decision.reason}")
+            if _signalled_within(decision.wait_seconds, relay) or told_to_stop(folder, job):
+                say("not started again: stopped while it waited")
+                _write(ledger, replace(ended, reason="stopped for good while it waited, as was asked", again=False))
+                return outcome.status
+
+
+def _signalled_within(seconds: float, relay: SignalRelay) -> bool:
+    """Whether a signal comes that would go to the ranks if there were any; returns then, else after so many seconds."""
+    until = time.monotonic() + seconds
+    while (number := relay.take()) is None and time.monotonic() < until:
+        time.sleep(min(POLL_SECONDS, seconds))
+    return number is not None
+
+
+def _write(ledger: Ledger, ended: Attempt) -> None:
+    """Write an attempt's end. What the run itself said of a full disk is what matters."""
+    try:
+        ledger.write(ended)
+    except OSError as error:
+        say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
 
 
 @contextmanager

@@ -3,16 +3,21 @@ runs in a container too.
 """
 
 import argparse
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 from launch.attempts import Attempt, Decision, Ledger, decide, resume_arguments, told_to_stop
+from launch.jobs import SubmittedJob
 from launch.local import say
 from launch.task import first_failure, read_exits
 from pretrain.errors import UserError
 from pretrain.exit_codes import EXIT_PREEMPTED
 
 EXIT_REFUSED = 1
+KILLED_BY_REQUEST = 128 + signal.SIGUSR1
+"""The exit code of a rank, or of srun, that the request to stop met before it could take one."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,17 +44,18 @@ def begin(options: argparse.Namespace) -> int:
     is to be none. Raises UserError where the run's folder cannot be written.
     """
     ledger = Ledger(options.folder)
-    if told_to_stop(options.folder):
-        say("no attempt: `launch stop` has ended this launch; launch the run anew to go on")
+    if told_to_stop(options.folder, options.job):
+        say("no attempt: `launch stop` has ended this job; launch the run anew to go on")
         return EXIT_REFUSED
     try:
+        _be_known(options.folder, options.job)
         attempt = ledger.begin(options.job, [options.nodes])
     except OSError as error:
         raise UserError(
             f"{error.filename or options.folder}: {error.strerror or error}; make room and submit"
         ) from error
     before = ledger.read(options.job)[:-1]
-    if before and before[-1].exit_code is None:  # Slurm started the job again, without asking
+    if before and before[-1].exit_code is None:  # Slurm started the job again without asking, or nobody could answer
         decision = _decided(options, before)
         if not decision.again:
             say(f"no attempt: {decision.reason}")
@@ -57,6 +63,14 @@ def begin(options: argparse.Namespace) -> int:
             return EXIT_REFUSED
     print(attempt.attempt, *resume_arguments((), before, options.folder))
     return 0
+
+
+def _be_known(folder: Path, job: str) -> None:
+    """Let `status` and `stop` find a job whose script was handed to sbatch by hand. Raises OSError."""
+    known = SubmittedJob.read(folder)
+    if known is None or known.job != job:
+        name = os.environ.get("SLURM_JOB_NAME") or (known.name if known else folder.absolute().name)
+        SubmittedJob.now(job, name).write(folder)
 
 
 def end(options: argparse.Namespace) -> int:
@@ -71,7 +85,7 @@ def end(options: argparse.Namespace) -> int:
     ended = how_it_ended(ledger, attempts[0], options.exit_code)
     decision = _decided(options, [*(found for found in job if found.attempt < ended.attempt), ended])
     try:
-        ledger.write(replace(ended, reason=decision.reason))
+        ledger.write(replace(ended, reason=decision.reason, again=decision.again))
     except OSError as error:
         say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
         # Without the ledger crashes cannot be counted.
@@ -89,13 +103,15 @@ def how_it_ended(ledger: Ledger, attempt: Attempt, exit_code: int) -> Attempt:
     """
     exits = read_exits(ledger.run_folder, attempt.attempt)
     failed = first_failure(exits)
-    if failed is not None:
+    if failed is not None and failed.exit_code != KILLED_BY_REQUEST:
         return ledger.ended(attempt, failed.exit_code, rank=failed.rank, error=failed.error)
-    if any(left.exit_code == EXIT_PREEMPTED for left in exits):
+    if KILLED_BY_REQUEST in (exit_code, failed and failed.exit_code) or any(
+        left.exit_code == EXIT_PREEMPTED for left in exits
+    ):
         return ledger.ended(attempt, EXIT_PREEMPTED)
     return ledger.ended(attempt, exit_code)
 
 
 def _decided(options: argparse.Namespace, attempts: list[Attempt]) -> Decision:
-    stop = told_to_stop(options.folder)
+    stop = told_to_stop(options.folder, attempts[-1].job)
     return decide(attempts, max_restarts=options.max_restarts, again_when_stopped=True, told_to_stop=stop)

@@ -1,19 +1,16 @@
 """`python -m launch slurm`: a run as a Slurm job that requeues itself until the recipe's tokens are done."""
 
 import argparse
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
-from launch.attempts import LAUNCH_FOLDER, forget_stop
+from launch.attempts import LAUNCH_FOLDER
 from launch.job_script import JobScript
-from launch.jobs import JOB_FILE, SubmittedJob, queue_state
+from launch.jobs import SubmittedJob, queue_state
 from launch.local import prepare_log, say, writable
 from launch.run_events import LOGS_FOLDER
 from pretrain.errors import UserError
@@ -108,9 +105,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     job = submit(path)
     with writable(folder):
-        forget_stop(folder)
-        submitted = SubmittedJob(job, script.name, datetime.now(UTC).isoformat(timespec="seconds"))
-        (folder / LAUNCH_FOLDER / JOB_FILE).write_text(json.dumps(asdict(submitted)) + "\n", encoding="utf-8")
+        SubmittedJob.now(job, script.name).write(folder)
     say(f"job {job}: {script.nodes} x {script.tasks_per_node} ranks; its output: {folder / LOGS_FOLDER}/job-{job}.log")
     say(f"python -m launch status {folder}    (or logs, or stop)")
     return 0

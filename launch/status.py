@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.attempts import Attempt, Ledger
-from launch.jobs import SubmittedJob, queue_state
+from launch.jobs import SubmittedJob, process_start, queue_state
 from launch.run_events import EVENTS_FILE
 from launch.runs import find_runs
 
@@ -46,11 +46,11 @@ class Status:
     folder: str
     name: str | None
     state: str
-    """done, running, running on another host, pending, stopped, failed, lost (nobody saw its end), not started, or
-    unknown (of a job, where squeue cannot be asked)."""
+    """done, running (also while its launch waits to start it again), running on another host, pending, stopped, failed,
+    lost (nobody saw its end), not started, or unknown (of a job, where squeue cannot be asked)."""
 
     job: str | None
-    """A Slurm job's number, or `local-<host>-<process id>`."""
+    """A Slurm job's number, or the name of a launch of one machine (see Attempt.job)."""
     job_state: str | None
     """As squeue says it."""
     step: int | None
@@ -177,10 +177,10 @@ def state_of(last: dict[str, Any], attempts: list[Attempt], job: str | None, job
     if not attempts:
         return "done" if "done" in last else "not started" if not last else "unknown"
     newest = newest_attempt(attempts)
-    if newest.ended is not None:
-        return {0: "done", 75: "stopped"}.get(-1 if newest.exit_code is None else newest.exit_code, "failed")
     if (pid := local_process(newest)) is not None:
         return "running" if pid else "running on another host"
+    if newest.ended is not None:
+        return {0: "done", 75: "stopped"}.get(-1 if newest.exit_code is None else newest.exit_code, "failed")
     return "unknown" if newest.job.isdigit() and shutil.which("squeue") is None else "lost"
 
 
@@ -192,20 +192,15 @@ def newest_attempt(attempts: list[Attempt]) -> Attempt:
 
 
 def local_process(attempt: Attempt) -> int | None:
-    """The process number of the launcher of an attempt that runs on this host; 0 where it is on another; None where it
-    has ended, or is a Slurm job.
+    """The process number of the launcher, on this host, of an attempt that runs or is to be followed by another; 0
+    where it is on another host; None where it has ended, or is a Slurm job.
     """
-    match = re.fullmatch(r"local-(.*)-(\d+)", attempt.job)
-    if match is None or attempt.ended is not None:
+    match = re.fullmatch(r"local-(.*)-(\d+)-(\d+)", attempt.job)
+    if match is None or (attempt.ended is not None and not attempt.again):
         return None
     if match[1] != socket.gethostname():
         return 0
-    pid = int(match[2])
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    return pid if b"launch" in words or any(word.endswith(b"launch/__main__.py") for word in words) else None
+    return int(match[2]) if process_start(int(match[2])) == int(match[3]) else None
 
 
 def last_error(last: dict[str, Any], attempts: list[Attempt]) -> str | None:

@@ -2,17 +2,19 @@
 
 import json
 import os
+import signal
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from launch.attempts import Attempt, Ledger, ask_to_stop, decide, forget_stop, resume_arguments, told_to_stop
+from launch.attempts import Attempt, Ledger, ask_to_stop, decide, resume_arguments, told_to_stop
 from pretrain.errors import EXIT_HUNG
 
 STARTED = Attempt(1, "7", ("n[1-2]",), "2026-01-01T00:00:00+00:00", 0)
 SIGKILL = 128 + 9
+WORDS = {128 + number: f"killed by {number.name}" for number in signal.Signals}
 
 
 def ended(exit_code: int | None, *, step: int | None = 10, saved: bool = False, error: str | None = None) -> Attempt:
@@ -123,10 +125,14 @@ def test_an_attempt_goes_on_from_what_an_earlier_one_of_its_launch_saved(tmp_pat
     assert parse(["x.yaml", *given, "--resume", "auto"]).resume == "auto"
 
 
-def test_a_stop_holds_until_the_next_launch(tmp_path):
-    forget_stop(tmp_path)
-    assert not told_to_stop(tmp_path)
-    ask_to_stop(tmp_path)
-    assert told_to_stop(tmp_path)
-    forget_stop(tmp_path)
-    assert not told_to_stop(tmp_path)
+def test_a_stop_holds_for_one_launch(tmp_path):
+    assert not told_to_stop(tmp_path, "7")
+    ask_to_stop(tmp_path, "7")
+    ask_to_stop(tmp_path, "local-host-1-23")
+    assert told_to_stop(tmp_path, "7") and told_to_stop(tmp_path, "local-host-1-23")
+    assert not any(told_to_stop(tmp_path, job) for job in ("8", "77", "local-host-1-2", ""))
+
+
+def test_every_exit_code_has_words():
+    for code in range(1, 256):
+        assert ended(code).failure == (None if code == 75 else WORDS.get(code, f"exit code {code}"))

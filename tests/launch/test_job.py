@@ -11,6 +11,7 @@ import pytest
 from launch.__main__ import main
 from launch.attempts import Ledger, ask_to_stop
 from launch.job_script import JobScript
+from launch.jobs import SubmittedJob
 from launch.slurm import limit_seconds
 from launch.task import RankExit, environment_of_task, write_exit
 from pretrain.errors import UserError
@@ -198,9 +199,36 @@ def test_the_first_rank_to_fail_decides_and_not_the_exit_code_of_srun(tmp_path, 
 def test_a_launch_that_was_stopped_or_lost_too_often_begins_no_attempt(tmp_path, capfd):
     assert [begin(tmp_path, capfd, restarts=2) for _ in range(4)] == ["1", "2", "3", ""]  # Slurm lost each
     assert begin(tmp_path, capfd, job="8") == "5"
-    ask_to_stop(tmp_path)
+    ask_to_stop(tmp_path, "8")
     assert end(tmp_path, capfd, 5, 75, {0: (1.0, 75, None)}) == "end 75"
     assert begin(tmp_path, capfd, job="8") == ""
+    assert begin(tmp_path, capfd, job="9") == "6"  # the script submitted again by hand
+
+
+def test_a_request_to_stop_that_kills_what_cannot_take_it_yet_is_no_crash(tmp_path, capfd):
+    begin(tmp_path, capfd)
+    assert end(tmp_path, capfd, 1, 138, {}) == "again 0"  # srun, before it listens
+    begin(tmp_path, capfd)
+    assert end(tmp_path, capfd, 2, 143, {1: (1.0, 138, None), 0: (2.0, 1, "lost its peer")}) == "again 0"
+    begin(tmp_path, capfd)
+    assert end(tmp_path, capfd, 3, 138, {0: (1.0, 2, "error: no space"), 1: (0.5, 138, None)}) == "end 2"
+    begin(tmp_path, capfd)
+    assert end(tmp_path, capfd, 4, 138, {0: (1.0, 1, "ValueError: x"), 1: (2.0, 138, None)}) == "again 10"
+    assert [found.exit_code for found in Ledger(tmp_path).read()] == [75, 75, 2, 1]
+
+
+def test_a_job_that_was_submitted_by_hand_is_the_runs_job(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NAME", "by hand")
+    SubmittedJob("7", "launched", "2026-01-01T00:00:00+00:00").write(tmp_path)
+    begin(tmp_path, capfd, job="7")
+    assert SubmittedJob.read(tmp_path) == SubmittedJob("7", "launched", "2026-01-01T00:00:00+00:00")
+    begin(tmp_path, capfd, job="8")
+    found = SubmittedJob.read(tmp_path)
+    assert found is not None and (found.job, found.name) == ("8", "by hand")
+    assert sorted(path.name for path in (tmp_path / "launch").iterdir()) == ["attempts.jsonl", "job.json"]
+    for damaged in ("", "{", "[]", '{"job": "1"}', '"x"'):
+        (tmp_path / "launch" / "job.json").write_text(damaged)
+        assert SubmittedJob.read(tmp_path) is None
 
 
 def test_what_a_job_script_asks_needs_neither_torch_nor_long(tmp_path):

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch.attempts import Ledger
+from launch.__main__ import main
+from launch.attempts import Ledger, ask_to_stop
+from launch.jobs import local_job
 from launch.local import launch_with_restarts
 from tests.training_cases import events, write_synthetic_recipe
 
@@ -89,6 +92,29 @@ def test_what_ends_a_launch(run, body, restarts, status, attempts, capfd):
     found, ended = run(body, restarts, nproc=1)
     assert (found, len(ended)) == (status, attempts)
     assert ("not started again" in capfd.readouterr().err) == (restarts > 0 and ended[-1].crashed)
+
+
+@pytest.mark.parametrize("way", ["stop", "signal", "mark"])
+def test_a_launch_that_waits_to_start_again_can_be_stopped(run, tmp_path, monkeypatch, capfd, way):
+    monkeypatch.setattr("launch.attempts.FIRST_WAIT_SECONDS", 0.3 if way == "mark" else 600.0)
+
+    def ask() -> None:
+        while not any(attempt.again for attempt in Ledger(tmp_path).read()):
+            time.sleep(0.01)
+        if way == "mark":
+            ask_to_stop(tmp_path, local_job())
+        elif way == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            assert main(["stop", str(tmp_path)]) == 0
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    status, attempts = run("sys.exit('ValueError: x')", restarts=3, nproc=1)
+    asking.join()
+    assert status == 1 and len(attempts) == 1
+    assert not attempts[0].again and "stopped for good" in (attempts[0].reason or "")
+    assert "stopped while it waited" in capfd.readouterr().err
 
 
 def test_a_signal_to_the_launcher_saves_and_ends_the_run(tmp_path):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main
-from launch.attempts import Ledger, told_to_stop
+from launch.attempts import LAUNCH_FOLDER, STOP_FILE, Ledger, told_to_stop
+from launch.jobs import local_job, process_start
 from launch.logs import start_of_last_lines
 
 TIME = "2026-01-01T00:00:{:02d}.000+00:00"
@@ -58,7 +59,7 @@ def status(*words: str, capfd: pytest.CaptureFixture[str]) -> dict:
 
 
 def test_status_of_a_run_whose_launcher_is_gone(run, capfd):
-    attempt_of(run, f"local-{socket.gethostname()}-{2**22 + 5}")
+    attempt_of(run, f"local-{socket.gethostname()}-{2**22 + 5}-1")
     found = status("tiny-1", capfd=capfd)
     assert found["state"] == "lost" and found["tokens_per_second"] is None
     assert (found["step"], found["steps"], found["tokens"], found["total_tokens"]) == (9, 100, 1000, 10_000)
@@ -72,10 +73,10 @@ def test_a_run_of_this_machine_is_seen_to_run_and_is_stopped(run, capfd):
     code = (
         "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print(flush=True); signal.pause()"
     )
-    launcher = subprocess.Popen([sys.executable, "-c", code, "launch"], stdout=subprocess.PIPE)
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         launcher.stdout.readline()
-        attempt_of(run, f"local-{socket.gethostname()}-{launcher.pid}")
+        attempt_of(run, f"local-{socket.gethostname()}-{launcher.pid}-{process_start(launcher.pid)}")
         found = status(str(run), capfd=capfd)
         assert found["state"] == "running" and (found["tokens_per_second"], found["mfu"]) == (100.0, 0.4)
         assert found["seconds_left"] == 90.0
@@ -86,7 +87,7 @@ def test_a_run_of_this_machine_is_seen_to_run_and_is_stopped(run, capfd):
         text = capfd.readouterr().out
         assert "1,000 of 10,000 tokens (10.0 %)" in text and "MFU 40.0 %, 1m 30s left" in text
         assert main(["stop", "tiny-1"]) == 0
-        assert launcher.wait(30) == 75 and told_to_stop(run)
+        assert launcher.wait(30) == 75 and told_to_stop(run, Ledger(run).read()[1].job)
     finally:
         launcher.kill()
         launcher.communicate()
@@ -95,9 +96,23 @@ def test_a_run_of_this_machine_is_seen_to_run_and_is_stopped(run, capfd):
 
 
 def test_a_run_of_another_host_is_not_stopped_from_here(run, capfd):
-    attempt_of(run, f"local-elsewhere-{os.getpid()}")
+    attempt_of(run, f"local-elsewhere-{os.getpid()}-1")
     assert main(["stop", "tiny-1"]) == 2
-    assert "on another host" in capfd.readouterr().err and not told_to_stop(run)
+    assert "on another host" in capfd.readouterr().err and not (run / LAUNCH_FOLDER / STOP_FILE).exists()
+
+
+def test_another_process_with_the_launchers_number_is_not_the_launcher(run, capfd):
+    attempt_of(run, f"local-{socket.gethostname()}-{os.getpid()}-{process_start(os.getpid()) + 1}")
+    assert status(str(run), capfd=capfd)["state"] == "lost"
+    assert main(["stop", "tiny-1"]) == 2
+
+
+@pytest.mark.parametrize(("again", "state"), [(True, "running"), (False, "failed")])
+def test_a_launch_that_waits_to_start_again_runs(run, capfd, again, state):
+    ledger = Ledger(run)
+    ended = ledger.ended(ledger.begin(local_job(), ["here"]), 1)
+    ledger.write(replace(ended, again=again))
+    assert status(str(run), capfd=capfd)["state"] == state
 
 
 def test_a_run_that_is_done_or_has_not_begun(run, capfd, tmp_path):
@@ -186,9 +201,44 @@ def test_the_state_of_a_job_is_slurms(run, capfd, monkeypatch, tmp_path, squeue,
     assert (found["job"], found["state"]) == ("12", state)
 
 
-@pytest.mark.parametrize(("state", "told"), [("RUNNING", "--batch --signal=USR1 12"), ("PENDING", "12")])
-def test_a_job_is_told_to_save_and_one_that_waits_is_cancelled(run, monkeypatch, tmp_path, state, told):
+ONCE = "if [ -e {0}/asked ]; then {1}; else : > {0}/asked; echo PENDING; fi"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "told"),
+    [
+        ("echo RUNNING", ["--batch --signal=USR1 12"]),
+        (ONCE.format("{0}", ":"), ["--state=PENDING 12"]),
+        (ONCE.format("{0}", "echo RUNNING"), ["--state=PENDING 12", "--batch --signal=USR1 12"]),  # it began meanwhile
+        ("echo CONFIGURING", ["12"]),
+    ],
+)
+def test_a_job_is_told_to_save_and_one_that_waits_is_cancelled(run, monkeypatch, tmp_path, squeue, told):
     submitted(run)
-    written = fake_slurm(tmp_path, monkeypatch, f"echo {state}")
+    written = fake_slurm(tmp_path, monkeypatch, squeue.format(tmp_path))
     assert main(["stop", "tiny-1"]) == 0
-    assert written.read_text() == f"{told}\n" and told_to_stop(run)
+    assert written.read_text().splitlines() == told and told_to_stop(run, "12")
+
+
+def test_a_slurm_that_does_not_answer_is_not_asked_to_cancel(run, monkeypatch, tmp_path, capfd):
+    submitted(run)
+    written = fake_slurm(tmp_path, monkeypatch, "echo Unable to contact slurm controller >&2; exit 1")
+    assert main(["stop", "tiny-1"]) == 2
+    assert "does not answer" in capfd.readouterr().err
+    assert not written.exists() and not told_to_stop(run, "12")
+
+
+@pytest.mark.parametrize(("active", "attempts"), [("13", ["12", "13"]), ("12", ["12"]), ("12", ["12", "local-a-1-1"])])
+def test_the_job_that_is_stopped_is_one_that_slurm_knows(run, monkeypatch, tmp_path, active, attempts):
+    """Job 12 was submitted last; the ledger may know of newer ones, and have jobs whose end nobody saw."""
+    submitted(run)
+    ledger = Ledger(run)
+    for job in ["11", *attempts]:
+        attempt = ledger.begin(job, ["here"])
+        if not job.isdigit():
+            ledger.write(ledger.ended(attempt, 2))
+    squeue = f"case $* in *--job={active}' '*) echo RUNNING ;; *) echo Invalid job id specified >&2; exit 1 ;; esac"
+    written = fake_slurm(tmp_path, monkeypatch, squeue)
+    assert main(["stop", "tiny-1"]) == 0
+    assert written.read_text() == f"--batch --signal=USR1 {active}\n" and told_to_stop(run, active)
+    assert not any(told_to_stop(run, job) for job in {"11", "12", "13"} - {active})
