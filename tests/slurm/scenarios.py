@@ -142,7 +142,8 @@ def cut_network(lab: Lab) -> Loss:
     lab.wait_end("cut", job, seconds=1500)
     lab.assert_done_like("cut", lab.reference())
     assert "took its folder over" in (lab.folder / "cut" / "logs" / "rank0.log").read_text()
-    assert [a["exit_code"] for a in lab.attempts("cut")] == [77, 0]
+    first, *others = [a["exit_code"] for a in lab.attempts("cut")]
+    assert first == 77 and others[-1] == 0 and set(others[:-1]) <= {75}, "Slurm may move the job once more"
     lab.cluster.wait_idle(lab.cluster.nodes)
     (resumed,) = events(lab.folder / "cut", "resume")
     return dataclasses.replace(lab.cost("cut"), seconds=datetime.fromisoformat(resumed["time"]).timestamp() - since)
