@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,9 @@ def test_the_log_of_the_rank_that_failed_is_shown_first(run, capfd):
 def test_a_log_is_followed_until_ctrl_c(run):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "launch", "logs", str(run), "--follow", "--lines", "1"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background of a shell has it ignored, and hands that on.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=listening)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("---") and process.stdout.readline() == "rank 0 line 99\n"
     with open(run / "logs" / "rank0.log", "a") as log:

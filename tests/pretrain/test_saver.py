@@ -157,7 +157,6 @@ def test_a_save_that_is_due_while_one_is_written_waits_for_it(
         assert [event["step"] for event in told.events] == [1]
         assert told.events[0]["stall_seconds"] >= 0.25, "it was waited for"
     assert [load(tmp_path / name)[0] for name in names(tmp_path)] == [1, 2]
-    assert told.events[1]["stall_seconds"] < 0.25
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread's priority is its own on Linux alone")
