@@ -21,6 +21,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
 
 
+@pytest.mark.slow
 def test_a_preempted_job_requeues_itself_and_ends_as_one_that_was_not(cluster: Cluster, tmp_path: Path) -> None:
     lab = Lab(cluster, tmp_path, steps=60)
     job = lab.submit("run")
