@@ -145,7 +145,7 @@ def cut_network(lab: Lab) -> Loss:
     first, *others = [a["exit_code"] for a in lab.attempts("cut")]
     assert first == 77 and others[-1] == 0 and set(others[:-1]) <= {75}, "Slurm may move the job once more"
     lab.cluster.wait_idle(lab.cluster.nodes)
-    (resumed,) = events(lab.folder / "cut", "resume")
+    resumed, *_ = events(lab.folder / "cut", "resume")
     return dataclasses.replace(lab.cost("cut"), seconds=datetime.fromisoformat(resumed["time"]).timestamp() - since)
 
 
