@@ -49,7 +49,7 @@ def run_ranks(
     arguments: Sequence[str],
     *,
     ranks: int,
-    timeout: float = 300.0,
+    timeout: float = 600.0,
     kill_when: Callable[[], bool] | None = None,
     check: bool = True,
     threads: int = 1,
