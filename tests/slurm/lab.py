@@ -24,6 +24,8 @@ REFERENCE = "reference"
 class Loss:
     """What a run's interruptions cost."""
 
+    run: str
+    """Its name."""
     attempts: int
     steps: int
     """Trained again, or in vain."""
@@ -132,7 +134,7 @@ class Lab:
                 if event["step"] == first and since is not None:
                     longest, since = max(longest, at - since), None
                 last = (event["step"], at)
-        return Loss(len(self.attempts(name)), lost, longest)
+        return Loss(name, len(self.attempts(name)), lost, longest)
 
     def report(self) -> str:
         """All logs, for an assertion's message."""
