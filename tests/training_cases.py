@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pretrain.checkpoints import CHECKPOINTS_FOLDER, checkpoint_name
 from tests.data_cases import documents, make_tokenizer, write_jsonl
 from tests.distributed_helper import Finished, run_ranks
 from tools.documents import DocumentReader
@@ -128,6 +129,16 @@ def rank_process(folder: Path, rank: int) -> int:
             found.append(int(process.name))
     assert found, f"no process of rank {rank}"
     return max(found)
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    """The folder of a run's checkpoint behind a step."""
+    return folder / CHECKPOINTS_FOLDER / checkpoint_name(step)
+
+
+def weights_and_optimizer(folder: Path, step: int) -> dict[str, bytes]:
+    """What the checkpoint's files of weights and moments hold, by their names."""
+    return {path.name: path.read_bytes() for path in checkpoint(folder, step).glob("state*")}
 
 
 def assert_same_learning(found: Path, expected: Path, *, steps: int) -> None:

@@ -6,16 +6,16 @@ Arguments: OUTPUT.json TRIAL..., as segment_worker.py takes them.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from parallel.process import World, exit_now, initialize, shutdown
+from parallel.process import World, initialize
 from parallel.scoring import IGNORED
 from tests.model_cases import random_tokens
 from tests.parallel.segment_worker import Rows, Trial, build
+from tests.worker_results import hand_over
 
 LENGTHS = {0: [40, 17], 1: [40, 70, 9, 33]}
 """The rows that each of two ranks scores; one is through before the other."""
@@ -53,10 +53,7 @@ def main(output: str, trials: list[str]) -> None:
     world = initialize("cpu")
     torch.set_num_threads(1)
     seen = {text: run(Trial.parse(text), world, Path(output).parent) for text in trials}
-    if world.is_main:
-        Path(output).write_text(json.dumps(seen))
-    shutdown()
-    exit_now(0)
+    hand_over(world, output, seen)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Arguments: OUTPUT.json LAYOUT..., as engine_worker.py takes them.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from parallel.engine import Engine, StepResult
-from parallel.process import World, exit_now, initialize, shutdown
+from parallel.process import World, initialize
 from parallel.step_gate import Limits
 from tests.parallel.engine_worker import Output, Small, build, own_rows, rate
+from tests.worker_results import hand_over
 
 STEPS = 3
 SPOILED = {"gradient at 0": ("gradient", 0), "gradient at 1": ("gradient", 1), "loss at 2": ("loss", 2)}
@@ -90,10 +90,7 @@ def main(output: str, layouts: list[str]) -> None:
     for layout in layouts:
         folder = Path(output).with_name(layout)
         seen[layout] = {case: trial(world, layout, folder / case, case) for case in ("none", *SPOILED, *HELD_BACK)}
-    if world.is_main:
-        Path(output).write_text(json.dumps(seen))
-    shutdown()
-    exit_now(0)
+    hand_over(world, output, seen)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures: the data of small runs, and full disks."""
+"""Fixtures: the data of small runs, a process group of one rank, and full disks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from parallel import process
+from parallel.process import World
 from tests.training_cases import make_data
 
 
@@ -15,6 +17,14 @@ from tests.training_cases import make_data
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of training and held-out text, as `make_data` makes them; shared by a file's tests, which alter copies."""
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """This process as the only rank, for a file's tests."""
+    alone = process.initialize("cpu")
+    yield alone
+    process.shutdown()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ all ranks.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -23,6 +22,7 @@ from parallel.process import World
 from pretrain import preflight as module
 from pretrain.errors import UserError
 from pretrain.phases import Phases, load_phases
+from tests.worker_results import hand_over
 
 
 def other_torch(phases: Phases, real: Callable[[Phases], dict[str, str]] = module.versions_here) -> dict[str, str]:
@@ -70,10 +70,7 @@ def main(output: str, recipe: str, cases: list[str]) -> None:
     world = process.initialize("cpu")
     phases = load_phases(recipe)
     seen = {case: process.gather_objects(look(world, phases, case)) for case in cases}
-    if world.is_main:
-        Path(output).write_text(json.dumps(seen))
-    process.shutdown()
-    process.exit_now(0)
+    hand_over(world, output, seen)
 
 
 if __name__ == "__main__":

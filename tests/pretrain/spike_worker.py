@@ -5,16 +5,16 @@ Arguments: SEEN.json RECIPE.yaml...
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from parallel.process import exit_now, initialize, shutdown
+from parallel.process import initialize
 from pretrain.loop import train
 from pretrain.phases import load_phases
 from tests.pretrain.spikes_by_place import spikes_at
+from tests.worker_results import hand_over
 
 SPIKES = (13, 14)
 
@@ -27,10 +27,7 @@ def main(output: str, recipes: list[str]) -> None:
         with spikes_at(*SPIKES) as place:
             train(load_phases(path), world)
         seen[Path(path).stem] = place.seen
-    if world.is_main:
-        Path(output).write_text(json.dumps(seen))
-    shutdown()
-    exit_now(0)
+    hand_over(world, output, seen)
 
 
 if __name__ == "__main__":

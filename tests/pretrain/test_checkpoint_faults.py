@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel import process
 from parallel.host_copies import HostCopies, SavedFile, TensorFile, TextFile
 from parallel.process import World
 from pretrain.checkpoint_config import CheckpointConfig
@@ -45,11 +44,7 @@ NUMBERS = 300_000
 SECONDS = 60.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[World]:
-    alone = process.initialize("cpu")
-    yield alone
-    process.shutdown()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @dataclass

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from parallel import process
 from parallel.process import World
 from pretrain.agreement import SharedUserError
 from pretrain.checkpoints import Checkpoints, list_checkpoints, problems
 from pretrain.resume import choose_checkpoint
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[World]:
-    alone = process.initialize("cpu")
-    yield alone
-    process.shutdown()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from parallel import process
 from parallel.process import World
 from pretrain.agreement import SharedUserError
 from pretrain.checkpoints import Checkpoints, SaveError, problems
@@ -26,12 +25,7 @@ from pretrain.phases import load_phases
 from tests.distributed_helper import ROOT
 from tests.training_cases import events, losses, write_recipe
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[World]:
-    alone = process.initialize("cpu")
-    yield alone
-    process.shutdown()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from parallel import process
 from parallel.process import World
 from pretrain.agreement import SharedUserError
 from pretrain.fence import FencedOffError, take_fence
@@ -27,11 +25,7 @@ time.sleep(60)
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[World]:
-    alone = process.initialize("cpu")
-    yield alone
-    process.shutdown()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def test_a_folder_is_one_runs_until_it_ends(tmp_path: Path, world: World) -> None:

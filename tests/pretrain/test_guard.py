@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,18 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model import TitansLM
-from parallel import process
 from parallel.process import World
 from pretrain.agreement import DivergedError
 from pretrain.checkpoints import problems
 from pretrain.loop import train
 from pretrain.phases import load_phases
 from pretrain.schedule import learning_rate
-from tests.training_cases import events, losses, write_recipe
+from tests.training_cases import checkpoint, events, losses, weights_and_optimizer, write_recipe
 
 MICRO_BATCHES = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[World]:
-    alone = process.initialize("cpu")
-    yield alone
-    process.shutdown()
-
+pytestmark = pytest.mark.usefixtures("world")
 
 Spoil = Callable[..., None]
 
@@ -65,14 +59,6 @@ def recipe_of(data: Path, folder: Path, steps: int, *, every: int = 1, keep: int
         checkpoint={"every_tokens": 128 * every, "keep": keep},
         evaluation={"every_tokens": None, "tokens": 64},
     )
-
-
-def checkpoint(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:08d}"
-
-
-def weights_and_optimizer(folder: Path, step: int) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in checkpoint(folder, step).glob("state*")}
 
 
 def trainer(folder: Path, step: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from parallel import process
 from parallel.engine import Engine
 from parallel.host_copies import HostCopies, SavedFile, TensorFile
 from parallel.process import World
@@ -35,11 +34,7 @@ SECONDS = 30.0
 """After which what is waited for will not come any more."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[World]:
-    alone = process.initialize("cpu")
-    yield alone
-    process.shutdown()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 class Told(RunLog):

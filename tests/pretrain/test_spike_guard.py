@@ -5,7 +5,6 @@ kill at any place.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from parallel import process
 from parallel.process import World
 from pretrain.agreement import DivergedError
 from pretrain.loop import train
 from pretrain.phases import load_phases
 from tests.pretrain.spikes_by_place import Killed, numbers, spikes_at
-from tests.training_cases import VOCABULARY, events, losses, recipe_fields
+from tests.training_cases import VOCABULARY, checkpoint, events, losses, recipe_fields, weights_and_optimizer
 
 GUARDS = {"on_spike": "skip", "loss_z": 30.0, "gradient_norm_z": 50.0, "window": 12, "warmup_steps": 10}
 MODEL = {
@@ -34,11 +32,7 @@ EVERY = 4
 """Steps between checkpoints."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[World]:
-    alone = process.initialize("cpu")
-    yield alone
-    process.shutdown()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def recipe_of(data: Path, folder: Path, steps: int, *, every: int = EVERY, **guards: Any) -> Path:
@@ -55,14 +49,6 @@ def recipe_of(data: Path, folder: Path, steps: int, *, every: int = EVERY, **gua
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(fields | {"model": MODEL, "guards": GUARDS | guards}))
     return path
-
-
-def checkpoint(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:08d}"
-
-
-def weights_and_optimizer(folder: Path, step: int) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in checkpoint(folder, step).glob("state*")}
 
 
 def trainer(folder: Path, step: int) -> dict[str, Any]:
