@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.forked_ranks import ROOT, ForkedRank, rank_server
 
 
 def free_port() -> int:
@@ -53,8 +53,12 @@ def run_ranks(
     kill_when: Callable[[], bool] | None = None,
     check: bool = True,
     threads: int = 1,
+    fresh: bool = False,
 ) -> Finished:
     """Run `python <arguments>` once for each rank and wait for all.
+
+    The processes are forked with the imports done (see `rank_server`), unless they are to be `fresh` ones or have
+    several threads.
 
     With ranks=1 no launcher's variable is set: the path of a process that nobody launched. When a rank fails, the
     others are killed after 10 s, as a launcher would. `kill_when` is polled, and all ranks are ended by SIGKILL
@@ -65,7 +69,9 @@ def run_ranks(
     port = free_port()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [_start(arguments, rank, ranks, port, threads, Path(folder)) for rank in range(ranks)]
+        start = _start if fresh or threads > 1 else _fork
+        environments = [_environment(rank, ranks, port, threads) for rank in range(ranks)]
+        processes = [start(arguments, each, Path(folder) / str(r)) for r, each in enumerate(environments)]
         failed_at = None
         timed_out = False
         while any(process.poll() is None for process in processes):
@@ -84,22 +90,28 @@ def run_ranks(
     return finished
 
 
-def _start(
-    arguments: Sequence[str], rank: int, ranks: int, port: int, threads: int, folder: Path
-) -> subprocess.Popen[bytes]:
+def _environment(rank: int, ranks: int, port: int, threads: int) -> dict[str, str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
     environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     if ranks > 1:
         numbers = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
         environment |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
-    with open(folder / f"{rank}.out", "wb") as output, open(folder / f"{rank}.err", "wb") as error:
+    return environment
+
+
+def _start(arguments: Sequence[str], environment: dict[str, str], logs: Path) -> subprocess.Popen[bytes]:
+    with open(logs.with_suffix(".out"), "wb") as output, open(logs.with_suffix(".err"), "wb") as error:
         return subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=error, start_new_session=True
         )
 
 
-def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _fork(arguments: Sequence[str], environment: dict[str, str], logs: Path) -> ForkedRank:
+    return rank_server().start(arguments, environment, logs.with_suffix(".out"), logs.with_suffix(".err"))
+
+
+def _kill(processes: Sequence[subprocess.Popen[bytes] | ForkedRank]) -> None:
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

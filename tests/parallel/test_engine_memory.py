@@ -17,7 +17,7 @@ def measured() -> dict[int, dict[str, int]]:
     the one before.
     """
     words = ["tests/parallel/engine_memory_worker.py", *map(str, STAGES)]
-    (output,) = run_ranks(words, ranks=1, timeout=300).outputs
+    (output,) = run_ranks(words, ranks=1, timeout=300, fresh=True).outputs
     return {row["stage"]: row for row in json.loads(output.splitlines()[-1])}
 
 

@@ -12,12 +12,12 @@ from tests.distributed_helper import run_ranks
 from tests.training_cases import assert_same_learning, assert_same_scores, write_recipe
 
 WORKER = "tests/pretrain/train_worker.py"
-STEPS = 6
+STEPS = 4
 RUNS = {
     "data": [(STEPS, {"tensor": 1})],
     "tensor": [(STEPS, {"tensor": 2, "zero_stage": 3})],
-    "tensor-then-data": [(3, {"tensor": 2}), (STEPS, {"tensor": 1})],
-    "data-then-tensor": [(3, {"tensor": 1}), (STEPS, {"tensor": 2, "zero_stage": 0})],
+    "tensor-then-data": [(2, {"tensor": 2}), (STEPS, {"tensor": 1})],
+    "data-then-tensor": [(2, {"tensor": 1}), (STEPS, {"tensor": 2, "zero_stage": 0})],
 }
 
 

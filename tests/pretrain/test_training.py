@@ -78,7 +78,7 @@ def test_the_loss_falls(runs: Path) -> None:
     assert seen[STEPS] < seen[1] - 0.3
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_killed_run_goes_on_bit_for_bit(data: Path, runs: Path, tmp_path: Path, stage: int) -> None:
     folder = tmp_path / "run"
     recipe = write_recipe(data, folder, steps=STEPS, parallel=layout(stage))
