@@ -26,6 +26,14 @@ from tools.bench.train import RandomBatch
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml"
 RANKS = 2
+AXES: dict[str, dict[str, Any]] = {
+    "tensor": {"tensor": RANKS},
+    "tensor-sharded": {"tensor": RANKS, "tensor_shard_norms": True},
+    "data": {},
+    "sequence": {"sequence": RANKS},
+    "pipeline": {"pipeline": RANKS},
+}
+"""What two ranks are laid out along, with the recipe's fields that say so."""
 _COLLECTIVES = (
     "all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor",
     "all_gather_object", "all_to_all_single", "broadcast", "barrier",
@@ -81,25 +89,27 @@ def recipe_of(variant: str, *, axis: str | None, rows: int, length: int, **sizes
         "model": model_config(variant, **sizes).model_dump(),
         "training": training | {"tokens": rows * length},
         "schedule": {"warmup_tokens": 0},
-        "parallel": {"precision": "fp32", "device": "cpu"} | ({} if axis in (None, "data") else {axis: RANKS}),
+        "parallel": {"precision": "fp32", "device": "cpu"} | ({} if axis is None else AXES[axis]),
     }
     return load_recipe(RECIPE, [(name, json.dumps(fields)) for name, fields in sections.items()])
 
 
 def measure(recipe: Recipe, world: World, clock: Clock, steps: int) -> dict[str, Any]:
-    """Seconds of the fastest of `steps` steps behind another one, the means over this world's ranks."""
+    """Seconds of the fastest of `steps` steps behind another one, the means over this world's ranks; the last one's
+    loss. All layouts read the same rows.
+    """
     mesh = Mesh.build(world, recipe.parallel.layout(world.size))
     engine = build_engine(recipe, recipe.batches(world.size), mesh)
     training, vocabulary = recipe.training, recipe.model.vocab_size
-    generator = torch.Generator().manual_seed(mesh.data.index)
-    shape = (engine.accumulation, training.micro_batch_size, training.sequence_length + 1)
-    rows = torch.randint(vocabulary, shape, generator=generator)
-    batches = [RandomBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows]
+    shape = (training.batch_tokens // training.sequence_length, training.sequence_length + 1)
+    rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    own = rows.chunk(mesh.data.size)[mesh.data.index].split(training.micro_batch_size)
+    batches = [RandomBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in own]
     found = []
     for number in range(1 + steps):
         dist.barrier()
         before = clock.now()
-        float(engine.train_step(batches, 1e-4).loss)
+        loss = float(engine.train_step(batches, 1e-4).loss)
         after = clock.now()
         if number:  # the first allocates, and makes the connections
             found.append([late - early for late, early in zip(after, before, strict=True)])
@@ -114,6 +124,7 @@ def measure(recipe: Recipe, world: World, clock: Clock, steps: int) -> dict[str,
         "compute_s": compute,
         "collectives_s": collectives,
         "bubble_s": bubble,
+        "loss": loss,
         "link_bytes_per_second": all_reduce_bandwidth(world.device, message),
     }
 

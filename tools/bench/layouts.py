@@ -18,7 +18,7 @@ from launch.local import free_port
 from model.flops import flops_per_token
 from tools.bench.benchmark import Benchmark
 from tools.bench.cases import REPOSITORY, Row, last_lines, run_cases
-from tools.bench.layout_rank import RANKS, recipe_of
+from tools.bench.layout_rank import AXES, RANKS, recipe_of
 from tools.bench.tables import Column, Presentation, milliseconds, percent
 from tools.command import positive_int
 from tools.plan.cluster import Cluster, Device
@@ -26,7 +26,6 @@ from tools.plan.rates import Measured, fitted
 from tools.plan.timing import step_time
 
 ALONE = "alone"
-AXES = ("tensor", "data", "sequence", "pipeline")
 SIZES = ("length", "rows", "dim", "heads", "layers", "chunk_size", "window")
 PARTS = ("compute", "collectives", "bubble")
 
@@ -80,6 +79,7 @@ PRESENTATION = Presentation(
                 Column("planned", f"planned_{part}_s", milliseconds),
             )
         ),
+        Column("last loss", "loss", lambda value: f"{value:.5f}"),
         Column("link MB/s", "link_bytes_per_second", lambda value: f"{value / 1e6:,.0f}"),
     ),
     note="A process has one thread. Alone: two processes that train by themselves at the same time, as two ranks share "
@@ -87,7 +87,7 @@ PRESENTATION = Presentation(
     "clock's inside of them, so waiting for a rank that is behind counts; bubble: the clock's in which a stage waits "
     "for what the other one hands on. Link: an all-reduce of the gradient (data) or of a micro-batch's activations, "
     "timed beside the steps; the plan is given it. Means over ranks, of the fastest step. Micro-batches of one row, "
-    "ZeRO 1, fp32.",
+    "ZeRO 1, fp32. All train on the same rows from the same weights.",
     prepare=beside_the_plan,
 )
 
@@ -98,7 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants", nargs="+", default=["mag", "transformer"], metavar="NAME",
         choices=("mag", "mal", "lmm", "transformer"), help="models (default: mag transformer)",
     )  # fmt: skip
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="of two ranks each (default: all)")
+    parser.add_argument(
+        "--axes", nargs="+", choices=list(AXES), default=list(AXES), help="of two ranks each (default: all)"
+    )
     parser.add_argument("--length", type=positive_int, default=512, metavar="N", help="tokens in a row")
     parser.add_argument("--rows", type=positive_int, default=4, metavar="N", help="of a step")
     parser.add_argument("--dim", type=positive_int, default=256, help="width of the model")

@@ -22,11 +22,25 @@ def row_of(layout: str, **found: float) -> dict[str, Any]:
 def test_two_ranks_are_measured_beside_what_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "layouts.json"
     sizes = [word for name in SIZES for word in (f"--{name.replace('_', '-')}", str(TINY[name]))]
-    options = ["--variants", "lmm", "--axes", "data", "pipeline", "--steps", "1", *sizes, "--record", str(output)]
+    options = [
+        "--variants",
+        "lmm",
+        "--axes",
+        "data",
+        "pipeline",
+        "tensor-sharded",
+        "--steps",
+        "1",
+        *sizes,
+        "--record",
+        str(output),
+    ]
     assert main(["layouts", *options]) == 0
-    alone, data, pipeline = json.loads(output.read_text())["results"]
-    assert [row["layout"] for row in (alone, data, pipeline)] == [ALONE, "data", "pipeline"]
-    for row in (alone, data, pipeline):
+    rows = json.loads(output.read_text())["results"]
+    alone, data, pipeline, _ = rows
+    assert [row["layout"] for row in rows] == [ALONE, "data", "pipeline", "tensor-sharded"]
+    for row in rows:
+        assert row["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert 0 < row["compute_s"] <= row["seconds"]
         assert row["compute_s"] + row["collectives_s"] + row["bubble_s"] < 1.05 * row["seconds"]
     assert alone["link_bytes_per_second"] is None and data["link_bytes_per_second"] > 0
