@@ -27,7 +27,6 @@ from tools.plan.timing import step_time
 
 ALONE = "alone"
 SIZES = ("length", "rows", "dim", "heads", "layers", "chunk_size", "window")
-PARTS = ("compute", "collectives", "bubble")
 
 
 def beside_the_plan(rows: Sequence[Row]) -> list[Row]:
@@ -39,13 +38,15 @@ def beside_the_plan(rows: Sequence[Row]) -> list[Row]:
     result = []
     for row in rows:
         if "outcome" not in row:
+            unwaited = row["seconds"] - row["collectives_s"] - row["bubble_s"]
+            row = {**row, "core_share": row["compute_s"] / unwaited}
             if row["layout"] != ALONE and rates is not None and any(a["variant"] == row["variant"] for a in alone):
                 recipe = recipe_of(row["variant"], axis=row["layout"], **_sizes(row))
                 cpu = Device("CPU", 1.0, row["link_bytes_per_second"])
                 planned = step_time(recipe, recipe.parallel.layout(RANKS), Cluster(cpu, 1, RANKS), rates)
                 row |= {"planned_compute_s": planned.compute + planned.memory_updates, "planned_s": planned.total}
                 row |= {"planned_collectives_s": planned.collectives, "planned_bubble_s": planned.bubble}
-                row["planned_over"] = planned.total / row["seconds"] - 1
+                row["planned_over"] = row["planned_compute_s"] / row["compute_s"] - 1
         result.append(row)
     return result
 
@@ -70,24 +71,24 @@ PRESENTATION = Presentation(
     found=(
         Column("ms a step", "seconds", milliseconds),
         Column("planned", "planned_s", milliseconds),
+        Column("ms of compute", "compute_s", milliseconds),
+        Column("planned", "planned_compute_s", milliseconds),
         Column("planned over measured", "planned_over", percent),
-        *(
-            column
-            for part in PARTS
-            for column in (
-                Column(f"ms of {part}", f"{part}_s", milliseconds),
-                Column("planned", f"planned_{part}_s", milliseconds),
-            )
-        ),
+        Column("ms of collectives", "collectives_s", milliseconds),
+        Column("planned", "planned_collectives_s", milliseconds),
+        Column("ms of bubble", "bubble_s", milliseconds),
+        Column("planned", "planned_bubble_s", milliseconds),
+        Column("had of its core", "core_share", percent),
         Column("last loss", "loss", lambda value: f"{value:.5f}"),
         Column("link MB/s", "link_bytes_per_second", lambda value: f"{value / 1e6:,.0f}"),
     ),
     note="A process has one thread. Alone: two processes that train by themselves at the same time, as two ranks share "
     "this machine; the plan's speed of computing is from these rows. Compute: the processor's time; collectives: the "
     "clock's inside of them, so waiting for a rank that is behind counts; bubble: the clock's in which a stage waits "
-    "for what the other one hands on. Link: an all-reduce of the gradient (data) or of a micro-batch's activations, "
-    "timed beside the steps; the plan is given it. Means over ranks, of the fastest step. Micro-batches of one row, "
-    "ZeRO 1, fp32. All train on the same rows from the same weights.",
+    "for what the other one hands on. Had of its core: compute over the time that is neither of these two; what else "
+    "ran on the machine had the rest, and makes the clock's numbers larger. Link: an all-reduce of the gradient (data) "
+    "or of a micro-batch's activations, timed beside the steps; the plan is given it. Means over ranks, of the fastest "
+    "step. Micro-batches of one row, ZeRO 1, fp32. All train on the same rows from the same weights.",
     prepare=beside_the_plan,
 )
 

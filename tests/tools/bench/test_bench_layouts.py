@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from tools.bench.__main__ import main
+from tools.bench.layout_rank import AXES
 from tools.bench.layouts import ALONE, SIZES, beside_the_plan, measure
+from tools.bench.record import RECORDS, read_record
 
 TINY = {"length": 32, "rows": 4, "dim": 32, "heads": 2, "layers": 2, "chunk_size": 8, "window": 16}
 
@@ -59,10 +61,26 @@ def test_the_plan_is_given_the_speed_of_one_process_and_of_the_link() -> None:
     assert "planned_s" not in alone
     assert data["planned_compute_s"] == pytest.approx(4.0), "of the same work, half"
     assert data["planned_collectives_s"] > 0 == data["planned_bubble_s"]
-    assert data["planned_over"] == pytest.approx(data["planned_s"] / 6 - 1)
+    assert data["planned_over"] == pytest.approx(0.0) and data["core_share"] == pytest.approx(4 / 6)
+    assert data["planned_s"] == pytest.approx(4.0 + data["planned_collectives_s"])
     assert pipeline["planned_bubble_s"] == pytest.approx(pipeline["planned_compute_s"] / 4), "one stage less, four rows"
 
 
 def test_a_rank_that_fails_is_told_of() -> None:
     with pytest.raises(RuntimeError, match=r"parallel\.tensor 2 does not divide model\.num_heads 1"):
         measure(variant="lmm", axes=["tensor"], sizes=TINY | {"heads": 1}, device="cpu", threads=1, steps=1)
+
+
+def test_the_committed_record_keeps_what_is_promised_of_the_plan() -> None:
+    """Of computing alone: the machine was not free, and what waits for other ranks waits for what else ran, too."""
+    record = read_record(RECORDS / "layouts-cpu.json")
+    rows = beside_the_plan(record["results"])
+    assert not record["uncommitted_changes"]
+    assert [row["layout"] for row in rows] == [ALONE, *AXES] * 2
+    for first in (0, len(rows) // 2):
+        alone, *layouts = rows[first : first + 1 + len(AXES)]
+        for row in layouts:
+            assert abs(row["planned_over"]) < 0.3
+            assert row["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+            assert row["planned_collectives_s"] < row["collectives_s"], "the plan leaves waiting out"
+            assert (row["planned_bubble_s"] > 0) == (row["bubble_s"] > 0) == (row["layout"] == "pipeline")
