@@ -113,9 +113,9 @@ class MacMixer(nn.Module):
         outputs: list[tuple[Tensor, Tensor]] = []
         parts: list[tuple[int, Stats]] = []
         start = 0
-        while start < x.shape[1]:
+        while start < tokens.shape[1]:
             filled = 0 if state.attention is None else state.attention.k.shape[1]
-            stop = min(x.shape[1], start + self.segment - filled)
+            stop = min(tokens.shape[1], start + self.segment - filled)
             inside = None if resets is None else resets.piece(start, stop)
             y, m, state, stats = self._piece(
                 tokens[:, start:stop], rotary.piece(start, stop), state, inside, with_stats

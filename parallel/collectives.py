@@ -38,24 +38,46 @@ class _Sum(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _joined(x, group)
+    def forward(ctx: FunctionCtx, x: Tensor, group: Group, axis: int) -> Tensor:
+        ctx.group, ctx.axis = group, axis
+        return _joined(x, group, axis)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _own(gradient, ctx.group), None
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _own(gradient, ctx.group, ctx.axis), None, None
 
 
 class _Share(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _own(x, group)
+    def forward(ctx: FunctionCtx, x: Tensor, group: Group, axis: int) -> Tensor:
+        ctx.group, ctx.axis = group, axis
+        return _own(x, group, axis)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _joined(gradient, ctx.group), None
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _joined(gradient, ctx.group, ctx.axis), None, None
+
+
+class _GatherForParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: Group, axis: int) -> Tensor:
+        ctx.group, ctx.axis = group, axis
+        return _joined(x, group, axis)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _own_of_sum(gradient, ctx.group, ctx.axis), None, None
+
+
+class _ShareOfSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: Group, axis: int) -> Tensor:
+        ctx.group, ctx.axis = group, axis
+        return _own_of_sum(x, group, axis)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _joined(gradient, ctx.group, ctx.axis), None, None
 
 
 def sum_gradients(x: Tensor, group: Group) -> Tensor:
@@ -70,14 +92,27 @@ def sum_over(x: Tensor, group: Group) -> Tensor:
     return _Sum.apply(x, group)
 
 
-def gather(x: Tensor, group: Group) -> Tensor:
-    """All ranks' parts [..., n] one behind the other [..., ranks * n], alike on all of them."""
-    return _Gather.apply(x, group)
+def gather(x: Tensor, group: Group, axis: int = -1) -> Tensor:
+    """All ranks' parts, n long along an axis, one behind the other, ranks * n long; alike on all of them."""
+    return _Gather.apply(x, group, axis)
 
 
-def share(x: Tensor, group: Group) -> Tensor:
-    """This rank's part [..., n] of x [..., ranks * n], which is alike on all of them."""
-    return _Share.apply(x, group)
+def share(x: Tensor, group: Group, axis: int = -1) -> Tensor:
+    """This rank's part, n long along an axis, of x, which is ranks * n long and alike on all of them."""
+    return _Share.apply(x, group, axis)
+
+
+def gather_for_parts(x: Tensor, group: Group, axis: int) -> Tensor:
+    """`sum_gradients` of `gather`: all ranks' parts, as what each rank's part of a layer is computed from."""
+    return _GatherForParts.apply(x, group, axis)
+
+
+def share_of_sum(x: Tensor, group: Group, axis: int) -> Tensor:
+    """`share` of `sum_over`: this rank's part of the sum of all ranks' x.
+
+    Raises ValueError where the axis cannot be divided over the ranks.
+    """
+    return _ShareOfSum.apply(x, group, axis)
 
 
 class SumGradients(nn.Module):
@@ -92,11 +127,24 @@ class SumGradients(nn.Module):
         return sum_gradients(x, self.group)
 
 
-def _own(x: Tensor, group: Group) -> Tensor:
-    return x.chunk(group.size, -1)[group.index].contiguous()
+def _own(x: Tensor, group: Group, axis: int) -> Tensor:
+    return _parts(x, group, axis)[group.index].contiguous()
 
 
-def _joined(x: Tensor, group: Group) -> Tensor:
+def _joined(x: Tensor, group: Group, axis: int) -> Tensor:
     parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in group.ranks]
     dist.all_gather(parts, x.contiguous(), group=group.handle)
-    return torch.cat(parts, -1)
+    return torch.cat(parts, axis)
+
+
+def _own_of_sum(x: Tensor, group: Group, axis: int) -> Tensor:
+    parts = [part.contiguous() for part in _parts(x, group, axis)]
+    own = torch.empty_like(parts[group.index])
+    dist.reduce_scatter(own, parts, group=group.handle)
+    return own
+
+
+def _parts(x: Tensor, group: Group, axis: int) -> tuple[Tensor, ...]:
+    if x.shape[axis] % group.size:
+        raise ValueError(f"axis {axis} of {list(x.shape)} cannot be divided over {group.size} ranks")
+    return x.chunk(group.size, axis)

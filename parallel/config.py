@@ -19,6 +19,12 @@ class ParallelConfig(BaseModel):
     and some rows of the embedding. They talk several times a layer, so keep them on one node.
     """
 
+    tensor_shard_norms: bool = False
+    """Tensor ranks divide the residual stream and what norms take by tokens, instead of each holding all of it
+    (Megatron-LM's sequence parallelism): less memory for activations, for as much traffic. Lengths must be multiples of
+    tensor x sequence.
+    """
+
     pipeline: int = Field(default=1, ge=1)
     """Stages that the layers are divided over. Micro-batches, or the segments of long rows, follow each other through
     them; each stage stands idle (stages - 1) / (micro-batches x segments) of the time that it works.
@@ -119,6 +125,20 @@ class ParallelConfig(BaseModel):
     def layout(self, ranks: int) -> Layout:
         """How so many ranks are laid out. Raises ValueError where they can't be."""
         return Layout.of(ranks, pipeline=self.pipeline, sequence=self.sequence, tensor=self.tensor)
+
+    @property
+    def stretches(self) -> int:
+        """How many stretches the ranks divide a row's tokens into between layers."""
+        return self.sequence * (self.tensor if self.tensor_shard_norms else 1)
+
+    @model_validator(mode="after")
+    def _norms_are_sharded_over_tensor_ranks(self) -> ParallelConfig:
+        if self.tensor_shard_norms and self.tensor == 1:
+            raise ValueError(
+                "tensor_shard_norms is true, but tensor is 1: there are no ranks to divide norms over; remove it, or "
+                "set tensor to 2 or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _bf16_needs_a_partitioned_optimizer(self) -> ParallelConfig:

@@ -256,6 +256,7 @@ class Engine:
         scored = score(
             batches, read, self.mesh,
             piece=piece, with_correct=with_correct, by_position=by_position, reset_window=reset_window,
+            stretches=self.config.stretches,
         )  # fmt: skip
         self._engine.train()
         return scored

@@ -13,7 +13,8 @@ def require_layout(parallel: ParallelConfig, model: ModelConfig, *, lengths: dic
         lengths: tokens that are run at a time, by the name of the field that says so.
     """
     _require_tensor(parallel.tensor, model)
-    _require_sequence(parallel, model, lengths)
+    _require_sequence(parallel, model)
+    _require_stretches(parallel, lengths)
     if parallel.pipeline > model.num_layers:
         raise ValueError(
             f"parallel.pipeline is {parallel.pipeline}, but the model has {model.num_layers} layers: each stage holds "
@@ -42,7 +43,7 @@ def _require_tensor(tensor: int, model: ModelConfig) -> None:
             )
 
 
-def _require_sequence(parallel: ParallelConfig, model: ModelConfig, lengths: dict[str, int]) -> None:
+def _require_sequence(parallel: ParallelConfig, model: ModelConfig) -> None:
     sequence, tensor = parallel.sequence, parallel.tensor
     if sequence == 1:
         return
@@ -59,9 +60,16 @@ def _require_sequence(parallel: ParallelConfig, model: ModelConfig, lengths: dic
             f"model.num_heads {model.num_heads}: every rank takes all tokens of some heads; set it to a divisor of "
             f"{heads}"
         )
+
+
+def _require_stretches(parallel: ParallelConfig, lengths: dict[str, int]) -> None:
+    ranks = f"parallel.sequence {parallel.sequence}"
+    if parallel.tensor_shard_norms:
+        ranks = f"parallel.tensor {parallel.tensor} with parallel.tensor_shard_norms"
+        ranks += f" x sequence {parallel.sequence}" if parallel.sequence > 1 else ""
     for field, length in lengths.items():
-        if length % sequence:
+        if length % parallel.stretches:
             raise ValueError(
-                f"parallel.sequence {sequence} does not divide {field} {length}: every rank takes a stretch of each "
-                f"row; set {field} to a multiple of {sequence}"
+                f"{ranks} does not divide {field} {length}: every rank takes a stretch of each row; set {field} to a "
+                f"multiple of {parallel.stretches}"
             )

@@ -120,7 +120,7 @@ class PipelineEngine(Engine):
 
     def _empty_activations(self, piece: Piece) -> Tensor:
         rows, length = piece[0].shape
-        shape = (rows, length // self.mesh.sequence.size, self._dim)  # of sequence ranks, each sends its stretch
+        shape = (rows, length // self.config.stretches, self._dim)  # where ranks hold stretches, each sends its own
         return torch.empty(shape, dtype=next(self.module.parameters()).dtype, device=self.world.device)
 
     def _spoil_unless_finite(self, losses: list[Tensor]) -> None:

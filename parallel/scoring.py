@@ -246,13 +246,15 @@ def score(
     with_correct: bool,
     by_position: bool,
     reset_window: int | None,
+    stretches: int = 1,
 ) -> Scored:
     """Score all ranks' batches. Every rank calls it; ranks may have different numbers of batches, of any sizes.
 
     Args:
         read: gives PieceScores of this rank's part of the rows, zeros elsewhere, with `losses` and `correct` where
             those are asked for here. A collective.
-        piece, reset_window: see `read_in_pieces`. Multiples of the ranks that share a row.
+        piece, reset_window: see `read_in_pieces`. Multiples of `stretches`.
+        stretches: that ranks divide the tokens of a row into.
     """
     device = mesh.world.device
     counted, totals = (
@@ -260,7 +262,7 @@ def score(
         torch.zeros(2, dtype=torch.float64, device=device),
     )
     positions = PositionSums(device, with_reset=reset_window is not None) if by_position else None
-    for batch, end in _in_step(batches, mesh):
+    for batch, end in _in_step(batches, mesh, stretches):
         for part in read_in_pieces(batch, read, length=piece, reset_window=reset_window, end=end):
             totals[0] += part.carried.loss_sum
             counted += (part.targets != IGNORED).sum().to(device)
@@ -285,14 +287,14 @@ def score(
     )
 
 
-def _in_step(batches: Iterable[Batch], mesh: Mesh) -> Iterator[tuple[Batch, int]]:
+def _in_step(batches: Iterable[Batch], mesh: Mesh, stretches: int) -> Iterator[tuple[Batch, int]]:
     """This rank's batches, and how far every rank reads.
 
     Under ZeRO 3 each layer's forward is a collective, and how often a layer runs depends on where a piece begins and
     ends (the mac cuts it at its segments). So a rank that has run out, or has shorter rows, keeps the others company.
     Ranks that share rows read stretches of one length.
     """
-    source, stretches = iter(batches), mesh.layout.sequence
+    source = iter(batches)
     while True:
         batch = next(source, None)
         end = 0 if batch is None else _extent(batch.targets)[1]

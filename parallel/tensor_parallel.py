@@ -57,17 +57,18 @@ def split_over_tensor_ranks(model: TitansLM, group: Group) -> None:
 
 class RowParallelLinear(nn.Linear):
     """A linear map of which each rank holds the part of some inputs [out, in / ranks]: from these to the sum of all
-    ranks' results, alike on all of them.
+    ranks' results, alike on all of them (or what else `join` makes of the results).
     """
 
     def __init__(self, weight: nn.Parameter, group: Group) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = weight
         self.group = group
+        self.join = sum_over
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in / ranks] to [..., out]."""
-        return sum_over(linear(x, self.weight), self.group)
+        return self.join(linear(x, self.weight), self.group)
 
 
 class VocabularyEmbedding(nn.Module):
@@ -77,13 +78,14 @@ class VocabularyEmbedding(nn.Module):
         super().__init__()
         self.weight = weight
         self.group = group
+        self.join = sum_over
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] to [B, T, dim], alike on all ranks."""
+        """tokens [B, T] to [B, T, dim], alike on all ranks (or what else `join` makes of the ranks' rows)."""
         rows = tokens - self.group.index * len(self.weight)
         elsewhere = (rows < 0) | (rows >= len(self.weight))
         own = embedding(rows.masked_fill(elsewhere, 0), self.weight)
-        return sum_over(own.masked_fill(elsewhere[..., None], 0), self.group)
+        return self.join(own.masked_fill(elsewhere[..., None], 0), self.group)
 
 
 class VocabularyHead(LMHead):
@@ -92,10 +94,11 @@ class VocabularyHead(LMHead):
     def __init__(self, weight: nn.Parameter, group: Group) -> None:
         super().__init__(weight)
         self.group = group
+        self.entry = SumGradients(group)
 
     def forward(self, x: Tensor, targets: Tensor | None, score: Callable[..., Any] = linear_cross_entropy) -> Any:
         """As of the whole head; losses, scores and logits are alike on all ranks."""
-        x = sum_gradients(x, self.group)
+        x = self.entry(x)
         if targets is None:
             return gather(linear(x, self.weight), self.group)
         part = VocabularyPart(

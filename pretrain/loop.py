@@ -201,7 +201,7 @@ def build_engine(recipe: Recipe, batches: Batches, mesh: Mesh, place: BoundaryPl
     """The model with its initial weights (from the seed alone, whatever the layout), its optimizer, and the engine."""
     torch.manual_seed(recipe.seed)
     model = TitansLM(recipe.model)
-    distribute(model, mesh)
+    distribute(model, mesh, shard_norms=recipe.parallel.tensor_shard_norms)
     model.set_activation_checkpointing(recipe.parallel.activation_checkpointing)
     if recipe.parallel.compile:
         compile_parts(model)

@@ -119,7 +119,7 @@ def _boundaries_of_stage(recipe: Recipe, width: int, part: float, stretches: flo
     held = boundary_bytes_of_rank(recipe) * part
     if arrive and training.segment_length is not None:
         segments = training.micro_batch_size * stretch_segments(recipe)
-        tokens = segments * training.segment_length // recipe.parallel.sequence
+        tokens = segments * training.segment_length // recipe.parallel.stretches
         held += width * tokens * recipe.model.dim
     return round(held * stretches)
 
@@ -201,20 +201,24 @@ def activation_bytes(recipe: Recipe, width: int, *, tensor: int = 1, sequence: i
     model, training = recipe.model, recipe.training
     tokens = training.micro_batch_size * (training.segment_length or training.sequence_length) // sequence
     # Inputs and outputs of norms, projections and gates of a mixer and of the feed-forward, in units of their widths.
-    # The residual stream and what is normalised of it are whole on each tensor rank: 3 of each sum.
-    layer = width * tokens * (_divided(14, tensor) if model.memory else 0) * model.dim
-    layer += width * tokens * (_divided(10, tensor) if model.has_attention else 0) * model.dim
-    layer += width * tokens * (3 * model.ffn_dim / tensor + 3 * model.dim)
+    # The residual stream and what is normalised of it are whole on each tensor rank: 3 of each sum. With sharded norms
+    # what is gathered alone is, and of a mac what goes from segment to segment.
+    is_sharded = recipe.parallel.tensor_shard_norms
+    whole = 3 if not is_sharded else 2 if model.variant == "mac" else 1
+    layer = width * tokens * (_divided(14, tensor, whole) if model.memory else 0) * model.dim
+    layer += width * tokens * (_divided(10, tensor, whole) if model.has_attention else 0) * model.dim
+    layer += width * tokens * (3 * model.ffn_dim / tensor + _divided(3, tensor, 1 if is_sharded else 3) * model.dim)
     if model.memory is not None:  # fp32 features of keys and queries, and the gradients at them, in each memory layer
         layer += 4 * tokens * 4 * model.dim / tensor * (1 + model.memory.expansion * (model.memory.depth - 1))
     loss = 2 * 4 * min(tokens, _LOSS_CHUNK_TOKENS) * model.vocab_size / tensor
     if recipe.parallel.activation_checkpointing:
-        return round(width * tokens * model.dim * model.num_layers + layer + loss)
+        stretch = tokens / tensor if is_sharded else tokens
+        return round(width * stretch * model.dim * model.num_layers + layer + loss)
     return round(layer * model.num_layers + loss)
 
 
-def _divided(widths: int, tensor: int) -> float:
-    return 3 + (widths - 3) / tensor
+def _divided(widths: int, tensor: int, whole: int) -> float:
+    return whole + (widths - whole) / tensor
 
 
 def memory_by_part(recipe: Recipe, ranks: int) -> dict[tuple[int, int], tuple[int, MemoryEstimate]]:

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from model import ModelConfig, TitansLM
+from parallel.state_files import load_parameters
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, checkpoint_name
 from tests.data_cases import documents, make_tokenizer, write_jsonl
 from tests.distributed_helper import Finished, run_ranks
+from tools import export
 from tools.documents import DocumentReader
+from tools.model_directory import load_model_directory
 from tools.shards.build import build
 
 VOCABULARY = 400
@@ -153,3 +158,22 @@ def assert_same_scores(found: Path, expected: Path) -> None:
     (score,), (other,) = (events(run, "eval") for run in (found, expected))
     assert (score["scored_tokens"], score["text_bytes"]) == (other["scored_tokens"], other["text_bytes"])
     assert score["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@torch.no_grad()
+def assert_exports_the_same(found: Path, expected: Path, place: Path, *, step: int) -> None:
+    """`python -m tools.export` of a run's last checkpoint gives the logits of the whole model that the checkpoint's
+    files make, to the bit, and, up to what training in another layout differs by, those of the other run.
+    """
+    logits = []
+    tokens = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+    for run in (found, expected):
+        assert export.main([str(run), "--output", str(place / run.name)]) == 0
+        loaded = load_model_directory(place / run.name)
+        assert loaded.config.step == step
+        logits.append(loaded.model(tokens).logits)
+    saved = checkpoint(found, step)
+    model = TitansLM(ModelConfig.model_validate_json((saved / "model.json").read_text()))
+    load_parameters(model, saved)
+    assert torch.equal(logits[0], model.eval()(tokens).logits)
+    assert torch.allclose(logits[0], logits[1], rtol=1e-4, atol=1e-5)

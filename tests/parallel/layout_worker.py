@@ -49,12 +49,17 @@ def model_of(trial: Trial) -> TitansLM:
 
 def build(trial: Trial, mesh: Mesh) -> Engine:
     model = model_of(trial)
-    distribute(model, mesh)
+    distribute(model, mesh, shard_norms=bool(trial.sharded))
     segments = None
     if trial.mode in ("segments", "streams"):
         segments = Segments(LENGTH // SEGMENTS, SEGMENTS, 1 if trial.mode == "streams" else None)
     gathered = {"keep_gathered_below": 20} if trial.stage == 3 else {}
-    sizes = {"tensor": trial.tensor, "pipeline": trial.pipeline, "sequence": trial.sequence}
+    sizes = {
+        "tensor": trial.tensor,
+        "tensor_shard_norms": bool(trial.sharded),
+        "pipeline": trial.pipeline,
+        "sequence": trial.sequence,
+    }
     return make_engine(
         model,
         # With the usual eps an element whose gradient is rounding alone would take a whole step of its sign.

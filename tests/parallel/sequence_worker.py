@@ -20,9 +20,9 @@ from tests.parallel.tensor_worker import build, largest, part_of_heads, rows, ru
 CUT = 12
 
 
-def compare(case: str, mesh: Mesh, *, checkpointing: bool) -> dict[str, float]:
+def compare(case: str, mesh: Mesh, *, checkpointing: bool, shard_norms: bool) -> dict[str, float]:
     whole, own = build(case), build(case)
-    distribute(own, mesh)
+    distribute(own, mesh, shard_norms=shard_norms)
     own.set_activation_checkpointing(checkpointing)
     assert [name for name, _ in own.named_parameters()] == [name for name, _ in whole.named_parameters()]
     group = mesh.sequence
@@ -76,7 +76,10 @@ def main(output: str, tensor: str, cases: list[str]) -> None:
     world = initialize("cpu")
     torch.set_num_threads(1)
     mesh = Mesh.build(world, Layout(tensor=int(tensor), sequence=world.size // int(tensor)))
-    seen = {case: compare(case, mesh, checkpointing=number % 2 == 1) for number, case in enumerate(cases)}
+    seen = {}
+    for number, case in enumerate(cases):
+        is_other, divides = number % 2 == 1, mesh.tensor.size > 1
+        seen[case] = compare(case, mesh, checkpointing=is_other, shard_norms=divides and not is_other)
     seen["exchange"] = compare_exchange(mesh)
     Path(f"{output}.{world.rank}").write_text(json.dumps(seen))
     shutdown()

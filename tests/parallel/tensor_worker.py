@@ -1,5 +1,5 @@
 """Runs on every rank of test_tensor_parallel.py: models of every kind split over the ranks, against the whole, without
-an engine, in float64. Arguments: OUTPUT CASE...
+an engine, in float64. Arguments: OUTPUT CASE..., a case as in tests.model_cases, and with `SHARDED` behind it.
 """
 
 from __future__ import annotations
@@ -7,7 +7,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +22,11 @@ from parallel.mesh import Layout, Mesh
 from parallel.process import exit_now, initialize, shutdown
 from parallel.slices import slice_of
 from tests.model_cases import build_model, random_tokens
+from tools.bench.live_tensors import LiveTensors
 
 ROWS, LENGTH = 3, 24
+SHARDED = ", sharded"
+"""Behind a case: with the norms divided over the ranks."""
 
 
 def build(case: str) -> TitansLM:
@@ -38,7 +43,7 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
     return tokens[:, :-1], targets, resets
 
 
-def run(model: TitansLM, cut: int = 13) -> tuple[Tensor, ModelState, dict[str, Tensor]]:
+def run(model: TitansLM, cut: int = 14) -> tuple[Tensor, ModelState, dict[str, Tensor]]:
     """Two pieces, of `cut` tokens and the rest, with the state handed on, then backward: the loss, the state, and what
     state and loss gave the weights and, last, the gradient of the loss in the state between them.
     """
@@ -71,13 +76,33 @@ def part_of_heads(name: str, own: Tensor, whole: Tensor, mesh: Mesh) -> Tensor:
     return whole
 
 
-def compare(case: str, mesh: Mesh) -> dict[str, float]:
-    whole, own = build(case), build(case)
-    distribute(own, mesh)
+def activation_bytes(model: TitansLM) -> int:
+    """What operations have made of many tokens and a backward pass will read, behind the forward."""
+    tokens = random_tokens(2, 64)
+    with LiveTensors() as live:
+        loss = model(tokens, targets=tokens).loss_sum
+        held = live.bytes
+        loss.backward()
+    model.zero_grad()
+    return held
+
+
+@cache
+def of_whole(case: str) -> tuple[TitansLM, Tensor, ModelState, dict[str, Tensor]]:
+    """The whole model with its gradients, and what `run` gives of it."""
+    model = build(case)
+    return model, *run(model)
+
+
+def compare(case: str, mesh: Mesh, *, shard_norms: bool) -> dict[str, float]:
+    whole, loss, state, arriving = of_whole(case)
+    own = build(case)
+    distribute(own, mesh, shard_norms=shard_norms)
     assert [name for name, _ in own.named_parameters()] == [name for name, _ in whole.named_parameters()]
-    loss, state, arriving = run(whole)
+    activations = activation_bytes(own)
     own_loss, own_state, own_arriving = run(own)
     seen = {"loss": largest(own_loss, loss), "held": 0.0, "gradient": 0.0, "state": 0.0, "state_gradient": 0.0}
+    seen["activations"] = activations
     expected = dict(whole.named_parameters())
     for name, parameter in own.named_parameters():
         cut = slice_of(parameter)
@@ -119,7 +144,10 @@ def main(output: str, cases: list[str]) -> None:
     world = initialize("cpu")
     torch.set_num_threads(1)
     mesh = Mesh.build(world, Layout(tensor=world.size))
-    seen = {"bad rows": bad_rows(mesh)} | {case: compare(case, mesh) for case in cases}
+    seen: dict[str, Any] = {"bad rows": bad_rows(mesh)}
+    for case in cases:
+        name = case.removesuffix(SHARDED)
+        seen[case] = compare(name, mesh, shard_norms=case != name)
     Path(f"{output}.{world.rank}").write_text(json.dumps(seen))
     shutdown()
     exit_now(0)

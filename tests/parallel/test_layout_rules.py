@@ -35,10 +35,20 @@ def model(variant: str = "mag", **fields: Any) -> ModelConfig:
             {"num_heads": 16, "dim": 32},
             r"sequence 16 does not divide training.segment_length 24: .* multiple of 16",
         ),
+        (
+            {"tensor": 16, "tensor_shard_norms": True},
+            {"num_heads": 16, "dim": 32, "ffn_dim": 32},
+            r"tensor 16 with parallel.tensor_shard_norms does not divide training.segment_length 24: .* multiple of 16",
+        ),
+        (
+            {"tensor": 4, "sequence": 4, "tensor_shard_norms": True},
+            {"num_heads": 16, "dim": 32},
+            r"tensor 4 with parallel.tensor_shard_norms x sequence 4 does not divide .*segment_length 24: .* of 16",
+        ),
     ],
 )
 def test_a_layout_that_a_model_does_not_admit_is_refused_with_the_reason_and_the_fix(
-    fields: dict[str, int], changes: dict[str, Any], message: str
+    fields: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         require_layout(ParallelConfig(**fields), model(**changes), lengths=LENGTHS)
@@ -64,6 +74,13 @@ def test_layouts_that_fit_are_let_pass(variant: str) -> None:
 def test_zero_2_and_3_are_refused_with_a_pipeline(stage: int) -> None:
     with pytest.raises(ValidationError, match=rf"zero_stage {stage} with pipeline 2 .* use zero_stage 1"):
         ParallelConfig(pipeline=2, zero_stage=stage)
+
+
+def test_norms_are_divided_over_tensor_ranks_alone() -> None:
+    with pytest.raises(ValidationError, match="tensor_shard_norms is true, but tensor is 1: .* remove it"):
+        ParallelConfig(tensor_shard_norms=True)
+    assert ParallelConfig(tensor=2, sequence=3, tensor_shard_norms=True).stretches == 6
+    assert ParallelConfig(tensor=2, sequence=3).stretches == 3
 
 
 def test_what_the_other_axes_leave_of_the_ranks_is_data_parallel() -> None:

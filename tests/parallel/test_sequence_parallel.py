@@ -34,7 +34,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 @pytest.mark.parametrize(("tensor", "case"), TRIALS)
 def test_the_ranks_together_compute_the_whole(seen: Seen, tensor: int, case: str) -> None:
-    """Every other case with activation checkpointing."""
+    """Every other case with activation checkpointing, and, with tensor ranks, the others with sharded norms."""
     for of_rank in seen[tensor]:
         for name in ("loss", "gradient", "state", "state_gradient", "logits", "scores"):
             assert of_rank[case][name] < 1e-9, (name, of_rank[case])

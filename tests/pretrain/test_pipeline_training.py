@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, losses, write_recipe
+from tests.training_cases import assert_exports_the_same, events, losses, write_recipe
 
 STEPS, HALF = 4, 2
 WORKER = "tests/pretrain/train_worker.py"
@@ -57,6 +57,10 @@ def test_held_out_scores_are_those_of_one_process(runs: Path) -> None:
     assert len(scores) == len(expected) == 2
     for found, other in zip(scores, expected, strict=True):
         assert (found["tokens"], found["loss"]) == (other["tokens"], pytest.approx(other["loss"], rel=1e-5))
+
+
+def test_what_stages_saved_is_exported_whole(runs: Path, tmp_path: Path) -> None:
+    assert_exports_the_same(runs / "segments", runs / "alone", tmp_path, step=STEPS)
 
 
 @pytest.mark.slow

@@ -158,6 +158,19 @@ def test_heads_and_channels_of_states_and_activations_are_divided(tmp_path: Path
     assert whole.activations / 2 < half.activations < whole.activations
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_sharded_norms_leave_less_of_activations_whole(tmp_path: Path, recomputed: bool) -> None:
+    recipe = recipe_with(tmp_path, segment_length=8)
+    found = []
+    for sharded in (False, True):
+        fields = {"tensor": 2, "tensor_shard_norms": sharded, "activation_checkpointing": recomputed}
+        parallel = recipe.parallel.model_copy(update=fields)
+        found.append(estimate_memory(recipe.model_copy(update={"parallel": parallel}), 1000, 2))
+    whole, sharded = found
+    assert whole.activations / 2 < sharded.activations < 0.95 * whole.activations
+    assert whole.boundary_states == sharded.boundary_states
+
+
 def test_what_is_kept_on_the_host_is_not_on_the_device(tmp_path: Path) -> None:
     alone = recipe_with(tmp_path)
     fields = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed_helper import run_ranks
-from tests.training_cases import assert_same_learning, assert_same_scores, write_recipe
+from tests.training_cases import assert_exports_the_same, assert_same_learning, assert_same_scores, write_recipe
 
 WORKER = "tests/pretrain/train_worker.py"
 STEPS = 4
@@ -41,3 +41,8 @@ def test_tensor_ranks_learn_what_data_parallel_ranks_do(runs: Path, run: str) ->
 
 def test_held_out_text_is_scored_once(runs: Path) -> None:
     assert_same_scores(runs / "tensor", runs / "data")
+
+
+@pytest.mark.parametrize("run", ["tensor", "data-then-tensor"])
+def test_what_tensor_ranks_saved_is_exported_whole(runs: Path, run: str, tmp_path: Path) -> None:
+    assert_exports_the_same(runs / run, runs / "data", tmp_path, step=STEPS)

@@ -24,7 +24,7 @@ from tools.plan.__main__ import main
 from tools.plan.cluster import DEVICES, GB, Cluster, find_device
 from tools.plan.memory import rank_memory
 from tools.plan.rates import Measured, Rates, calibrated, fitted, measured_steps
-from tools.plan.search import plan_layout
+from tools.plan.search import _layouts, plan_layout
 from tools.plan.timing import _pipeline_seconds, _Step, step_time
 
 RATES = Rates(model=1e12, memory=1e11, source="made up")
@@ -152,6 +152,31 @@ def test_sequence_ranks_send_a_stretch_to_the_next_stage(tmp_path: Path) -> None
         for layout in (Layout(pipeline=2), Layout(pipeline=2, sequence=2))
     )
     assert stretch == pytest.approx(whole / 2) and stretch > 0
+
+
+def test_tensor_ranks_with_sharded_norms_send_a_stretch_to_the_next_stage(tmp_path: Path) -> None:
+    whole, stretch = (
+        _pipeline_seconds(
+            _Step(
+                recipe_with(tmp_path, parallel={"tensor": 2, "pipeline": 2, "tensor_shard_norms": sharded}),
+                Layout(pipeline=2, tensor=2), cluster_of(1, 4), passes=4, tokens=128, forwards=1.0,
+            )
+        )
+        for sharded in (False, True)
+    )  # fmt: skip
+    assert stretch == pytest.approx(whole / 2) and stretch > 0
+
+
+def test_layouts_keep_sharded_norms_where_they_can_be(tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path, parallel={"tensor": 2, "tensor_shard_norms": True})
+    found = {dict(overrides)["parallel.tensor"]: dict(overrides) for overrides in _layouts(recipe, cluster_of(1, 2))}
+    assert {tensor: fields["parallel.tensor_shard_norms"] for tensor, fields in found.items()} == {
+        "1": "false",
+        "2": "true",
+    }
+    assert not any(
+        "shard" in name for overrides in _layouts(recipe_with(tmp_path), cluster_of(1, 2)) for name, _ in overrides
+    )
 
 
 def test_sums_that_wait_for_the_last_pass_are_waited_for(tmp_path: Path) -> None:

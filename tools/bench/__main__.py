@@ -8,7 +8,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.bench import attention, build, checkpoint, correctness, data, decode, gpu, long, memory, report, train
+from tools.bench import (
+    attention,
+    build,
+    checkpoint,
+    correctness,
+    data,
+    decode,
+    gpu,
+    layouts,
+    long,
+    memory,
+    report,
+    train,
+)
 from tools.bench.benchmark import Benchmark
 from tools.bench.cases import FAILED, Row
 from tools.bench.record import RECORDS, device_slug, make_record, write_record
@@ -21,6 +34,7 @@ BENCHMARKS = {
     "attention": attention,
     "train": train,
     "long": long,
+    "layouts": layouts,
     "decode": decode,
     "build": build,
     "data": data,

@@ -10,7 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from tools.bench import attention, build, checkpoint, correctness, data, decode, gpu, long, memory, rival, train
+from tools.bench import (
+    attention,
+    build,
+    checkpoint,
+    correctness,
+    data,
+    decode,
+    gpu,
+    layouts,
+    long,
+    memory,
+    rival,
+    train,
+)
 from tools.bench.record import RECORDS, device_slug, read_record
 from tools.bench.tables import Presentation
 from tools.trials.findings import replace_tables
@@ -23,6 +36,7 @@ PRESENTATIONS: Mapping[str, Presentation] = {
     "attention": attention.PRESENTATION,
     "train": train.PRESENTATION,
     "long": long.PRESENTATION,
+    "layouts": layouts.PRESENTATION,
     "decode": decode.PRESENTATION,
     "build": build.PRESENTATION,
     "data": data.PRESENTATION,

@@ -91,6 +91,7 @@ def _layouts(recipe: Recipe, cluster: Cluster) -> Iterator[Overrides]:
     for t, s, p, zero, again in product(tensor, divisors(heads), stages, (1, 2, 3), (False, True)):
         if cluster.gpus % (t * s * p) == 0 and (p == 1 or zero == 1) and (s == 1 or recipe.model.variant != "mac"):
             yield (
+                *([("parallel.tensor_shard_norms", str(t > 1).lower())] if recipe.parallel.tensor_shard_norms else []),
                 ("parallel.tensor", str(t)),
                 ("parallel.sequence", str(s)),
                 ("parallel.pipeline", str(p)),

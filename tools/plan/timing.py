@@ -51,6 +51,11 @@ class _Step(NamedTuple):
         """Ranks that divide a layer's work."""
         return self.layout.tensor * self.layout.sequence
 
+    @property
+    def stretches(self) -> int:
+        """Ranks that divide a row's tokens between layers."""
+        return self.split if self.recipe.parallel.tensor_shard_norms else self.layout.sequence
+
 
 def step_time(recipe: Recipe, layout: Layout, cluster: Cluster, rates: Rates) -> StepTime:
     """The time of one step. Raises UserError where the batch does not divide over the layout."""
@@ -121,7 +126,7 @@ _EXCHANGED = {"transformer": 4, "lmm": 4, "mag": 8, "mal": 8}
 
 def _tensor_seconds(step: _Step) -> float:
     """All-reduces of activations: in each forward behind row-parallel maps, in the backward before column-parallel
-    ones.
+    ones. Sharded norms move about as much, to and from stretches.
     """
     ranks, model = step.layout.tensor, step.recipe.model
     if ranks == 1:
@@ -145,5 +150,5 @@ def _pipeline_seconds(step: _Step) -> float:
     """Activations to the next stage, and their gradients back."""
     if step.layout.pipeline == 1:
         return 0.0
-    size = number_bytes(step.recipe) * step.tokens / step.layout.sequence * step.recipe.model.dim
+    size = number_bytes(step.recipe) * step.tokens / step.stretches * step.recipe.model.dim
     return 2 * size / step.cluster.link_bytes(step.layout.ranks)

@@ -108,8 +108,8 @@ def test_every_option_has_a_help_text(name: str, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out
 
 
-WITHOUT_DEVICE = {"build", "data"}
-"""Benchmarks of what no GPU has a part in."""
+WITHOUT_DEVICE = {"build", "data", "layouts"}
+"""Benchmarks of what no GPU has a part in, or of ranks on a CPU."""
 
 
 def test_a_gpu_that_is_not_there_is_an_error_with_the_fix(capsys, monkeypatch) -> None:
