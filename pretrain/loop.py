@@ -29,6 +29,7 @@ from pretrain.config import Batches, Recipe
 from pretrain.data import Damage, Division, Loader, Share, Source, TokenizerInfo
 from pretrain.errors import UserError
 from pretrain.fence import FencedOffError, take_fence
+from pretrain.fence_watch import FenceWatch
 from pretrain.folder_lock import alone_in
 from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.metrics import RunLog
@@ -40,6 +41,7 @@ from pretrain.preflight import PreflightReport, preflight
 from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore
 from pretrain.rng import seed_rank
 from pretrain.saver import Saver
+from pretrain.shared_folder import require_shared
 from pretrain.steps import Run
 
 
@@ -89,6 +91,7 @@ def _train_alone(
     if world.is_main:  # the others make theirs behind the next barrier
         remove_left_boundary_states(run.folder)
     fence = take_fence(run.folder, world)
+    require_shared(run.folder, fence, world)
     start_from = choose_checkpoint(Checkpoints(folder, run.checkpoint.keep, world, fence), resume, warnings.append)
     with agreed():
         if start_from is not None:
@@ -97,9 +100,10 @@ def _train_alone(
             check_initial_weights(run, tokenizer, every_byte=world.is_main)
             sha256 = None if tokenizer is None else tokenizer.sha256
             state = TrainerState(phase=phases[0].name, tokenizer_sha256=sha256, ranks=world.size)
+    watch = None if fence is None else FenceWatch(fence)
     with ExitStack() as stack:
         with agreed():
-            log = stack.enter_context(open_log(phases, world, state))
+            log = stack.enter_context(open_log(phases, world, state, watch))
             # Of all that is left: what a later phase can't have, or finds damaged, should not be found out days later.
             left = phases.phases[len(state.done) :]
             backends = [explain_backends(phase, world) for phase in left]
@@ -111,7 +115,7 @@ def _train_alone(
             report.write(log)
         beside = side_group(run.parallel.timeout_minutes)
         checkpoint, meshes = start_from, dict[Layout, Mesh]()
-        stop = StopRequests(world, timeout_minutes=run.parallel.timeout_minutes)
+        stop = StopRequests(world, timeout_minutes=run.parallel.timeout_minutes, watch=watch)
         for phase in left:
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
@@ -181,14 +185,15 @@ def run_phase(
         if loader.changes:
             log.event("data_changed", step=state.step, tokens=state.tokens, changes=loader.changes)
             log.say("the data changed: " + "; ".join(loader.changes))
+        # Ahead of the steps' watchdog: a process has one last resort, which that one disarms where it ends.
+        stack.enter_context(startup.resting(f"what stands behind the steps of {phase.title}"))
         watchdog = Watchdog(recipe.parallel.step_timeout_seconds, rank=world.rank, ranks=world.size)
         stack.enter_context(watchdog)
         saved = 0 if checkpoint is None else state.tokens
         saver = Saver(checkpoints, recipe.checkpoint, log, watchdog, last_tokens=saved)
         stack.enter_context(saver)
         run = Run(phases, phase, world, batches, engine, data, saver, log, watchdog, stop)
-        with startup.resting(f"what stands behind the steps of {phase.title}"):
-            reached = run.steps(loader, state, checkpoint)
+        reached = run.steps(loader, state, checkpoint)
     engine.destroy()
     return reached
 
@@ -263,12 +268,13 @@ def open_training_data(recipe: Recipe, batches: Batches, mesh: Mesh, source: Sou
 
 
 @contextmanager
-def open_log(phases: Phases, world: World, state: TrainerState) -> Iterator[RunLog]:
+def open_log(phases: Phases, world: World, state: TrainerState, watch: FenceWatch | None = None) -> Iterator[RunLog]:
     """The run's log; an error that ends the run is its last event, and stays the error to show when the log cannot be
     written or closed either.
     """
     run, steps = phases.run, state.total_steps(phases, world.size)
-    log = RunLog(run.folder, name=run.name, is_main=world.is_main, start_step=state.step, total_steps=steps)
+    named = {"name": run.name, "is_main": world.is_main}
+    log = RunLog(run.folder, **named, start_step=state.step, total_steps=steps, watch=watch)
     try:
         yield log
     except Preempted:  # no error: its event is written
