@@ -8,6 +8,7 @@ the earlier checkpoints as they were. Loading checks every byte first and takes 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -275,10 +276,10 @@ class Checkpoints:
         if self.world.is_main and partial.name.startswith(".partial-"):
             shutil.rmtree(partial, ignore_errors=True)
         process.gather_objects(None, self.group)  # nobody looks before it is gone
-        newest = next((path.name for path in list_checkpoints(self.folder)), None)
-        kept = (
-            f"the earlier checkpoints are untouched (newest: {newest})" if newest else "there is no earlier checkpoint"
-        )
+        kept = "the earlier checkpoints are untouched"
+        with contextlib.suppress(OSError):  # of the disk that failed: the ranks stay in step
+            newest = next((path.name for path in list_checkpoints(self.folder)), None)
+            kept = f"{kept} (newest: {newest})" if newest else "there is no earlier checkpoint"
         raise SaveError(f"checkpoint not written: {message}; {kept}")
 
 
@@ -299,7 +300,10 @@ def _explain(failure: OSError | SafetensorError, folder: Path) -> str:
     text = str(failure)
     place = getattr(failure, "filename", None) or folder
     if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-        room = f"{shutil.disk_usage(folder.parent).free / 1e6:.1f} MB free"
+        try:
+            room = f"{shutil.disk_usage(folder.parent).free / 1e6:.1f} MB free"
+        except OSError as second:
+            room = f"how much is free cannot be found out: {second.strerror}"
         if isinstance(failure, _TooLarge):
             room += f", {failure.strerror}"
         return f"no space left for {place} ({room}); free some, lower checkpoint.keep, or move `folder`"

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from parallel import process
 from parallel.host_copies import HostCopies, SavedFile
@@ -35,6 +37,9 @@ _NICER = 15
 so that it slows no step by more, and is done all the same.
 """
 
+_BROKEN, _BUSY, _DONE = -1, 0, 1
+"""How far a rank's thread is with a save; the least of all ranks' tells what they do."""
+
 _Written = tuple[Path, float]
 """A checkpoint, and in how many seconds it was written."""
 
@@ -48,6 +53,10 @@ class _Pending:
     written: Future[_Written]
     stall_seconds: float
     """For how long steps have waited for it so far."""
+
+
+class SavingThreadError(RuntimeError):
+    """Another rank's thread failed with an exception that no save explains; the message is its traceback."""
 
 
 class Saver(AbstractContextManager["Saver"]):
@@ -85,7 +94,8 @@ class Saver(AbstractContextManager["Saver"]):
                 raise
             error.add_note(str(failure))
         finally:
-            self._thread.shutdown()
+            # A thread that waits for another rank's lost one may do so as long as that rank lives.
+            self._thread.shutdown(wait=not isinstance(error, SavingThreadError))
 
     def save(
         self,
@@ -123,15 +133,29 @@ class Saver(AbstractContextManager["Saver"]):
             self.finish(must_succeed=wait)
 
     def look(self) -> None:
-        """Between two steps: tell how the save under way ended, if all ranks are through with it. Raises as `save`."""
+        """Between two steps: tell how the save under way ended, if all ranks are through with it. Raises as `save`, and
+        where a rank's thread ended with any other exception, that one, and SavingThreadError on the other ranks.
+        """
         pending = self._pending
         if pending is None:
             return
         start = time.perf_counter()
-        is_done = process.lowest(int(pending.written.done()), self.checkpoints.world.device)
+        progress = process.lowest(_progress(pending.written), self.checkpoints.world.device)
         pending.stall_seconds += time.perf_counter() - start
-        if is_done:
+        if progress == _BROKEN:
+            self._end_for_all(pending)
+        if progress == _DONE:
             self.finish()
+
+    def _end_for_all(self, pending: _Pending) -> NoReturn:
+        """Raise what ended a rank's thread on that rank, and its traceback on the others, whose threads wait for it."""
+        self._pending = None
+        own = pending.written.exception() if _progress(pending.written) == _BROKEN else None
+        text = None if own is None else "".join(traceback.format_exception(own))
+        message = process.first_error(text)
+        if own is not None:
+            raise own
+        raise SavingThreadError(f"the thread that writes the checkpoint of step {pending.step} failed:\n{message}")
 
     def finish(self, *, must_succeed: bool = False) -> None:
         """Wait for the save under way, if there is one, and tell how it ended. Raises as `save`.
@@ -186,6 +210,13 @@ def _write(checkpoints: Checkpoints, step: int, files: Sequence[SavedFile], *, s
         step, lambda folder: [file.write(folder) for file in files], num_bytes=size, stays=stays, spare=spare
     )
     return folder, time.perf_counter() - start
+
+
+def _progress(written: Future[_Written]) -> int:
+    if not written.done():
+        return _BUSY
+    is_told = written.exception() is None or isinstance(written.exception(), SaveError | FencedOffError)
+    return _DONE if is_told else _BROKEN
 
 
 def _done(write: Callable[[], _Written]) -> Future[_Written]:
