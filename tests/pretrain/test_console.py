@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pretrain.console import OutlivingStream
-from tests.distributed_helper import ROOT
+from tests.forked_ranks import ROOT, rank_server
 from tests.training_cases import events, write_synthetic_recipe
 
 
@@ -62,9 +60,7 @@ def test_a_reader_that_is_gone_is_an_error_as_before() -> None:
 
 def test_a_run_whose_output_finds_no_room_trains_to_its_end(tmp_path: Path) -> None:
     recipe = write_synthetic_recipe(tmp_path / "run", steps=3, evaluation={"every_tokens": None})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open("/dev/full", "wb") as full:
-        command = [sys.executable, "-m", "pretrain", str(recipe)]
-        finished = subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=full, timeout=180)
-    assert finished.returncode == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    full = Path("/dev/full")
+    assert rank_server().start(["-m", "pretrain", str(recipe)], environment, full, full).wait() == 0
     assert [event["event"] for event in events(tmp_path / "run")][-2:] == ["save", "done"]
