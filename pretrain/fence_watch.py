@@ -4,6 +4,7 @@ must not write into the log that is the newer copy's.
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from pretrain.fence import Fence, FencedOffError
@@ -23,11 +24,10 @@ class FenceWatch:
     def newer_copy(self) -> FencedOffError | None:
         """The error that says which other copy has taken the folder over; None where none has, up to a second ago."""
         if self._newer is None and time.monotonic() - self._looked >= SECONDS:
-            try:
-                self._fence.check()
-            except FencedOffError as newer:
-                self._newer = newer
-            except OSError:  # a save, which needs the file, fails for it and says so
-                pass
+            with contextlib.suppress(OSError):  # a save, which needs the file, fails for it and says so
+                try:
+                    self._fence.check()
+                except FencedOffError as newer:
+                    self._newer = newer
             self._looked = time.monotonic()
         return self._newer

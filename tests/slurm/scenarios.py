@@ -105,6 +105,8 @@ def killed_rank(lab: Lab) -> Loss:
     lab.wait_end("killed", job)
     first, last = lab.attempts("killed")
     assert (first["exit_code"], first["rank"], last["exit_code"]) == (137, 1, 0)
+    (crash,) = events(lab.folder / "killed", "crash")
+    assert (crash["rank"], crash["exit_code"], crash["message"]) == (1, 137, "rank 1: killed by SIGKILL")
     return lab.cost("killed")
 
 
