@@ -11,10 +11,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -132,6 +135,7 @@ class Checkpoints:
         num_bytes: int = 0,
         stays: bool = False,
         spare: int = 0,
+        report: Callable[[str], None] | None = None,
     ) -> Path:
         """Write the checkpoint of `step` and return its folder.
 
@@ -140,18 +144,22 @@ class Checkpoints:
             num_bytes: how much that is, at least: where all ranks' are more than is free, nothing is written.
             stays: whether it is kept when `keep` newer ones are there.
             spare: how many more than `keep` are left.
+            report: told on rank 0 what could not be removed, which the next save tries again, and what else went wrong
+                behind the checkpoint, which is written all the same; `loud` unless given.
 
         Raises:
-            SaveError: a rank could not write (no space, say). The unfinished folder is gone, the earlier ones are
-                untouched.
+            SaveError: a rank could not write (no space, say). The unfinished folder is gone, if it can be removed, the
+                earlier ones are untouched.
             FencedOffError: another copy of the run has taken the folder over.
         """
         final = self.folder / checkpoint_name(step)
+        report = report or loud
         # Of this copy of the run alone, so that ranks of an older one never write among the files of a newer one.
         copy = "" if self.fence is None else f"-{self.fence.number}"
-        named = process.gather_objects((f".partial-{final.name}{copy}", num_bytes), self.group)
+        name = _free_name(self.folder / f".partial-{final.name}{copy}")
+        named = process.gather_objects((name, num_bytes), self.group)
         partial, asked = self.folder / named[0][0], sum(size for _, size in named)
-        self._on_main(lambda: self._make_room(partial, asked), partial)
+        self._on_main(lambda: self._make_room(partial, asked, report), partial)
         entries: FileEntries = {}
         error = None
         try:
@@ -165,7 +173,8 @@ class Checkpoints:
             self._on_main(self._require_no_newer_copy, partial)  # it removes what this one has begun
             self._give_up(partial, message)
         files = {name: entry for part, _ in gathered for name, entry in part.items()}
-        self._on_main(lambda: self._publish(partial, final, files, stays, self.keep + spare), partial)
+        self._on_main(lambda: self._publish(partial, final, files, stays, report), partial)
+        self._on_main(lambda: self._retire(final, self.keep + spare, report), final)
         return final
 
     def newest_whole(self, report: Callable[[str], None]) -> Path | None:
@@ -175,11 +184,13 @@ class Checkpoints:
         wrong.
 
         Raises:
-            SharedUserError: there are checkpoints but none is whole.
+            SharedUserError: there are checkpoints but none is whole, or not all ranks see them.
             SharedMachineError: one cannot be read.
         """
-        candidates = process.broadcast_object(list_checkpoints(self.folder))
+        own = list_checkpoints(self.folder)
+        candidates = process.broadcast_object(own)
         if not candidates:
+            self.require_seen_alike(bool(own), self.folder)
             return None
         for candidate in candidates:
             found = self.check(candidate)
@@ -196,8 +207,10 @@ class Checkpoints:
         """What is wrong with one checkpoint, the ranks dividing the reading; the same list on every rank.
 
         Raises:
+            SharedUserError: some ranks see the folder and others do not.
             SharedMachineError: a rank cannot read it (an error of the disk, say): it may be whole all the same.
         """
+        self.require_seen_alike(os.path.isdir(folder), folder)
         own, error = [], None
         try:
             own = problems(folder, share=self.world.rank, shares=self.world.size)
@@ -210,6 +223,18 @@ class Checkpoints:
             )
         parts = process.gather_objects(own)
         return list(dict.fromkeys(problem for part in parts for problem in part))
+
+    def require_seen_alike(self, seen: bool, what: Path) -> None:
+        """Raises SharedUserError where some ranks have seen something and others have not."""
+        views = process.gather_objects((seen, socket.gethostname()))
+        blind = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(views) if not sees]
+        if 0 < len(blind) < len(views):
+            more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
+            raise SharedUserError(
+                f"{what} is not there for {', '.join(blind[:3])}{more}, and is for other ranks: a run's checkpoints "
+                "must be on a file system that all nodes share, under the same path; mount it there, or give one that "
+                "is"
+            )
 
     def require_no_newer_copy(self) -> None:
         """Raises FencedOffError when another copy of the run has taken the folder over, SaveError when that cannot be
@@ -228,33 +253,42 @@ class Checkpoints:
             shutil.rmtree(target)
         checkpoint.rename(target)
 
-    def _make_room(self, partial: Path, asked: int) -> None:
+    def _make_room(self, partial: Path, asked: int, report: Callable[[str], None]) -> None:
         self._require_no_newer_copy()
         for left in (*self.folder.glob(".partial-*"), *self.folder.glob(".removed-*")):
-            shutil.rmtree(left)
+            with _alarmed(f"what an earlier save left is not removed: {left}", report):
+                shutil.rmtree(left)
         partial.mkdir(parents=True)
         if shutil.disk_usage(partial).free < asked:  # found out before the logs of the run meet a full disk
             raise _TooLarge(errno.ENOSPC, f"{asked / 1e6:.1f} MB are to be written", str(partial))
 
-    def _publish(self, partial: Path, final: Path, files: FileEntries, stays: bool, keep: int) -> None:
+    def _publish(
+        self, partial: Path, final: Path, files: FileEntries, stays: bool, report: Callable[[str], None]
+    ) -> None:
         if stays:
             _write_durable(partial / STAYS, "")
         _write_manifest(partial, files)
         self._require_no_newer_copy()
         if final.exists():  # of a copy that was fenced off in the middle of this
             self._require_no_newer_copy()
-            _remove(final)
+            _remove(final, report)
         _rename(partial, final)
-        self._require_no_newer_copy()
-        temporary = self.folder / f".{LATEST}"
-        _write_durable(temporary, final.name + "\n")
-        temporary.replace(self.folder / LATEST)
-        sync(self.folder)
-        self._require_no_newer_copy()
-        others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
-        for old in others[keep - 1 :]:
-            if not (old / STAYS).exists():
-                _remove(old)
+
+    def _retire(self, final: Path, keep: int, report: Callable[[str], None]) -> None:
+        """Behind the publication of `final`, which nothing that fails here takes back."""
+        with _alarmed(f"{final.name} is written, but {self.folder / LATEST} does not name it", report):
+            self._require_no_newer_copy()
+            temporary = self.folder / f".{LATEST}"
+            _write_durable(temporary, final.name + "\n")
+            temporary.replace(self.folder / LATEST)
+            sync(self.folder)
+        with _alarmed(f"{final.name} is written, but older checkpoints are not removed", report):
+            self._require_no_newer_copy()
+            others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
+            for old in others[keep - 1 :]:
+                with _alarmed(f"{old} is not removed", report):
+                    if not (old / STAYS).exists():
+                        _remove(old, report)
 
     def _on_main(self, action: Callable[[], None], partial: Path) -> None:
         error, is_fenced_off = None, False
@@ -306,12 +340,28 @@ def _explain(failure: OSError | SafetensorError, folder: Path) -> str:
     return f"{place}: {getattr(failure, 'strerror', None) or text}"
 
 
-def _remove(checkpoint: Path) -> None:
-    hidden = checkpoint.with_name(f".removed-{checkpoint.name}")  # so that a death here leaves no half of a checkpoint
-    if hidden.exists():
-        shutil.rmtree(hidden)
+def _free_name(path: Path) -> str:
+    """The name of a path, or a longer one where there is something under it that could not be removed."""
+    while path.exists():
+        path = path.with_name(path.name + "+")
+    return path.name
+
+
+@contextmanager
+def _alarmed(what: str, report: Callable[[str], None]) -> Iterator[None]:
+    """An error of the disk in the block ends the block, and is told."""
+    try:
+        yield
+    except OSError as failure:
+        report(f"{what}: {failure}; the next save tries it again")
+
+
+def _remove(checkpoint: Path, report: Callable[[str], None]) -> None:
+    """Take a checkpoint away at once, so that a death here leaves no half of one. Raises OSError where it stays."""
+    hidden = checkpoint.with_name(_free_name(checkpoint.with_name(f".removed-{checkpoint.name}")))
     checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+    with _alarmed(f"{checkpoint.name} is removed, but not all of it: {hidden}", report):
+        shutil.rmtree(hidden)
 
 
 def _rename(partial: Path, final: Path) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,9 @@ class _Pending:
     written: Future[_Written]
     stall_seconds: float
     """For how long steps have waited for it so far."""
+    alarms: list[str] = field(default_factory=list)
+    """What went wrong in the checkpoints' folder, and is no failure of the save; rank 0's, complete once it is written.
+    """
 
 
 class Saver(AbstractContextManager["Saver"]):
@@ -116,9 +119,10 @@ class Saver(AbstractContextManager["Saver"]):
         beside = self._config.asynchronous
         made = files(self._copies if beside else None)
         self._copies.wait()
-        write = partial(_write, self.checkpoints, state.step, made, stays=stays, spare=spare)
+        alarms: list[str] = []
+        write = partial(_write, self.checkpoints, state.step, made, stays=stays, spare=spare, report=alarms.append)
         written = self._thread.submit(write) if beside else _done(write)
-        self._pending = _Pending(state.step, state.tokens, written, time.perf_counter() - start)
+        self._pending = _Pending(state.step, state.tokens, written, time.perf_counter() - start, alarms)
         if wait or not beside:
             self.finish(must_succeed=wait)
 
@@ -148,13 +152,20 @@ class Saver(AbstractContextManager["Saver"]):
         try:
             folder, seconds = pending.written.result()
         except SaveError as failure:
+            self._sound(pending)
             self._count_failure(pending, failure, must_succeed)
             return
+        self._sound(pending)
         pending.stall_seconds += time.perf_counter() - start
         self.newest, self._last_tokens, self._failed_in_a_row = folder, pending.tokens, 0
         seconds_of = {"stall_seconds": pending.stall_seconds, "write_seconds": seconds}
         self._log.event("save", step=pending.step, tokens=pending.tokens, checkpoint=str(folder), **seconds_of)
         self._draw(pending.step, {f"checkpoint/{name}": value for name, value in seconds_of.items()})
+
+    def _sound(self, pending: _Pending) -> None:
+        for alarm in pending.alarms:
+            self._log.event("save_alarm", step=pending.step, tokens=pending.tokens, message=alarm)
+            loud(f"step {pending.step}: {alarm}")
 
     def _count_failure(self, pending: _Pending, failure: SaveError, must_succeed: bool) -> None:
         """Raises SaveError where it ends the run."""
@@ -179,12 +190,19 @@ class Saver(AbstractContextManager["Saver"]):
         self._log.scalars(step, {**(values or {}), "checkpoint/failed_saves": float(self._failed)})
 
 
-def _write(checkpoints: Checkpoints, step: int, files: Sequence[SavedFile], *, stays: bool, spare: int) -> _Written:
+def _write(
+    checkpoints: Checkpoints,
+    step: int,
+    files: Sequence[SavedFile],
+    *,
+    stays: bool,
+    spare: int,
+    report: Callable[[str], None],
+) -> _Written:
     start = time.perf_counter()
     size = sum(file.num_bytes for file in files)
-    folder = checkpoints.save(
-        step, lambda folder: [file.write(folder) for file in files], num_bytes=size, stays=stays, spare=spare
-    )
+    write = lambda folder: [file.write(folder) for file in files]  # noqa: E731
+    folder = checkpoints.save(step, write, num_bytes=size, stays=stays, spare=spare, report=report)
     return folder, time.perf_counter() - start
 
 

@@ -1,13 +1,15 @@
-"""Runs on every rank: trains recipes one after another while saves go wrong on one of them.
+"""Runs on every rank: chooses checkpoints in folders that ranks see differently, and trains recipes one after another
+while saves go wrong on one of them.
 
-Arguments: PLAN=RECIPE.yaml..., a plan being `slow` (rank 1 writes slowly), `once` (its second save meets a full disk),
-`always` (each of its saves does) or `overtaken` (another copy of the run starts while the second save is written).
-How training ended on this rank is left in RECIPE-RANK.json.
+Arguments: FOLDER, then PLAN=RECIPE.yaml..., a plan being `slow` (rank 1 writes slowly), `once` (its second save meets a
+full disk), `always` (each of its saves does) or `overtaken` (another copy of the run starts while the second save is
+written). How training ended on this rank is left in RECIPE-RANK.json, and what it chose in FOLDER/views-RANK.json.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,9 +20,10 @@ import torch
 from parallel.host_copies import TensorFile
 from parallel.process import World, exit_now, initialize, shutdown
 from pretrain.agreement import SharedUserError
-from pretrain.checkpoints import Checkpoints
+from pretrain.checkpoints import Checkpoints, checkpoint_name, publish
 from pretrain.loop import train
 from pretrain.phases import load_phases
+from pretrain.resume import choose_checkpoint
 
 WRITE, PUBLISH = TensorFile.write, Checkpoints._publish
 
@@ -48,10 +51,39 @@ def go_wrong(plan: str, run: Path, world: World) -> None:
     TensorFile.write, Checkpoints._publish = write, publish
 
 
+VIEWS = {"first": ([1], []), "second": ([], [1]), "both": ([1], [1]), "late": ([1], [1, 2]), "none": ([], [])}
+"""The steps of the checkpoints that rank 0 and rank 1 see in a folder of one name."""
+
+
+def choose(folder: Path, world: World) -> dict[str, dict[str, str | None]]:
+    """By view and by --resume, the checkpoint that is chosen, or the error; of a folder below each rank's own."""
+    found: dict[str, dict[str, str | None]] = {}
+    for view, steps in VIEWS.items():
+        own = folder / f"rank-{world.rank}" / view
+        own.parent.mkdir(exist_ok=True)
+        for step in steps[world.rank]:
+            partial = own / ".partial"
+            partial.mkdir(parents=True)
+            publish(partial, own / checkpoint_name(step), {})
+        os.chdir(own.parent)
+        found[view] = {}
+        for resume in ("auto", "never", f"{view}/{checkpoint_name(1)}"):
+            try:
+                chosen = choose_checkpoint(Checkpoints(Path(view), 2, world), resume, print)
+                found[view][resume] = str(chosen)
+            except SharedUserError as error:
+                found[view][resume] = f"error: {error}"
+    return found
+
+
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     world = initialize("cpu")
-    for argument in arguments:
+    place = Path.cwd()
+    folder = Path(arguments[0])
+    (folder / f"views-{world.rank}.json").write_text(json.dumps(choose(folder, world)))
+    os.chdir(place)
+    for argument in arguments[1:]:
         plan, path = argument.split("=")
         phases, ended = load_phases(path), {"type": None, "message": None}
         go_wrong(plan, phases.run.folder, world)

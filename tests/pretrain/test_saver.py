@@ -357,6 +357,41 @@ def test_a_run_goes_on_behind_a_full_disk_and_says_so(
     assert [p.step for p in reader.Scalars("checkpoint/write_seconds")] == [12]
 
 
+def test_what_cannot_be_removed_is_an_alarm_and_tried_again(
+    make_saver: MakeSaver,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    remove, saved = shutil.rmtree, files_of(torch.ones(9))
+
+    def busy(path: Path, **options: Any) -> None:
+        if "step-00000001" in Path(path).name:
+            raise OSError(16, "Device or resource busy", str(path))
+        remove(path, **options)
+
+    with make_saver(keep=1) as saver:
+        saver.save(state_at(1), saved, stays=False, wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", busy)
+            saver.save(state_at(2), saved, stays=False, wait=True)
+            saver.save(state_at(3), saved, stays=False, wait=True)
+        left = tmp_path / ".removed-step-00000001"
+        assert names(tmp_path) == ["step-00000003"] and left.is_dir()
+        assert [(e["event"], e["step"]) for e in told.events] == [
+            ("save", 1),
+            ("save_alarm", 2),
+            ("save", 2),
+            ("save_alarm", 3),
+            ("save", 3),
+        ]
+        assert all("resource busy" in e["message"] for e in told.events if e["event"] == "save_alarm")
+        assert "step 2: step-00000001 is removed, but not all of it" in capsys.readouterr().err
+        saver.save(state_at(4), saved, stays=False, wait=True)
+    assert not left.exists() and names(tmp_path) == ["step-00000004"] and told.events[-2]["step"] == 3
+
+
 PLANS = ("slow", "once", "always", "overtaken")
 
 
@@ -366,7 +401,7 @@ def together(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     fields = {"checkpoint": {"keep": 9, "max_failed_saves": 2}, "evaluation": {"every_tokens": None, "tokens": 64}}
     recipes = [f"{plan}={write_recipe(data, folder / plan, steps=12, **fields)}" for plan in PLANS]
-    run_ranks(["tests/pretrain/saver_worker.py", *recipes], ranks=2, timeout=180)
+    run_ranks(["tests/pretrain/saver_worker.py", str(folder), *recipes], ranks=2, timeout=180)
     return folder
 
 
@@ -412,3 +447,18 @@ def test_both_ranks_end_where_another_copy_took_over(together: Path) -> None:
     assert saves(together / "overtaken") == [("save", 4)]
     assert names(together / "overtaken" / "checkpoints") == ["step-00000004"]
     assert events(together / "overtaken")[-1]["event"] == "step", "its log is the other copy's"
+
+
+def test_ranks_that_see_different_checkpoints_choose_the_same_or_none(together: Path) -> None:
+    first, second = (json.loads((together / f"views-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    for view in ("first", "second"):
+        assert "a file system that all nodes share" in first[view]["auto"]
+    assert "rank 1 on" in first["first"]["auto"] and "step-00000001 is not there" in first["first"]["auto"]
+    assert "rank 0 on" in first["second"]["auto"] and "rank 0 on" in first["second"]["never"]
+    assert "holds 1 checkpoint(s) of an earlier run" in first["first"]["never"]
+    assert "rank 1 on" in first["first"]["first/step-00000001"]
+    assert "no such folder" in first["second"]["second/step-00000001"]
+    assert first["both"]["auto"] == first["both"]["both/step-00000001"] == "both/step-00000001"
+    assert first["late"]["auto"] == first["late"]["late/step-00000001"] == "late/step-00000001", "as rank 0 sees it"
+    assert first["none"]["auto"] == first["none"]["never"] == "None"
