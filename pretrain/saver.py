@@ -9,9 +9,6 @@ threads are through, which is one small collective, and only while there is a sa
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,23 +17,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 from parallel import process
 from parallel.host_copies import HostCopies, SavedFile
 from parallel.watchdog import Watchdog
 from pretrain.checkpoint_config import CheckpointConfig
-from pretrain.checkpoints import Checkpoints, SaveError, loud
+from pretrain.checkpoints import Checkpoints, SaveError, Written, loud
 from pretrain.fence import FencedOffError
 from pretrain.metrics import RunLog
+from pretrain.priority import give_way
 from pretrain.resume import TrainerState
 
-_NICER = 15
-"""How much a thread that writes gives way to those that compute: where they want all cores, it gets a thirtieth of one,
-so that it slows no step by more, and is done all the same.
-"""
-
-_Written = tuple[Path, float]
+_Finished = tuple[Path, float]
 """A checkpoint, and in how many seconds it was written."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,7 +40,7 @@ class _Pending:
 
     step: int
     tokens: int
-    written: Future[_Written]
+    written: Future[_Finished]
     stall_seconds: float
     """For how long steps have waited for it so far."""
     alarms: list[str] = field(default_factory=list)
@@ -76,7 +71,7 @@ class Saver(AbstractContextManager["Saver"]):
         self._failed = self._failed_in_a_row = 0
         self._pending: _Pending | None = None
         self._copies = HostCopies()
-        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -120,14 +115,26 @@ class Saver(AbstractContextManager["Saver"]):
         made = files(self._copies if beside else None)
         self._copies.wait()
         alarms: list[str] = []
-        write = partial(_write, self.checkpoints, state.step, made, stays=stays, spare=spare, report=alarms.append)
-        written = self._thread.submit(write) if beside else _done(write)
+        write = partial(_write, self.checkpoints, state.step, made, alarms.append)
+        publish = partial(_publish, self.checkpoints, alarms.append, stays=stays, spare=spare)
+        is_staged = self.checkpoints.staging is not None
+        written: Future[Any]
+        if beside:
+            written = self._thread.submit(lambda: publish(write()))
+        elif not is_staged:
+            written = _done(lambda: publish(write()))
+        elif (staged := _done(write)).exception() is None:  # steps go on while it becomes a checkpoint
+            written = self._thread.submit(publish, staged.result())
+        else:
+            written = staged
         self._pending = _Pending(state.step, state.tokens, written, time.perf_counter() - start, alarms)
-        if wait or not beside:
+        if wait or not (beside or is_staged):
             self.finish(must_succeed=wait)
 
     def look(self) -> None:
         """Between two steps: tell how the save under way ended, if all ranks are through with it. Raises as `save`."""
+        if self.checkpoints.copies is not None:
+            self.checkpoints.copies.look()
         pending = self._pending
         if pending is None:
             return
@@ -161,6 +168,8 @@ class Saver(AbstractContextManager["Saver"]):
         seconds_of = {"stall_seconds": pending.stall_seconds, "write_seconds": seconds}
         self._log.event("save", step=pending.step, tokens=pending.tokens, checkpoint=str(folder), **seconds_of)
         self._draw(pending.step, {f"checkpoint/{name}": value for name, value in seconds_of.items()})
+        if self.checkpoints.copies is not None:
+            self.checkpoints.copies.begin()
 
     def _sound(self, pending: _Pending) -> None:
         for alarm in pending.alarms:
@@ -191,32 +200,27 @@ class Saver(AbstractContextManager["Saver"]):
 
 
 def _write(
-    checkpoints: Checkpoints,
-    step: int,
-    files: Sequence[SavedFile],
-    *,
-    stays: bool,
-    spare: int,
-    report: Callable[[str], None],
-) -> _Written:
-    start = time.perf_counter()
-    size = sum(file.num_bytes for file in files)
-    write = lambda folder: [file.write(folder) for file in files]  # noqa: E731
-    folder = checkpoints.save(step, write, num_bytes=size, stays=stays, spare=spare, report=report)
-    return folder, time.perf_counter() - start
+    checkpoints: Checkpoints, step: int, files: Sequence[SavedFile], report: Callable[[str], None]
+) -> tuple[Written, float]:
+    """What was written, and since when."""
+    start, size = time.perf_counter(), sum(file.num_bytes for file in files)
+    return checkpoints.write(
+        step, lambda folder: [file.write(folder) for file in files], num_bytes=size, report=report
+    ), start
 
 
-def _done(write: Callable[[], _Written]) -> Future[_Written]:
+def _publish(
+    checkpoints: Checkpoints, report: Callable[[str], None], begun: tuple[Written, float], *, stays: bool, spare: int
+) -> _Finished:
+    written, start = begun
+    return checkpoints.publish(written, stays=stays, spare=spare, report=report), time.perf_counter() - start
+
+
+def _done(action: Callable[[], T]) -> Future[T]:
     """As from a thread that is through."""
-    future: Future[_Written] = Future()
+    future: Future[T] = Future()
     try:
-        future.set_result(write())
+        future.set_result(action())
     except SaveError as failure:
         future.set_exception(failure)
     return future
-
-
-def _give_way() -> None:
-    if sys.platform == "linux":  # elsewhere it would be the whole process's
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICER))
