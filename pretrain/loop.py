@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from parallel.process import World, gather_objects, side_group
 from parallel.watchdog import Watchdog
 from pretrain.agreement import agreed
 from pretrain.boundary_place import BoundaryPlace, choose_boundary_place
+from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
 from pretrain.data import Damage, Division, Loader, Share, Source, TokenizerInfo
@@ -43,6 +45,7 @@ from pretrain.rng import seed_rank
 from pretrain.saver import Saver
 from pretrain.shared_folder import require_shared
 from pretrain.steps import Run
+from pretrain.uploads import GROUP_MINUTES, Uploads
 
 
 def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
@@ -92,7 +95,9 @@ def _train_alone(
         remove_left_boundary_states(run.folder)
     fence = take_fence(run.folder, world)
     require_shared(run.folder, fence, world)
-    start_from = choose_checkpoint(Checkpoints(folder, run.checkpoint.keep, world, fence), resume, warnings.append)
+    here = Checkpoints(folder, run.checkpoint.keep, world, fence)
+    store = open_store(run)
+    start_from = choose_checkpoint(here, resume, warnings.append, store, startup.feed)
     with agreed():
         if start_from is not None:
             state = check_fits(start_from, phases, tokenizer).moved_on(phases)
@@ -113,13 +118,18 @@ def _train_alone(
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
         if report is not None:
             report.write(log)
+        copies = None
+        if store is not None:
+            alone = replace(here, group=side_group(GROUP_MINUTES))
+            copies = stack.enter_context(Uploads(alone, store, run.checkpoint, log, startup.feed))
         beside = side_group(run.parallel.timeout_minutes)
         checkpoint, meshes = start_from, dict[Layout, Mesh]()
         stop = StopRequests(world, timeout_minutes=run.parallel.timeout_minutes, watch=watch)
         for phase in left:
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
-            checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world, fence, beside)
+            keep, staging = phase.recipe.checkpoint.keep, run.checkpoint.staging
+            checkpoints = Checkpoints(folder, keep, world, fence, beside, staging, copies)
             layout = phase.recipe.parallel.layout(world.size)
             if layout not in meshes:  # process groups stay, and there can be but so many
                 meshes[layout] = Mesh.build(world, layout)
@@ -131,6 +141,17 @@ def _train_alone(
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
             if world.device.type == "cuda":
                 torch.cuda.empty_cache()  # in blocks of the sizes that the next one asks for
+
+
+def open_store(run: Recipe) -> CheckpointStore | None:
+    """Where copies of checkpoints go, if they do. Every rank calls it. Raises SharedUserError for no such place."""
+    if run.checkpoint.upload is None:
+        return None
+    with agreed():
+        try:
+            return CheckpointStore(run.checkpoint.upload)
+        except StoreError as error:
+            raise UserError(f"checkpoint.upload: {error}") from error
 
 
 def run_phase(
