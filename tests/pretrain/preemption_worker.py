@@ -58,7 +58,7 @@ def main(whole: str, stopped: str, attempts: str, broken: str) -> None:
     train(load_phases(whole), world)
     pretrain.loop.build_engine = signalling("start", pretrain.loop.build_engine)
     pretrain.steps.evaluate = signalling("evaluation", pretrain.steps.evaluate)
-    Checkpoints.save = signalling("save", Checkpoints.save)
+    Checkpoints.write = signalling("save", Checkpoints.write)
     Engine.train_step = signalling("step", Engine.train_step)
     for plan[:] in json.loads(attempts):
         times.clear()
