@@ -5,11 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from launch import local, logs, requeue, slurm, status, stop, task
-from pretrain.errors import UserError
+from pretrain.errors import UserError, outlive_full_disks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand and return its exit status; a user's mistake is one line on stderr and status 2."""
+    outlive_full_disks()
     parser = argparse.ArgumentParser(prog="python -m launch", description="Start the training processes of a recipe.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (local, slurm, status, logs, stop, task, requeue):

@@ -16,9 +16,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
-from launch.run_events import Progress, events_size, has_checkpoint_since, read_events
+from launch.run_events import EVENTS_FILE, Progress, events_size, has_checkpoint_since, read_events
 from pretrain.errors import EXIT_HUNG
-from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_PREEMPTED, EXIT_USER_ERROR
+from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_MACHINE_ERROR, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 LAUNCH_FOLDER = "launch"
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -27,6 +27,10 @@ STOP_FILE = "stop"
 
 FIRST_WAIT_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 600.0
+_OF_A_DISK = re.compile(
+    "no space left|disk quota exceeded|input/output error|stale file handle|read-only file system", re.IGNORECASE
+)
+"""In the text of an exception that nobody explained: errors of a disk or a file system."""
 MOST_STOPS_IN_VAIN = 20
 """In a row, of attempts that were stopped before they had taken a step: they would go on for ever."""
 
@@ -125,7 +129,8 @@ def decide(attempts: Sequence[Attempt], *, max_restarts: int, again_when_stopped
                 "room for starting up ahead of its signal?",
             )
         return Decision(again_when_stopped, f"stopped on request{', and saved' if last.saved else ''}")
-    kind = {EXIT_HUNG: "the job hung", None: "the attempt was lost"}.get(last.exit_code, "a crash")
+    kinds = {EXIT_HUNG: "the job hung", None: "the attempt was lost", EXIT_MACHINE_ERROR: "a disk is full or fails"}
+    kind = kinds.get(last.exit_code, "a crash")
     if len(attempts) > 1 and same_failure(attempts[-2], last):
         return Decision(
             False,
@@ -143,9 +148,12 @@ def decide(attempts: Sequence[Attempt], *, max_restarts: int, again_when_stopped
 
 def same_failure(first: Attempt, second: Attempt) -> bool:
     """Whether two attempts crashed at the same step with the same error, numbers in its text apart (ports, process
-    numbers, addresses). An attempt whose error nobody knows is like no other.
+    numbers, addresses): by the training's own fault, which starting again repeats. An attempt whose error nobody knows
+    is like no other, and a disk that is full or fails may be mended meanwhile.
     """
     if not (first.crashed and second.crashed) or first.error is None or second.error is None:
+        return False
+    if second.exit_code == EXIT_MACHINE_ERROR or _OF_A_DISK.search(second.error):
         return False
     return first.step == second.step and _without_numbers(first.error) == _without_numbers(second.error)
 
@@ -197,7 +205,9 @@ class Ledger:
         """Write that an attempt starts. Those of the same launch whose end is missing were lost. Raises OSError."""
         before = self.read()
         for lost in (found for found in before if found.job == job and found.ended is None):
-            self.write(replace(self.ended(lost, None), reason="lost: nobody saw its end"))
+            ended = replace(self.ended(lost, None), reason="lost: nobody saw its end")
+            self.write(ended)
+            self.tell_of_crash(ended)
         number = max((found.attempt for found in before), default=0) + 1
         started = Attempt(number, job, tuple(nodes), _now(), events_size(self.run_folder))
         self.write(started)
@@ -226,13 +236,28 @@ class Ledger:
     def write(self, attempt: Attempt) -> None:
         """Write a line. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(asdict(attempt)) + "\n"
-        with open(self.path, "ab+") as file:
-            if file.tell() and _last_byte(file) != b"\n":  # a kill or a full disk cut the one before
-                line = "\n" + line
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, json.dumps(asdict(attempt)))
+
+    def tell_of_crash(self, ended: Attempt) -> None:
+        """Write the event `crash` of an attempt into the run's own log, if it crashed, and if that log is not a newer
+        attempt's by now. Raises OSError.
+        """
+        if not ended.crashed or any(found.attempt > ended.attempt for found in self.read()):
+            return
+        fields = {"attempt": ended.attempt, "job": ended.job, "rank": ended.rank, "exit_code": ended.exit_code}
+        step = {} if ended.step is None else {"step": ended.step}
+        event = {"event": "crash", "time": ended.ended, **step, **fields, "message": ended.failure}
+        append_line(self.run_folder / EVENTS_FILE, json.dumps(event))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file of lines, and bring it to the disk. Raises OSError."""
+    with open(path, "ab+") as file:
+        if file.tell() and _last_byte(file) != b"\n":  # a kill or a full disk cut the one before
+            line = "\n" + line
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _last_byte(file: BinaryIO) -> bytes:

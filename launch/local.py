@@ -106,7 +106,7 @@ def launch_with_restarts(argv: Sequence[str], folder: Path, options: argparse.Na
                 told_to_stop=outcome.interrupted or told_to_stop(folder, job),
             )
             ended = replace(ended, reason=decision.reason, again=decision.again)
-            _write(ledger, ended)
+            _write(ledger, ended, is_crash=not outcome.interrupted)
             if not decision.again:
                 if options.restarts and ended.crashed:
                     say(f"not started again: {decision.reason}")
@@ -126,10 +126,14 @@ def _signalled_within(seconds: float, relay: SignalRelay) -> bool:
     return number is not None
 
 
-def _write(ledger: Ledger, ended: Attempt) -> None:
-    """Write an attempt's end. What the run itself said of a full disk is what matters."""
+def _write(ledger: Ledger, ended: Attempt, *, is_crash: bool = False) -> None:
+    """Write an attempt's end, and into the run's log what it crashed of. What the run itself said of a full disk is
+    what matters.
+    """
     try:
         ledger.write(ended)
+        if is_crash:
+            ledger.tell_of_crash(ended)
     except OSError as error:
         say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
 

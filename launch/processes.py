@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO
 
-from pretrain.errors import EXIT_HUNG, STACKS_SIGNAL
+from pretrain.errors import EXIT_HUNG, NO_ROOM, STACKS_SIGNAL
 from pretrain.exit_codes import EXIT_DONE, EXIT_PREEMPTED
 
 POLL_SECONDS = 0.05
@@ -221,10 +221,16 @@ class LogFollower:
         self._stream = stream
 
     def copy(self) -> None:
-        """Copy all that was appended since the last call."""
+        """Copy all that was appended since the last call; what finds no room on the stream's disk is left out, and is
+        no reason to end the ranks.
+        """
         while chunk := self._file.read(65536):
-            self._stream.write(chunk)
-            self._stream.flush()
+            try:
+                self._stream.write(chunk)
+                self._stream.flush()
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
 
     def close(self) -> None:
         """Copy the rest and close the log."""

@@ -90,6 +90,10 @@ def end(options: argparse.Namespace) -> int:
         say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
         # Without the ledger crashes cannot be counted.
         decision = decision if ended.exit_code == EXIT_PREEMPTED else Decision(False, "the ledger cannot be written")
+    try:
+        ledger.tell_of_crash(ended)
+    except OSError as error:
+        say(f"{ledger.run_folder}: the crash cannot be told in the run's log: {error.strerror or error}")
     say(f"attempt {ended.attempt} ended with {ended.exit_code}: {decision.reason}")
     if ended.failure is not None:
         say(f"first to fail: {ended.failure}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from parallel import process
 from pretrain.agreement import SharedUserError
 from pretrain.command_line import Options, parse
-from pretrain.errors import MachineError, UserError
+from pretrain.errors import MachineError, UserError, outlive_full_disks
 from pretrain.exit_codes import EXIT_DONE, EXIT_FENCED_OFF, EXIT_MACHINE_ERROR, EXIT_PREEMPTED, EXIT_USER_ERROR
 from pretrain.fence import FencedOffError
 from pretrain.phases import Phases, load_phases
@@ -19,10 +19,11 @@ from pretrain.preemption import Preempted, listen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank. Returns the exit code: 0 done, 1 an error of the machine's disks, 2 a user's error, 77 where
+    """Run one rank. Returns the exit code: 0 done, 74 an error of the machine's disks, 2 a user's error, 77 where
     another copy of the run has its folder, each with its message printed once, 75 stopped on request. Anything else
     raises.
     """
+    outlive_full_disks()
     try:
         options = parse(argv)
         phases = load_phases(options.recipe, options.overrides)

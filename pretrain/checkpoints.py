@@ -8,23 +8,27 @@ the earlier checkpoints as they were. Loading checks every byte first and takes 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from safetensors import SafetensorError
 
 from parallel import process
 from parallel.process import World
 from pretrain.agreement import SharedMachineError, SharedUserError
-from pretrain.durable import file_sha256, sync
+from pretrain.checkpoint_disk import TooLargeError, alarmed, explain, free_name, move, remove
+from pretrain.durable import file_sha256, finished_file, sync, write_durable
 from pretrain.fence import Fence, FencedOffError
 
 MANIFEST = "manifest.json"
@@ -68,14 +72,11 @@ def problems(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
     """
     manifest = folder / MANIFEST
     try:
-        text = manifest.read_text(encoding="utf-8")
-        files: FileEntries = json.loads(text)["files"]
-        if text != _manifest_text(files):
-            return [f"{manifest} is altered (it does not have the sha256 that it names)"]
+        files = parse_manifest(manifest.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return [f"{manifest} is missing"]
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{manifest} is damaged ({error})"]
+    except ValueError as error:
+        return [f"{manifest} is {error}"]
     found = []
     for name in sorted(files)[share::shares]:
         path, expected = folder / name, files[name]
@@ -90,12 +91,15 @@ def problems(folder: Path, *, share: int = 0, shares: int = 1) -> list[str]:
     return found
 
 
-def finished_file(path: Path) -> dict[str, str | int]:
-    """Bring a file of a checkpoint that is being written to the disk; what the manifest says of it. Raises OSError."""
-    # safetensors writes for the owner alone, and the one who exports may be another.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    sync(path)
-    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+def parse_manifest(text: str) -> FileEntries:
+    """The files that a manifest names. Raises ValueError for any text but what was written: it vouches for itself."""
+    try:
+        files: FileEntries = json.loads(text)["files"]
+        if text == _manifest_text(files):
+            return files
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"damaged ({error})") from error
+    raise ValueError("altered (it does not have the sha256 that it names)")
 
 
 def publish(partial: Path, final: Path, files: FileEntries) -> None:
@@ -108,8 +112,34 @@ class SaveError(SharedMachineError):
     """A checkpoint was not written; the earlier ones are untouched."""
 
 
-class _TooLarge(OSError):
-    """There is less room than is to be written."""
+class NoneWholeError(SharedUserError):
+    """There are checkpoints, and each is damaged."""
+
+
+class Copies(Protocol):
+    """Copies of checkpoints in another place, made beside the steps."""
+
+    def holds(self, checkpoint: str) -> bool:
+        """Whether the checkpoint of this name has its copy; rank 0 knows."""
+
+    def begin(self) -> None:
+        """Copy what has none; every rank calls it behind a save."""
+
+    def look(self) -> None:
+        """Tell how that went; every rank calls it between steps."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of a checkpoint to be, on a disk."""
+
+    step: int
+    partial: Path
+    """The folder that becomes the checkpoint."""
+    files: FileEntries
+    """All ranks'."""
+    own: FileEntries
+    """Of them, this rank's."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +153,10 @@ class Checkpoints:
     """Rank 0's: read before anything in the folder is removed or gets its name."""
     group: process.SideGroup | None = None
     """What `save` talks to the other ranks in, where it is called beside training."""
+    staging: Path | None = None
+    """Where each rank writes its files first; None: where they become a checkpoint."""
+    copies: Copies | None = None
+    """What is not among them is not removed for newer ones, while there is room."""
 
     def save(
         self,
@@ -132,6 +166,7 @@ class Checkpoints:
         num_bytes: int = 0,
         stays: bool = False,
         spare: int = 0,
+        report: Callable[[str], None] | None = None,
     ) -> Path:
         """Write the checkpoint of `step` and return its folder.
 
@@ -140,33 +175,76 @@ class Checkpoints:
             num_bytes: how much that is, at least: where all ranks' are more than is free, nothing is written.
             stays: whether it is kept when `keep` newer ones are there.
             spare: how many more than `keep` are left.
+            report: told on rank 0 what could not be removed, which the next save tries again, and what else went wrong
+                behind the checkpoint, which is written all the same; `loud` unless given.
 
         Raises:
-            SaveError: a rank could not write (no space, say). The unfinished folder is gone, the earlier ones are
-                untouched.
+            SaveError: a rank could not write (no space, say). The unfinished folder is gone, if it can be removed, the
+                earlier ones are untouched.
             FencedOffError: another copy of the run has taken the folder over.
         """
-        final = self.folder / checkpoint_name(step)
+        written = self.write(step, write, num_bytes=num_bytes, report=report)
+        return self.publish(written, stays=stays, spare=spare, report=report)
+
+    def write(
+        self,
+        step: int,
+        write: Callable[[Path], Sequence[Path]],
+        *,
+        num_bytes: int = 0,
+        report: Callable[[str], None] | None = None,
+    ) -> Written:
+        """The first half of `save`, behind which the files are on the disk of `staging` where there is one."""
         # Of this copy of the run alone, so that ranks of an older one never write among the files of a newer one.
         copy = "" if self.fence is None else f"-{self.fence.number}"
-        named = process.gather_objects((f".partial-{final.name}{copy}", num_bytes), self.group)
+        name = free_name(self.folder / f".partial-{checkpoint_name(step)}{copy}")
+        named = process.gather_objects((name, num_bytes), self.group)
         partial, asked = self.folder / named[0][0], sum(size for _, size in named)
-        self._on_main(lambda: self._make_room(partial, asked), partial)
+        self._on_main(lambda: self._make_room(partial, asked, report or loud), partial)
+        place = partial if self.staging is None else self._staged
         entries: FileEntries = {}
         error = None
         try:
-            for path in write(partial):
+            if place != partial:
+                if place.exists():
+                    shutil.rmtree(place)
+                place.mkdir(parents=True)
+            for path in write(place):
                 entries[path.name] = finished_file(path)
         except (OSError, SafetensorError) as failure:
-            error = _explain(failure, partial)
-        gathered = process.gather_objects((entries, error), self.group)
+            error = explain(failure, place)
+        self._require_no_error(error, partial)
+        gathered = process.gather_objects(entries, self.group)
+        return Written(step, partial, {name: entry for part in gathered for name, entry in part.items()}, entries)
+
+    def publish(
+        self, written: Written, *, stays: bool = False, spare: int = 0, report: Callable[[str], None] | None = None
+    ) -> Path:
+        """The second half of `save`."""
+        partial, final = written.partial, self.folder / checkpoint_name(written.step)
+        if self.staging is not None:
+            error = None
+            try:
+                move(self._staged, partial, written.own)
+            except OSError as failure:
+                error = explain(failure, partial)
+            self._require_no_error(error, partial)
+        self._on_main(lambda: self._publish(partial, final, written.files, stays, report or loud), partial)
+        self._on_main(lambda: self._retire(final, self.keep + spare, report or loud), final)
+        return final
+
+    @property
+    def _staged(self) -> Path:
+        """This rank's folder on its node's disk, which other runs and ranks leave alone."""
+        assert self.staging is not None, "files are staged"
+        run = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12]
+        return self.staging / f"{self.folder.resolve().parent.name}-{run}" / f"rank-{self.world.rank:05d}"
+
+    def _require_no_error(self, error: str | None, partial: Path) -> None:
         message = process.first_error(error, self.group)
         if message is not None:
             self._on_main(self._require_no_newer_copy, partial)  # it removes what this one has begun
             self._give_up(partial, message)
-        files = {name: entry for part, _ in gathered for name, entry in part.items()}
-        self._on_main(lambda: self._publish(partial, final, files, stays, self.keep + spare), partial)
-        return final
 
     def newest_whole(self, report: Callable[[str], None]) -> Path | None:
         """The newest checkpoint whose every byte is right; None when the run has none.
@@ -175,11 +253,14 @@ class Checkpoints:
         wrong.
 
         Raises:
-            SharedUserError: there are checkpoints but none is whole.
+            NoneWholeError: there are checkpoints but none is whole.
+            SharedUserError: not all ranks see them.
             SharedMachineError: one cannot be read.
         """
-        candidates = process.broadcast_object(list_checkpoints(self.folder))
+        own = list_checkpoints(self.folder)
+        candidates = process.broadcast_object(own)
         if not candidates:
+            self.require_seen_alike(bool(own), self.folder)
             return None
         for candidate in candidates:
             found = self.check(candidate)
@@ -187,7 +268,7 @@ class Checkpoints:
                 return candidate
             report(f"checkpoint {candidate.name} is damaged and not used: {'; '.join(found)}")
             self._on_main(lambda path=candidate: self._set_aside(path), candidate)
-        raise SharedUserError(
+        raise NoneWholeError(
             f"no checkpoint in {self.folder} is whole (they are kept there as damaged-*); restore one from a copy, "
             "or start over with --resume never and another --folder"
         )
@@ -196,13 +277,15 @@ class Checkpoints:
         """What is wrong with one checkpoint, the ranks dividing the reading; the same list on every rank.
 
         Raises:
+            SharedUserError: some ranks see the folder and others do not.
             SharedMachineError: a rank cannot read it (an error of the disk, say): it may be whole all the same.
         """
+        self.require_seen_alike(os.path.isdir(folder), folder)
         own, error = [], None
         try:
             own = problems(folder, share=self.world.rank, shares=self.world.size)
         except OSError as failure:
-            error = _explain(failure, folder)
+            error = explain(failure, folder)
         if message := process.first_error(error):
             raise SharedMachineError(
                 f"checkpoint {folder.name} cannot be read: {message}; nothing was changed: try again once it can be "
@@ -210,6 +293,18 @@ class Checkpoints:
             )
         parts = process.gather_objects(own)
         return list(dict.fromkeys(problem for part in parts for problem in part))
+
+    def require_seen_alike(self, seen: bool, what: Path) -> None:
+        """Raises SharedUserError where some ranks have seen something and others have not."""
+        views = process.gather_objects((seen, socket.gethostname()))
+        blind = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(views) if not sees]
+        if 0 < len(blind) < len(views):
+            more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
+            raise SharedUserError(
+                f"{what} is not there for {', '.join(blind[:3])}{more}, and is for other ranks: a run's checkpoints "
+                "must be on a file system that all nodes share, under the same path; mount it there, or give one that "
+                "is"
+            )
 
     def require_no_newer_copy(self) -> None:
         """Raises FencedOffError when another copy of the run has taken the folder over, SaveError when that cannot be
@@ -228,33 +323,54 @@ class Checkpoints:
             shutil.rmtree(target)
         checkpoint.rename(target)
 
-    def _make_room(self, partial: Path, asked: int) -> None:
+    def _make_room(self, partial: Path, asked: int, report: Callable[[str], None]) -> None:
         self._require_no_newer_copy()
         for left in (*self.folder.glob(".partial-*"), *self.folder.glob(".removed-*")):
-            shutil.rmtree(left)
+            with alarmed(f"what an earlier save left is not removed: {left}", report):
+                shutil.rmtree(left)
         partial.mkdir(parents=True)
+        for old in self._outdated(list_checkpoints(self.folder)[self.keep :]) if self.copies is not None else ():
+            if shutil.disk_usage(partial).free >= asked:
+                break
+            with alarmed(f"{old} is not removed", report):
+                remove(old, report)
+                report(
+                    f"{old.name} is removed and was not uploaded: there is no room for the next checkpoint beside it"
+                )
         if shutil.disk_usage(partial).free < asked:  # found out before the logs of the run meet a full disk
-            raise _TooLarge(errno.ENOSPC, f"{asked / 1e6:.1f} MB are to be written", str(partial))
+            raise TooLargeError(errno.ENOSPC, f"{asked / 1e6:.1f} MB are to be written", str(partial))
 
-    def _publish(self, partial: Path, final: Path, files: FileEntries, stays: bool, keep: int) -> None:
+    def _publish(
+        self, partial: Path, final: Path, files: FileEntries, stays: bool, report: Callable[[str], None]
+    ) -> None:
         if stays:
-            _write_durable(partial / STAYS, "")
+            write_durable(partial / STAYS, "")
         _write_manifest(partial, files)
         self._require_no_newer_copy()
         if final.exists():  # of a copy that was fenced off in the middle of this
             self._require_no_newer_copy()
-            _remove(final)
+            remove(final, report)
         _rename(partial, final)
-        self._require_no_newer_copy()
-        temporary = self.folder / f".{LATEST}"
-        _write_durable(temporary, final.name + "\n")
-        temporary.replace(self.folder / LATEST)
-        sync(self.folder)
-        self._require_no_newer_copy()
-        others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
-        for old in others[keep - 1 :]:
-            if not (old / STAYS).exists():
-                _remove(old)
+
+    def _retire(self, final: Path, keep: int, report: Callable[[str], None]) -> None:
+        """Behind the publication of `final`, which nothing that fails here takes back."""
+        with alarmed(f"{final.name} is written, but {self.folder / LATEST} does not name it", report):
+            self._require_no_newer_copy()
+            temporary = self.folder / f".{LATEST}"
+            write_durable(temporary, final.name + "\n")
+            temporary.replace(self.folder / LATEST)
+            sync(self.folder)
+        with alarmed(f"{final.name} is written, but older checkpoints are not removed", report):
+            self._require_no_newer_copy()
+            others = [path for path in list_checkpoints(self.folder) if path != final]  # whatever their numbers
+            for old in self._outdated(others[keep - 1 :]):
+                if self.copies is None or self.copies.holds(old.name):
+                    with alarmed(f"{old} is not removed", report):
+                        remove(old, report)
+
+    def _outdated(self, checkpoints: Sequence[Path]) -> list[Path]:
+        """Of those behind the newest, the ones that do not stay, oldest first."""
+        return [path for path in reversed(checkpoints) if not (path / STAYS).exists()]
 
     def _on_main(self, action: Callable[[], None], partial: Path) -> None:
         error, is_fenced_off = None, False
@@ -264,7 +380,7 @@ class Checkpoints:
             except FencedOffError as fenced:
                 error, is_fenced_off = str(fenced), True
             except OSError as failure:
-                error = _explain(failure, partial)
+                error = explain(failure, partial)
         message, is_fenced_off = process.broadcast_object((error, is_fenced_off), self.group)
         if is_fenced_off:
             raise FencedOffError(message)
@@ -275,10 +391,10 @@ class Checkpoints:
         if self.world.is_main and partial.name.startswith(".partial-"):
             shutil.rmtree(partial, ignore_errors=True)
         process.gather_objects(None, self.group)  # nobody looks before it is gone
-        newest = next((path.name for path in list_checkpoints(self.folder)), None)
-        kept = (
-            f"the earlier checkpoints are untouched (newest: {newest})" if newest else "there is no earlier checkpoint"
-        )
+        kept = "the earlier checkpoints are untouched"
+        with contextlib.suppress(OSError):  # of the disk that failed: the ranks stay in step
+            newest = next((path.name for path in list_checkpoints(self.folder)), None)
+            kept = f"{kept} (newest: {newest})" if newest else "there is no earlier checkpoint"
         raise SaveError(f"checkpoint not written: {message}; {kept}")
 
 
@@ -295,35 +411,11 @@ def _manifest_text(files: FileEntries) -> str:
     return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n"
 
 
-def _explain(failure: OSError | SafetensorError, folder: Path) -> str:
-    text = str(failure)
-    place = getattr(failure, "filename", None) or folder
-    if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-        room = f"{shutil.disk_usage(folder.parent).free / 1e6:.1f} MB free"
-        if isinstance(failure, _TooLarge):
-            room += f", {failure.strerror}"
-        return f"no space left for {place} ({room}); free some, lower checkpoint.keep, or move `folder`"
-    return f"{place}: {getattr(failure, 'strerror', None) or text}"
-
-
-def _remove(checkpoint: Path) -> None:
-    hidden = checkpoint.with_name(f".removed-{checkpoint.name}")  # so that a death here leaves no half of a checkpoint
-    if hidden.exists():
-        shutil.rmtree(hidden)
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
-
-
 def _rename(partial: Path, final: Path) -> None:
     partial.rename(final)
     sync(final.parent)
 
 
 def _write_manifest(partial: Path, files: FileEntries) -> None:
-    _write_durable(partial / MANIFEST, _manifest_text(files))
+    write_durable(partial / MANIFEST, _manifest_text(files))
     sync(partial)
-
-
-def _write_durable(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)

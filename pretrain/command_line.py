@@ -35,11 +35,10 @@ A recipe may list phases, which are run one after another; --phases.NAME.section
 instead of the name) sets a field in one of them, --section.field VALUE in those that have no value of their own.
 
 Exit codes: 0 done; 2 something in the recipe, the data or a checkpoint has to be mended first, or the loss did not
-stay finite; 75 stopped by SIGUSR1 or SIGTERM to any rank, with a checkpoint behind the last step,
-or an earlier one where that could not be written; 77 another
-copy of the run has taken its folder over; 124 a step, an evaluation or a checkpoint took longer than
-parallel.step_timeout_seconds, or what stands before the first step longer than parallel.startup_timeout_seconds; 1 a
-crash, or a disk that is full or fails."""
+stay finite; 74 a disk is full or fails; 75 stopped by SIGUSR1 or SIGTERM to any rank, with a checkpoint behind the last
+step, or an earlier one where that could not be written; 77 another copy of the run has taken its folder over; 124 a
+step, an evaluation or a checkpoint took longer than parallel.step_timeout_seconds, or what stands before the first step
+longer than parallel.startup_timeout_seconds; 1 a crash."""
 
 
 _PHASES = f"""

@@ -20,3 +20,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def finished_file(path: Path) -> dict[str, str | int]:
+    """Bring a file of a checkpoint that is being written to the disk; what the manifest says of it. Raises OSError."""
+    # safetensors writes for the owner alone, and the one who exports may be another.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    sync(path)
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+
+
+def write_durable(path: Path, text: str) -> None:
+    """Write a text and bring it to the disk. Raises OSError."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)

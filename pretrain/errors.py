@@ -5,6 +5,8 @@ import errno
 # For launch/, to which a rank is a process with an exit code.
 from parallel.watchdog import EXIT_HUNG as EXIT_HUNG
 from parallel.watchdog import STACKS_SIGNAL as STACKS_SIGNAL
+from pretrain.console import NO_ROOM as NO_ROOM
+from pretrain.console import outlive_full_disks as outlive_full_disks
 
 _OF_THE_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 """Errors of a path that was given, which stay until another one is, or its owner lets the run in."""

@@ -2,13 +2,16 @@
 
 On file systems whose locks hold across nodes, the copy of a Slurm job that runs on behind a cut network keeps the lock.
 The job's next copy is let in all the same: the fence, which it takes then, keeps the older one from changing anything.
+It takes the lock as soon as that has ended; until then a run that somebody else starts there is refused as well, by the
+lock of the older copy.
 """
 
 from __future__ import annotations
 
 import fcntl
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from parallel.process import World
@@ -18,6 +21,8 @@ from pretrain.errors import UserError
 from pretrain.fence import held_by_older_copy
 
 LOCK_FILE = ".lock"
+SECONDS_BETWEEN_TRIES = 5.0
+"""At a lock that an older copy of the run holds."""
 
 
 @contextmanager
@@ -35,7 +40,29 @@ def alone_in(folder: Path, world: World) -> Iterator[None]:
                     if not held_by_older_copy(folder):
                         raise
                     loud(f"folder {folder} is held by an older copy of this job, which is fenced off now")
+                    stack.enter_context(_locked_later(folder))
         yield
+
+
+@contextmanager
+def _locked_later(folder: Path) -> Iterator[None]:
+    """Hold a folder as soon as the process that does so now has ended."""
+    ended = threading.Event()
+    with open(folder / LOCK_FILE, "a") as file:
+
+        def take() -> None:
+            while not ended.wait(SECONDS_BETWEEN_TRIES):
+                with suppress(OSError):  # held still, or out of reach for now
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+
+        thread = threading.Thread(target=take, name="folder lock", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 class BusyError(UserError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from parallel.process import World, gather_objects, side_group
 from parallel.watchdog import Watchdog
 from pretrain.agreement import agreed
 from pretrain.boundary_place import BoundaryPlace, choose_boundary_place
+from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
 from pretrain.data import Damage, Division, Loader, Share, Source, TokenizerInfo
 from pretrain.errors import UserError
 from pretrain.fence import FencedOffError, take_fence
+from pretrain.fence_watch import FenceWatch
 from pretrain.folder_lock import alone_in
 from pretrain.initialization import check_initial_weights, open_initial_weights
 from pretrain.metrics import RunLog
@@ -40,7 +43,9 @@ from pretrain.preflight import PreflightReport, preflight
 from pretrain.resume import TrainerState, check_fits, choose_checkpoint, restore
 from pretrain.rng import seed_rank
 from pretrain.saver import Saver
+from pretrain.shared_folder import require_shared
 from pretrain.steps import Run
+from pretrain.uploads import GROUP_MINUTES, Uploads
 
 
 def train(phases: Phases, world: World, *, resume: str = "auto") -> None:
@@ -89,7 +94,10 @@ def _train_alone(
     if world.is_main:  # the others make theirs behind the next barrier
         remove_left_boundary_states(run.folder)
     fence = take_fence(run.folder, world)
-    start_from = choose_checkpoint(Checkpoints(folder, run.checkpoint.keep, world, fence), resume, warnings.append)
+    require_shared(run.folder, fence, world)
+    here = Checkpoints(folder, run.checkpoint.keep, world, fence)
+    store = open_store(run)
+    start_from = choose_checkpoint(here, resume, warnings.append, store, startup.feed)
     with agreed():
         if start_from is not None:
             state = check_fits(start_from, phases, tokenizer).moved_on(phases)
@@ -97,9 +105,10 @@ def _train_alone(
             check_initial_weights(run, tokenizer, every_byte=world.is_main)
             sha256 = None if tokenizer is None else tokenizer.sha256
             state = TrainerState(phase=phases[0].name, tokenizer_sha256=sha256, ranks=world.size)
+    watch = None if fence is None else FenceWatch(fence)
     with ExitStack() as stack:
         with agreed():
-            log = stack.enter_context(open_log(phases, world, state))
+            log = stack.enter_context(open_log(phases, world, state, watch))
             # Of all that is left: what a later phase can't have, or finds damaged, should not be found out days later.
             left = phases.phases[len(state.done) :]
             backends = [explain_backends(phase, world) for phase in left]
@@ -109,13 +118,18 @@ def _train_alone(
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
         if report is not None:
             report.write(log)
+        copies = None
+        if store is not None:
+            alone = replace(here, group=side_group(GROUP_MINUTES))
+            copies = stack.enter_context(Uploads(alone, store, run.checkpoint, log, startup.feed))
         beside = side_group(run.parallel.timeout_minutes)
         checkpoint, meshes = start_from, dict[Layout, Mesh]()
-        stop = StopRequests(world, timeout_minutes=run.parallel.timeout_minutes)
+        stop = StopRequests(world, timeout_minutes=run.parallel.timeout_minutes, watch=watch)
         for phase in left:
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
-            checkpoints = Checkpoints(folder, phase.recipe.checkpoint.keep, world, fence, beside)
+            keep, staging = phase.recipe.checkpoint.keep, run.checkpoint.staging
+            checkpoints = Checkpoints(folder, keep, world, fence, beside, staging, copies)
             layout = phase.recipe.parallel.layout(world.size)
             if layout not in meshes:  # process groups stay, and there can be but so many
                 meshes[layout] = Mesh.build(world, layout)
@@ -127,6 +141,17 @@ def _train_alone(
             gc.collect()  # an engine is full of cycles, and the next one needs its memory
             if world.device.type == "cuda":
                 torch.cuda.empty_cache()  # in blocks of the sizes that the next one asks for
+
+
+def open_store(run: Recipe) -> CheckpointStore | None:
+    """Where copies of checkpoints go, if they do. Every rank calls it. Raises SharedUserError for no such place."""
+    if run.checkpoint.upload is None:
+        return None
+    with agreed():
+        try:
+            return CheckpointStore(run.checkpoint.upload)
+        except StoreError as error:
+            raise UserError(f"checkpoint.upload: {error}") from error
 
 
 def run_phase(
@@ -181,14 +206,15 @@ def run_phase(
         if loader.changes:
             log.event("data_changed", step=state.step, tokens=state.tokens, changes=loader.changes)
             log.say("the data changed: " + "; ".join(loader.changes))
+        # Ahead of the steps' watchdog: a process has one last resort, which that one disarms where it ends.
+        stack.enter_context(startup.resting(f"what stands behind the steps of {phase.title}"))
         watchdog = Watchdog(recipe.parallel.step_timeout_seconds, rank=world.rank, ranks=world.size)
         stack.enter_context(watchdog)
         saved = 0 if checkpoint is None else state.tokens
         saver = Saver(checkpoints, recipe.checkpoint, log, watchdog, last_tokens=saved)
         stack.enter_context(saver)
         run = Run(phases, phase, world, batches, engine, data, saver, log, watchdog, stop)
-        with startup.resting(f"what stands behind the steps of {phase.title}"):
-            reached = run.steps(loader, state, checkpoint)
+        reached = run.steps(loader, state, checkpoint)
     engine.destroy()
     return reached
 
@@ -263,12 +289,13 @@ def open_training_data(recipe: Recipe, batches: Batches, mesh: Mesh, source: Sou
 
 
 @contextmanager
-def open_log(phases: Phases, world: World, state: TrainerState) -> Iterator[RunLog]:
+def open_log(phases: Phases, world: World, state: TrainerState, watch: FenceWatch | None = None) -> Iterator[RunLog]:
     """The run's log; an error that ends the run is its last event, and stays the error to show when the log cannot be
     written or closed either.
     """
     run, steps = phases.run, state.total_steps(phases, world.size)
-    log = RunLog(run.folder, name=run.name, is_main=world.is_main, start_step=state.step, total_steps=steps)
+    named = {"name": run.name, "is_main": world.is_main}
+    log = RunLog(run.folder, **named, start_step=state.step, total_steps=steps, watch=watch)
     try:
         yield log
     except Preempted:  # no error: its event is written

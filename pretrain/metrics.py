@@ -4,7 +4,6 @@ writes.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -20,13 +19,20 @@ from typing import Any
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.errors import MachineError, UserError, file_error
+from pretrain.errors import NO_ROOM, MachineError, UserError, file_error
+from pretrain.fence_watch import FenceWatch
 
 EVENTS_FILE = "run.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_WRITERS = 60.0
 """Until curves are tried again behind a full disk."""
+_SHOWN_AS_TEXT = {
+    "save": ("run/last_checkpoint", "checkpoint"),
+    "save_failed": ("run/last_error", "message"),
+    "error": ("run/last_error", "message"),
+}
+"""Events that TensorBoard shows as a text of this name, and the field that it is."""
 _WAITING_BYTES = 1 << 20
 """Of events that wait for room on the disk."""
 
@@ -37,12 +43,24 @@ class RunLog:
     Args:
         folder: the run's folder.
         start_step: where the run goes on: TensorBoard drops what an earlier attempt wrote beyond it.
+        watch: where another copy of the run has taken the folder over, nothing more is written there; the ranks end at
+            their next step (see StopRequests).
 
     Raises UserError when the folder cannot be written to, MachineError where that is its disk's fault.
     """
 
-    def __init__(self, folder: Path, *, name: str, is_main: bool, start_step: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        is_main: bool,
+        start_step: int,
+        total_steps: int,
+        watch: FenceWatch | None = None,
+    ) -> None:
         self._name, self._total_steps, self._main = name, total_steps, is_main
+        self._watch = watch
         self._width, self._shown = 0, -math.inf
         if not is_main:
             return
@@ -52,7 +70,8 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             cut = _ends_inside_a_line(path)
-            self._earlier_attempts = _attempts_in(path)
+            self._earlier_attempts, self._last_failure = _attempts_in(path)
+            self._step = start_step
             # What cannot be written stays in the buffer.
             self._events = open(path, "a", encoding="utf-8", buffering=_WAITING_BYTES)  # noqa: SIM115  (closed in close())
             self._waits = False
@@ -72,7 +91,7 @@ class RunLog:
 
         Raises MachineError when it cannot be written, or too many wait.
         """
-        if not self._main:
+        if not self._writes:
             return
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         with _explained(self._events.name):
@@ -80,18 +99,30 @@ class RunLog:
             try:
                 self._events.flush()
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in NO_ROOM:
                     raise
                 if not self._waits:
                     print(f"{self._events.name}: {error.strerror}; events wait for room", file=sys.stderr, flush=True)
                 self._waits = True
             else:
                 self._waits = False
+        self._step = fields.get("step", self._step)
+        if kind in _SHOWN_AS_TEXT:
+            name, field = _SHOWN_AS_TEXT[kind]
+            self._text(self._step, name, str(fields[field]))
+
+    @property
+    def _writes(self) -> bool:
+        return self._main and (self._watch is None or self._watch.newer_copy() is None)
 
     def restarted(self, step: int) -> None:
-        """Add a point to the curve of how often the run went on, or began anew, behind an earlier attempt."""
+        """Add a point to the curve of how often the run went on, or began anew, behind an earlier attempt, and what
+        that ended with.
+        """
         if self._main:
             self.scalars(step, {"run/restarts": float(self._earlier_attempts)})
+            if self._last_failure is not None:
+                self._text(step, "run/last_error", self._last_failure)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add a point to each curve; None (not known on this device) adds none.
@@ -100,15 +131,24 @@ class RunLog:
 
         Raises MachineError when the points, or earlier ones, cannot be written for another reason.
         """
-        if not self._main:
+        if not self._writes:
             return
         with self._without_room_lost(step):
-            if self._board is None and time.monotonic() >= self._try_again_at:
-                self._board = SummaryWriter(str(self._board_folder), purge_step=step)
-            if self._board is not None:
-                for name, value in values.items():
-                    if value is not None:
-                        self._board.add_scalar(name, value, step)
+            for name, value in values.items() if self._has_board(step) else ():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
+
+    def _text(self, step: int, name: str, text: str) -> None:
+        """As a point of `scalars`, under TensorBoard's texts."""
+        if self._writes:
+            with self._without_room_lost(step):
+                if self._has_board(step):
+                    self._board.add_text(name, text, step)
+
+    def _has_board(self, step: int) -> bool:
+        if self._board is None and time.monotonic() >= self._try_again_at:
+            self._board = SummaryWriter(str(self._board_folder), purge_step=step)
+        return self._board is not None
 
     @contextmanager
     def _without_room_lost(self, step: int | None = None) -> Iterator[None]:
@@ -117,7 +157,7 @@ class RunLog:
             try:
                 yield
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in NO_ROOM:
                     raise
                 self._board, self._try_again_at = None, time.monotonic() + SECONDS_BETWEEN_WRITERS
                 if not self._told_of_lost_points:
@@ -242,11 +282,22 @@ def _ends_inside_a_line(path: Path) -> bool:
         return file.read() != b"\n"
 
 
-def _attempts_in(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with open(path, "rb") as file:
-        return sum(line.startswith((b'{"event": "start"', b'{"event": "resume"')) for line in file)
+def _attempts_in(path: Path) -> tuple[int, str | None]:
+    """How often a run began or went on, by its events, and the message of its last error or crash; None where it was
+    begun again since, or had none.
+    """
+    attempts, last = 0, b""
+    if path.exists():
+        with open(path, "rb") as file:
+            for line in file:
+                if line.startswith((b'{"event": "start"', b'{"event": "resume"')):
+                    attempts, last = attempts + 1, b""
+                elif line.startswith((b'{"event": "error"', b'{"event": "crash"')):
+                    last = line
+    try:
+        return attempts, str(json.loads(last)["message"]) if last else None
+    except (ValueError, KeyError):  # a killed process left but a part of it
+        return attempts, None
 
 
 class Stopwatch:

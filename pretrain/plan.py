@@ -264,7 +264,8 @@ def describe(phases: Phases, ranks: int) -> str:
     stays = "" if len(phases) == 1 else ", and the last of each phase"
     stays += "" if asked.keep_every_tokens is None else f", and one every {asked.keep_every_tokens:,} tokens"
     beside = "; written from copies in the hosts' memory, of the same size" if asked.asynchronous else ""
-    lines.append(f"a checkpoint        {size_text(12 * parameters)}; {asked.keep} are kept{stays}{beside}")
+    copied = "" if asked.upload is None else f"; copied to {asked.upload}"
+    lines.append(f"a checkpoint        {size_text(12 * parameters)}; {asked.keep} are kept{stays}{beside}{copied}")
     return phases.to_yaml() + "\n" + "\n".join(f"# {line}".rstrip() for line in lines)
 
 

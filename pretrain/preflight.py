@@ -12,6 +12,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -52,7 +53,7 @@ class Facts:
     clock: float
     """Seconds since 1970, right behind a barrier."""
     free_bytes: int
-    """Of the disk that the run's folder is on."""
+    """Of the disk that the run's folder is on, with what killed saves left there, which the first save removes."""
     variables: dict[str, str]
     device: str
     wrong: str | None
@@ -142,12 +143,14 @@ def preflight(phases: Phases, world: World, *, clock: Callable[[], float] = time
     _raise(_differing([(host, versions) for host, versions, _ in found_wrong]))
     _raise([f"rank {n} on {host}: {each}" for n, (host, _, each) in enumerate(found_wrong) if each], _GPU_FIX)
     bandwidth = all_reduce_bandwidth(world.device, round(megabytes * 1e6))
+    checkpoints = run.folder / CHECKPOINTS_FOLDER
+    left = process.broadcast_object(left_bytes(checkpoints))
     process.barrier()
     own = Facts(
         host=socket.gethostname(),
         versions=versions,
         clock=clock(),
-        free_bytes=shutil.disk_usage(_existing(run.folder)).free,
+        free_bytes=shutil.disk_usage(_existing(run.folder)).free + left,
         variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
         device=torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
         wrong=wrong,
@@ -158,7 +161,7 @@ def preflight(phases: Phases, world: World, *, clock: Callable[[], float] = time
     size = BYTES_PER_PARAMETER * num_parameters(run.model)
     _raise(_without_space(facts, size, run.folder), kind=SharedMachineError)
     wanted = max(phase.recipe.checkpoint.keep for phase in phases) + 1
-    wanted -= len(process.broadcast_object(list_checkpoints(run.folder / CHECKPOINTS_FOLDER)))
+    wanted -= len(process.broadcast_object(list_checkpoints(checkpoints)))
     warnings = [
         *_short_of_space(facts, size * max(wanted, 1), run.folder),
         *warnings_of(facts, guards),
@@ -264,6 +267,15 @@ def _without_space(facts: Sequence[Facts], size: int, folder: Path) -> list[str]
         for rank, fact in enumerate(facts)
         if fact.free_bytes < size
     ]
+
+
+def left_bytes(checkpoints: Path) -> int:
+    """What saves and removals that were killed have left of checkpoints, in bytes on the disk."""
+    found = 0
+    for path in (*checkpoints.glob(".partial-*/**/*"), *checkpoints.glob(".removed-*/**/*")):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            found += path.stat().st_blocks * 512
+    return found
 
 
 def _short_of_space(facts: Sequence[Facts], wanted: int, folder: Path) -> list[str]:

@@ -14,14 +14,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from model import ModelConfig
 from parallel.engine import Engine
 from parallel.host_copies import CopiedFile, HostCopies, SavedFile, TensorFile, TextFile
-from parallel.process import World, barrier
+from parallel.process import World, barrier, broadcast_object
 from pretrain.agreement import SharedUserError
-from pretrain.checkpoints import Checkpoints, checkpoint_step, list_checkpoints
+from pretrain.checkpoint_store import CheckpointStore, StoreError
+from pretrain.checkpoints import Checkpoints, NoneWholeError, checkpoint_step, list_checkpoints
 from pretrain.data import Cursor, TokenizerInfo
 from pretrain.errors import UserError, file_error
 from pretrain.phases import ONLY_PHASE, Phase, Phases
 from pretrain.rng import load_rng, rng_file, rng_tensors, seed_rank
 from pretrain.spikes import SpikeState
+from pretrain.uploads import download_newer
 
 RECIPE_FILE = "recipe.yaml"
 MODEL_FILE = "model.json"
@@ -142,44 +144,86 @@ def checkpoint_files(
     return files
 
 
-def choose_checkpoint(checkpoints: Checkpoints, resume: str, report: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from; None for a fresh start.
+def choose_checkpoint(
+    checkpoints: Checkpoints,
+    resume: str,
+    report: Callable[[str], None],
+    store: CheckpointStore | None = None,
+    feed: Callable[[str], None] = lambda _: None,
+) -> Path | None:
+    """The checkpoint to go on from, which rank 0 chooses by what it sees; None for a fresh start. Every rank calls it.
 
     Args:
-        resume: "auto" (the newest whole one of the run's folder), "never", or the path of one.
+        resume: "auto" (the newest whole one of the run's folder and of `store`, from where it is downloaded into the
+            folder), "never", or the path of one.
+        report: told of damaged ones.
+        store: where checkpoints are uploaded to.
+        feed: keeps the watchdog quiet in a download.
 
     Raises:
-        UserError: "never" in a folder that has checkpoints; a path that is no whole checkpoint, not the newest of
-            this run, or another run's where this run's folder has checkpoints.
+        SharedUserError: "never" in a folder that has checkpoints; a path that is no whole checkpoint, not the newest of
+            this run, or another run's where this run's folder has checkpoints; a checkpoint that not all ranks see.
+        SharedMachineError: the store cannot be read where it has to be.
     """
     barrier()  # a slower rank must not list the folder after a faster one began to write
-    existing = list_checkpoints(checkpoints.folder)
     if resume == "auto":
-        return checkpoints.newest_whole(report)
+        try:
+            newest = checkpoints.newest_whole(report)
+        except NoneWholeError:
+            if store is None or (newest := download_newer(checkpoints, store, None, report, feed)) is None:
+                raise
+            return newest
+        return newest if store is None else download_newer(checkpoints, store, newest, report, feed)
+    refusal = broadcast_object(_refusal(checkpoints.folder, resume, store) if checkpoints.world.is_main else None)
+    if refusal is not None:
+        raise SharedUserError(f"--resume {resume}: {refusal}")
+    if resume == "never":
+        checkpoints.require_seen_alike(bool(list_checkpoints(checkpoints.folder)), checkpoints.folder)
+        return None
+    path = Path(resume)
+    if found := checkpoints.check(path):
+        raise SharedUserError(f"--resume {resume}: {'; '.join(found)}; --resume auto takes the newest that is whole")
+    return path
+
+
+def _refusal(folder: Path, resume: str, store: CheckpointStore | None) -> str | None:
+    """Why a run whose checkpoints are in `folder` can't begin by "never", or by the path of a checkpoint."""
+    existing = list_checkpoints(folder)
+    try:
+        copies = [] if store is None else [Path(name) for name in store.checkpoints()]
+    except StoreError as error:
+        return f"whether there are checkpoints of this run already is not known: {error}"
     if resume == "never":
         if existing:
-            raise SharedUserError(
-                f"{checkpoints.folder} holds {len(existing)} checkpoint(s) of an earlier run, and --resume never would "
-                "write among them; give another --folder, move them away, or resume with --resume auto"
+            return (
+                f"{folder} holds {len(existing)} checkpoint(s) of an earlier run, and this one would write among them; "
+                "give another --folder, move them away, or resume with --resume auto"
+            )
+        if copies and store is not None:
+            return (
+                f"{store.location} holds {len(copies)} checkpoint(s) of an earlier run, and this one's would go among "
+                "them; give another checkpoint.upload, or resume with --resume auto"
             )
         return None
     path = Path(resume)
     if not path.is_dir():
-        raise SharedUserError(f"--resume {resume}: no such folder; give auto, never, or a checkpoint's folder")
-    if existing and path.resolve().parent != checkpoints.folder.resolve():
-        raise SharedUserError(
-            f"--resume {resume}: {checkpoints.folder} holds {len(existing)} checkpoint(s) of another run already, and "
-            "this one's would go among them; give a --folder without checkpoints, or --resume auto to go on with these"
+        return "no such folder; give auto, never, or a checkpoint's folder"
+    if existing and path.resolve().parent != folder.resolve():
+        return (
+            f"{folder} holds {len(existing)} checkpoint(s) of another run already, and this one's would go among them; "
+            "give a --folder without checkpoints, or --resume auto to go on with these"
         )
-    newer = [p.name for p in existing if is_newer(p, path)]
-    if newer:
-        raise SharedUserError(
-            f"--resume {resume}: {checkpoints.folder} holds newer checkpoints ({', '.join(newer)}) that the run would "
-            "meet again; move them away, or give another --folder"
+    if newer := [p.name for p in existing if is_newer(p, path)]:
+        return (
+            f"{folder} holds newer checkpoints ({', '.join(newer)}) that the run would meet again; move them away, or "
+            "give another --folder"
         )
-    if found := checkpoints.check(path):
-        raise SharedUserError(f"--resume {resume}: {'; '.join(found)}; --resume auto takes the newest that is whole")
-    return path
+    if store is not None and (newer := [p.name for p in copies if is_newer(p, path)]):
+        return (
+            f"{store.location} holds newer checkpoints ({', '.join(newer)}) that the run would meet again; remove "
+            "them, or give another checkpoint.upload"
+        )
+    return None
 
 
 def is_newer(candidate: Path, path: Path) -> bool:

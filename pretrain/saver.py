@@ -9,34 +9,33 @@ threads are through, which is one small collective, and only while there is a sa
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NoReturn, TypeVar
 
 from parallel import process
 from parallel.host_copies import HostCopies, SavedFile
 from parallel.watchdog import Watchdog
 from pretrain.checkpoint_config import CheckpointConfig
-from pretrain.checkpoints import Checkpoints, SaveError, loud
+from pretrain.checkpoints import Checkpoints, SaveError, Written, loud
 from pretrain.fence import FencedOffError
 from pretrain.metrics import RunLog
+from pretrain.priority import give_way
 from pretrain.resume import TrainerState
 
-_NICER = 15
-"""How much a thread that writes gives way to those that compute: where they want all cores, it gets a thirtieth of one,
-so that it slows no step by more, and is done all the same.
-"""
+_BROKEN, _BUSY, _DONE = -1, 0, 1
+"""How far a rank's thread is with a save; the least of all ranks' tells what they do."""
 
-_Written = tuple[Path, float]
+_Finished = tuple[Path, float]
 """A checkpoint, and in how many seconds it was written."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,9 +44,16 @@ class _Pending:
 
     step: int
     tokens: int
-    written: Future[_Written]
+    written: Future[_Finished]
     stall_seconds: float
     """For how long steps have waited for it so far."""
+    alarms: list[str] = field(default_factory=list)
+    """What went wrong in the checkpoints' folder, and is no failure of the save; rank 0's, complete once it is written.
+    """
+
+
+class SavingThreadError(RuntimeError):
+    """Another rank's thread failed with an exception that no save explains; the message is its traceback."""
 
 
 class Saver(AbstractContextManager["Saver"]):
@@ -73,7 +79,7 @@ class Saver(AbstractContextManager["Saver"]):
         self._failed = self._failed_in_a_row = 0
         self._pending: _Pending | None = None
         self._copies = HostCopies()
-        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -85,7 +91,8 @@ class Saver(AbstractContextManager["Saver"]):
                 raise
             error.add_note(str(failure))
         finally:
-            self._thread.shutdown()
+            # A thread that waits for another rank's lost one may do so as long as that rank lives.
+            self._thread.shutdown(wait=not isinstance(error, SavingThreadError))
 
     def save(
         self,
@@ -116,22 +123,49 @@ class Saver(AbstractContextManager["Saver"]):
         beside = self._config.asynchronous
         made = files(self._copies if beside else None)
         self._copies.wait()
-        write = partial(_write, self.checkpoints, state.step, made, stays=stays, spare=spare)
-        written = self._thread.submit(write) if beside else _done(write)
-        self._pending = _Pending(state.step, state.tokens, written, time.perf_counter() - start)
-        if wait or not beside:
+        alarms: list[str] = []
+        write = partial(_write, self.checkpoints, state.step, made, alarms.append)
+        publish = partial(_publish, self.checkpoints, alarms.append, stays=stays, spare=spare)
+        is_staged = self.checkpoints.staging is not None
+        written: Future[Any]
+        if beside:
+            written = self._thread.submit(lambda: publish(write()))
+        elif not is_staged:
+            written = _done(lambda: publish(write()))
+        elif (staged := _done(write)).exception() is None:  # steps go on while it becomes a checkpoint
+            written = self._thread.submit(publish, staged.result())
+        else:
+            written = staged
+        self._pending = _Pending(state.step, state.tokens, written, time.perf_counter() - start, alarms)
+        if wait or not (beside or is_staged):
             self.finish(must_succeed=wait)
 
     def look(self) -> None:
-        """Between two steps: tell how the save under way ended, if all ranks are through with it. Raises as `save`."""
+        """Between two steps: tell how the save under way ended, if all ranks are through with it. Raises as `save`, and
+        where a rank's thread ended with any other exception, that one, and SavingThreadError on the other ranks.
+        """
+        if self.checkpoints.copies is not None:
+            self.checkpoints.copies.look()
         pending = self._pending
         if pending is None:
             return
         start = time.perf_counter()
-        is_done = process.lowest(int(pending.written.done()), self.checkpoints.world.device)
+        progress = process.lowest(_progress(pending.written), self.checkpoints.world.device)
         pending.stall_seconds += time.perf_counter() - start
-        if is_done:
+        if progress == _BROKEN:
+            self._end_for_all(pending)
+        if progress == _DONE:
             self.finish()
+
+    def _end_for_all(self, pending: _Pending) -> NoReturn:
+        """Raise what ended a rank's thread on that rank, and its traceback on the others, whose threads wait for it."""
+        self._pending = None
+        own = pending.written.exception() if _progress(pending.written) == _BROKEN else None
+        text = None if own is None else "".join(traceback.format_exception(own))
+        message = process.first_error(text)
+        if own is not None:
+            raise own
+        raise SavingThreadError(f"the thread that writes the checkpoint of step {pending.step} failed:\n{message}")
 
     def finish(self, *, must_succeed: bool = False) -> None:
         """Wait for the save under way, if there is one, and tell how it ended. Raises as `save`.
@@ -148,13 +182,22 @@ class Saver(AbstractContextManager["Saver"]):
         try:
             folder, seconds = pending.written.result()
         except SaveError as failure:
+            self._sound(pending)
             self._count_failure(pending, failure, must_succeed)
             return
+        self._sound(pending)
         pending.stall_seconds += time.perf_counter() - start
         self.newest, self._last_tokens, self._failed_in_a_row = folder, pending.tokens, 0
         seconds_of = {"stall_seconds": pending.stall_seconds, "write_seconds": seconds}
         self._log.event("save", step=pending.step, tokens=pending.tokens, checkpoint=str(folder), **seconds_of)
         self._draw(pending.step, {f"checkpoint/{name}": value for name, value in seconds_of.items()})
+        if self.checkpoints.copies is not None:
+            self.checkpoints.copies.begin()
+
+    def _sound(self, pending: _Pending) -> None:
+        for alarm in pending.alarms:
+            self._log.event("save_alarm", step=pending.step, tokens=pending.tokens, message=alarm)
+            loud(f"step {pending.step}: {alarm}")
 
     def _count_failure(self, pending: _Pending, failure: SaveError, must_succeed: bool) -> None:
         """Raises SaveError where it ends the run."""
@@ -179,26 +222,35 @@ class Saver(AbstractContextManager["Saver"]):
         self._log.scalars(step, {**(values or {}), "checkpoint/failed_saves": float(self._failed)})
 
 
-def _write(checkpoints: Checkpoints, step: int, files: Sequence[SavedFile], *, stays: bool, spare: int) -> _Written:
-    start = time.perf_counter()
-    size = sum(file.num_bytes for file in files)
-    folder = checkpoints.save(
-        step, lambda folder: [file.write(folder) for file in files], num_bytes=size, stays=stays, spare=spare
-    )
-    return folder, time.perf_counter() - start
+def _write(
+    checkpoints: Checkpoints, step: int, files: Sequence[SavedFile], report: Callable[[str], None]
+) -> tuple[Written, float]:
+    """What was written, and since when."""
+    start, size = time.perf_counter(), sum(file.num_bytes for file in files)
+    return checkpoints.write(
+        step, lambda folder: [file.write(folder) for file in files], num_bytes=size, report=report
+    ), start
 
 
-def _done(write: Callable[[], _Written]) -> Future[_Written]:
+def _progress(written: Future[_Finished]) -> int:
+    if not written.done():
+        return _BUSY
+    is_told = written.exception() is None or isinstance(written.exception(), SaveError | FencedOffError)
+    return _DONE if is_told else _BROKEN
+
+
+def _publish(
+    checkpoints: Checkpoints, report: Callable[[str], None], begun: tuple[Written, float], *, stays: bool, spare: int
+) -> _Finished:
+    written, start = begun
+    return checkpoints.publish(written, stays=stays, spare=spare, report=report), time.perf_counter() - start
+
+
+def _done(action: Callable[[], T]) -> Future[T]:
     """As from a thread that is through."""
-    future: Future[_Written] = Future()
+    future: Future[T] = Future()
     try:
-        future.set_result(write())
+        future.set_result(action())
     except SaveError as failure:
         future.set_exception(failure)
     return future
-
-
-def _give_way() -> None:
-    if sys.platform == "linux":  # elsewhere it would be the whole process's
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICER))

@@ -159,6 +159,7 @@ class Run:
             "speed/flops_without_memory": speed * flops.model,
             "speed/mfu": None if capacity is None else speed * flops.total / capacity,
             "speed/mfu_without_memory": None if capacity is None else speed * flops.model / capacity,
+            "run/seconds_left": self.tokens_left(state) / speed,
             "device/peak_memory_gigabytes": peak_memory_bytes(self.world.device) / 1e9,
             **others,
         }
@@ -192,6 +193,12 @@ class Run:
         )
         left = -(-max(self.recipe.training.tokens - state.phase_tokens, 0) // self.recipe.training.batch_tokens)
         self.log.progress(state.step, loss, rate, speed, left * watch.mean, **self.phase_field)
+
+    def tokens_left(self, state: TrainerState) -> int:
+        """Of this phase and those behind it."""
+        later = self.phases.phases[len(state.done) + 1 :]
+        left = max(self.recipe.training.tokens - state.phase_tokens, 0)
+        return left + sum(phase.recipe.training.tokens for phase in later)
 
     def say_bubble(self, measured: float) -> None:
         """Print how long the stages of a pipeline wait for each other, and how long they must."""

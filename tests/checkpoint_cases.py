@@ -15,9 +15,10 @@ from parallel.mesh import Layout
 from parallel.slices import Slice
 from parallel.state_files import KINDS, Stretch, index_file, rank_file
 from parallel.watchdog import Watchdog
-from pretrain.checkpoints import checkpoint_name, finished_file, publish
+from pretrain.checkpoints import checkpoint_name, publish
 from pretrain.config import load_recipe
 from pretrain.data import Cursor
+from pretrain.durable import finished_file
 from pretrain.phases import Phases
 from pretrain.resume import MODEL_FILE, RECIPE_FILE, TRAINER_FILE, TrainerState
 from tests.training_cases import write_recipe

@@ -72,6 +72,21 @@ def test_the_same_error_at_the_same_step_twice_is_not_tried_a_third_time():
     assert not decided(*saved).again
 
 
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (74, "error: preflight:"),
+        (1, "OSError: [Errno 28] No space left on device: 'x'"),
+        (1, "error: rank 1: [Errno 5] Input/output error"),
+    ],
+)
+def test_a_disk_that_stays_full_is_no_fault_of_the_training(code, error):
+    """It is tried again later and later, up to the bound, however alike its failures are."""
+    attempts = [ended(code, error=error)] * 4
+    assert [decided(*attempts[:count], max_restarts=3).wait_seconds for count in (1, 2, 3)] == [10, 20, 40]
+    assert not decided(*attempts, max_restarts=3).again
+
+
 def write_events(folder: Path, *events: dict) -> None:
     with open(folder / "run.jsonl", "a") as file:
         file.writelines(json.dumps(event) + "\n" for event in events)
@@ -92,6 +107,33 @@ def test_the_ledger_has_two_lines_for_each_attempt_with_what_its_own_events_say(
     assert (one.step, one.saved, one.error, one.reason, one.nodes) == (5, False, "OSError: gone", "a crash", ("n1",))
     assert (two.step, two.saved, two.error, two.failure) == (9, True, None, "rank 3: killed by SIGKILL")
     assert ledger.read("8") == [] and one.failure == "OSError: gone"
+
+
+def test_a_crash_is_an_event_of_the_run_unless_a_newer_attempt_writes_there(tmp_path):
+    ledger = Ledger(tmp_path)
+    first = ledger.begin("7", ["n1"])
+    with open(tmp_path / "run.jsonl", "w") as file:
+        file.write('{"event": "step", "step": 5}\n{"event": "st')  # the rank was killed here
+    crashed = ledger.ended(first, SIGKILL, rank=1)
+    ledger.tell_of_crash(crashed)
+    for code in (0, 2, 75, 77):
+        ledger.tell_of_crash(ledger.ended(first, code))
+    *_, line = (tmp_path / "run.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert told.pop("time") == crashed.ended and told == {
+        "event": "crash",
+        "step": 5,
+        "attempt": 1,
+        "job": "7",
+        "rank": 1,
+        "exit_code": SIGKILL,
+        "message": "rank 1: killed by SIGKILL",
+    }
+    ledger.begin("7", ["n2"])  # the first one's end was not written: nobody saw it
+    events = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines() if '"crash"' in line]
+    assert [(event["attempt"], event["exit_code"]) for event in events] == [(1, SIGKILL), (1, None)]
+    ledger.tell_of_crash(crashed)  # an older copy's launcher, late
+    assert (tmp_path / "run.jsonl").read_text().count('"crash"') == 2
 
 
 def test_an_attempt_whose_end_nobody_wrote_is_lost_and_a_cut_line_is_no_attempt(tmp_path):

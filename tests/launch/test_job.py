@@ -12,6 +12,7 @@ from launch.__main__ import main
 from launch.attempts import Ledger, ask_to_stop
 from launch.job_script import JobScript
 from launch.jobs import SubmittedJob
+from launch.run_events import read_events
 from launch.slurm import limit_seconds
 from launch.task import RankExit, environment_of_task, write_exit
 from pretrain.errors import UserError
@@ -190,10 +191,13 @@ def test_the_first_rank_to_fail_decides_and_not_the_exit_code_of_srun(tmp_path, 
     assert begin(tmp_path, capfd) == "3"
     assert end(tmp_path, capfd, 3, 137, {}) == "again 10"  # what the ranks of attempt 2 left says nothing of it
     assert begin(tmp_path, capfd) == "4"
-    (tmp_path / "run.jsonl").write_text('{"event": "save", "step": 4}\n')
+    with open(tmp_path / "run.jsonl", "a") as file:
+        file.write('{"event": "save", "step": 4}\n')
     assert end(tmp_path, capfd, 4, 0, {0: (30.0, 0, None)}) == "end 0"
     assert begin(tmp_path, capfd) == "5 --resume auto"
     assert begin(tmp_path, capfd, job="8") == "6"  # another launch
+    crashes = [(event["attempt"], event["exit_code"]) for event in read_events(tmp_path) if event["event"] == "crash"]
+    assert crashes == [(3, 137)]
 
 
 def test_a_launch_that_was_stopped_or_lost_too_often_begins_no_attempt(tmp_path, capfd):

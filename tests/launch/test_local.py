@@ -31,6 +31,25 @@ Path(os.environ["PIDS"], os.environ["RANK"]).write_text(str(os.getpid()))
 """
 
 
+FULL = """
+import sys
+from pathlib import Path
+from launch.__main__ import outlive_full_disks
+from launch.local import launch_local
+outlive_full_disks()
+sys.exit(launch_local([sys.executable, "-c", "print('x' * 200000)"], 2, Path(sys.argv[1])).status)
+"""
+
+
+def test_a_launcher_whose_own_output_finds_no_room_ends_as_the_ranks_do(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", FULL, str(tmp_path)]
+        finished = subprocess.run(command, env=environment, stdout=full, stderr=full, timeout=60)
+    assert finished.returncode == 0
+    assert (tmp_path / "rank1.log").stat().st_size > 200000
+
+
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     """Start the launcher on a script given as text; whatever still runs at the end of the test is killed."""

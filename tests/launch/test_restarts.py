@@ -72,6 +72,10 @@ def test_a_crash_is_started_again_until_it_is_done(run, tmp_path, capfd):
         (0, None, None, None),
     ]
     assert attempts[1].saved and attempts[-1].reason == "done"
+    crashes = [
+        (event["step"], event["rank"], event["exit_code"], event["message"]) for event in events(tmp_path, "crash")
+    ]
+    assert crashes == [(n, 1, 1, f"rank 1: ValueError: number {'abc'[n - 1]}") for n in (1, 2, 3)]
     given = (tmp_path / "attempts0").read_text().splitlines()
     assert given == ["--resume never"] * 2 + ["--resume never --resume auto"] * 2
     assert capfd.readouterr().err.count("starting again in 0 s") == 3

@@ -1,12 +1,17 @@
-"""Fixtures: the data of small runs, a process group of one rank, and full disks."""
+"""Fixtures: the data of small runs, a process group of one rank, full disks, and an S3 server."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import obstore
 import pytest
+from obstore.store import from_url
 
 from parallel import process
 from parallel.process import World
@@ -45,3 +50,39 @@ def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of moto's server, as a process of its own."""
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from moto.server import main; main(['-p', '0'])"], stdout=output, stderr=output
+        )
+    try:
+        deadline, before = time.monotonic() + 60, "Running on http://127.0.0.1:"
+        while before not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield "http://127.0.0.1:" + log.read_text().partition(before)[2].split()[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], object]:
+    """A bucket `data`, with the environment that a client needs for it; what puts an object there."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request"}
+    urllib.request.urlopen(urllib.request.Request(f"{s3}/data", b"", headers, method="PUT")).close()
+    store = from_url("s3://data", client_options={"allow_http": True})
+    return lambda name, content: obstore.put(store, name, content)

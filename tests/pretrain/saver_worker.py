@@ -1,13 +1,18 @@
-"""Runs on every rank: trains recipes one after another while saves go wrong on one of them.
+"""Runs on every rank: chooses checkpoints in folders that ranks see differently, and trains recipes one after another
+while saves go wrong on one of them.
 
-Arguments: PLAN=RECIPE.yaml..., a plan being `slow` (rank 1 writes slowly), `once` (its second save meets a full disk),
-`always` (each of its saves does) or `overtaken` (another copy of the run starts while the second save is written).
-How training ended on this rank is left in RECIPE-RANK.json.
+Arguments: FOLDER, then PLAN=RECIPE.yaml..., a plan being `slow` (rank 1 writes slowly), `once` (its second save meets a
+full disk), `always` (each of its saves does), `overtaken` (another copy of the run starts while the second save is
+written), `killed` (rank 1 dies between two files that it uploads, once the first checkpoint is in the store) or another
+(nothing goes wrong). How training ended on this rank is left in RECIPE-RANK.json, and what it chose in
+FOLDER/views-RANK.json; FOLDER may be -.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,11 +23,21 @@ import torch
 from parallel.host_copies import TensorFile
 from parallel.process import World, exit_now, initialize, shutdown
 from pretrain.agreement import SharedUserError
-from pretrain.checkpoints import Checkpoints
+from pretrain.checkpoint_store import CheckpointStore
+from pretrain.checkpoints import (
+    CHECKPOINTS_FOLDER,
+    MANIFEST,
+    Checkpoints,
+    checkpoint_name,
+    list_checkpoints,
+    publish,
+)
 from pretrain.loop import train
 from pretrain.phases import load_phases
+from pretrain.resume import choose_checkpoint
+from pretrain.uploads import Uploads
 
-WRITE, PUBLISH = TensorFile.write, Checkpoints._publish
+WRITE, PUBLISH, PUT, BEGIN = TensorFile.write, Checkpoints._publish, CheckpointStore.put, Uploads.begin
 
 
 def go_wrong(plan: str, run: Path, world: World) -> None:
@@ -30,7 +45,7 @@ def go_wrong(plan: str, run: Path, world: World) -> None:
     saves = [0]
 
     def write(file: TensorFile, folder: Path) -> Path:
-        if world.rank == 1 and file.name.startswith("state"):
+        if world.rank == 1 and plan != "killed" and file.name.startswith("state"):
             saves[0] += 1
             if plan == "slow":
                 time.sleep(0.2)
@@ -39,19 +54,62 @@ def go_wrong(plan: str, run: Path, world: World) -> None:
         return WRITE(file, folder)
 
     def publish(checkpoints: Checkpoints, partial: Path, *arguments: Any) -> None:
-        saves[0] += 1
+        saves[0] += plan == "overtaken"
         if plan == "overtaken" and saves[0] == 2:
             newer = json.loads((run / "fence.json").read_text()) | {"number": 2, "token": "newer"}
             (run / "fence.json").write_text(json.dumps(newer))
         PUBLISH(checkpoints, partial, *arguments)
 
-    TensorFile.write, Checkpoints._publish = write, publish
+    def put(store: CheckpointStore, checkpoint: str, *arguments: Any) -> None:
+        if plan == "killed" and world.rank == 1 and checkpoint != checkpoint_name(4):
+            saves[0] += 1
+            if saves[0] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        PUT(store, checkpoint, *arguments)
+
+    def begin(uploads: Uploads) -> None:
+        BEGIN(uploads)
+        while plan == "killed" and list_checkpoints(run / CHECKPOINTS_FOLDER):
+            if uploads._store.has(checkpoint_name(4), MANIFEST):
+                break
+            time.sleep(0.01)
+
+    TensorFile.write, Checkpoints._publish, CheckpointStore.put, Uploads.begin = write, publish, put, begin
+
+
+VIEWS = {"first": ([1], []), "second": ([], [1]), "both": ([1], [1]), "late": ([1], [1, 2]), "none": ([], [])}
+"""The steps of the checkpoints that rank 0 and rank 1 see in a folder of one name."""
+
+
+def choose(folder: Path, world: World) -> dict[str, dict[str, str | None]]:
+    """By view and by --resume, the checkpoint that is chosen, or the error; of a folder below each rank's own."""
+    found: dict[str, dict[str, str | None]] = {}
+    for view, steps in VIEWS.items():
+        own = folder / f"rank-{world.rank}" / view
+        own.parent.mkdir(exist_ok=True)
+        for step in steps[world.rank]:
+            partial = own / ".partial"
+            partial.mkdir(parents=True)
+            publish(partial, own / checkpoint_name(step), {})
+        os.chdir(own.parent)
+        found[view] = {}
+        for resume in ("auto", "never", f"{view}/{checkpoint_name(1)}"):
+            try:
+                chosen = choose_checkpoint(Checkpoints(Path(view), 2, world), resume, print)
+                found[view][resume] = str(chosen)
+            except SharedUserError as error:
+                found[view][resume] = f"error: {error}"
+    return found
 
 
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     world = initialize("cpu")
-    for argument in arguments:
+    if arguments[0] != "-":
+        place, folder = Path.cwd(), Path(arguments[0])
+        (folder / f"views-{world.rank}.json").write_text(json.dumps(choose(folder, world)))
+        os.chdir(place)
+    for argument in arguments[1:]:
         plan, path = argument.split("=")
         phases, ended = load_phases(path), {"type": None, "message": None}
         go_wrong(plan, phases.run.folder, world)

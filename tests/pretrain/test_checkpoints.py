@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,6 +169,46 @@ def test_an_error_of_the_disk_leaves_the_earlier_ones(checkpoints: Checkpoints) 
         checkpoints.save(2, fail)
     assert names(checkpoints) == ["latest", "step-00000001"]
     assert checkpoints.newest_whole(pytest.fail) == whole
+
+
+@pytest.mark.parametrize("at", ["rename", "replace", "rmtree"])
+def test_what_fails_behind_the_publication_takes_it_not_back(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Older ones that stay as they are, or go in part only, and `latest` that keeps its name."""
+    limited = Checkpoints(checkpoints.folder, 1, checkpoints.world)
+    limited.save(1, write)
+    owner = shutil if at == "rmtree" else Path
+    real, said = getattr(owner, at), list[str]()
+
+    def failing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if "step-00000001" in path.name or path.name == ".latest":
+            raise OSError(30, "Read-only file system", str(path))
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, at, failing)
+        newest = limited.save(2, write, report=said.append)
+        assert limited.newest_whole(pytest.fail) == newest
+        assert len(said) == 1 and "Read-only" in said[0] and "the next save tries it again" in said[0]
+    after = limited.save(3, write, report=pytest.fail)
+    assert names(checkpoints) == ["latest", after.name] and (after.parent / "latest").read_text() == f"{after.name}\n"
+
+
+def test_a_name_that_cannot_be_freed_is_not_used_again(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a save of the same step that failed, and whose files stay."""
+    stuck, said = checkpoints.folder / ".partial-step-00000004", list[str]()
+    stuck.mkdir(parents=True)
+    (stuck / "other.bin").write_bytes(b"")
+    remove = shutil.rmtree
+    monkeypatch.setattr(
+        "shutil.rmtree", lambda path, **options: Path(path) == stuck and os.rmdir(path) or remove(path, **options)
+    )
+    newest = checkpoints.save(4, write, report=said.append)
+    assert problems(newest) == [] and not (newest / "other.bin").exists()
+    assert len(said) == 1 and str(stuck) in said[0]
 
 
 @pytest.fixture

@@ -3,16 +3,11 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
-import obstore
 import pytest
-from obstore.store import from_url
 
 from pretrain.data import ShardsConfig, ShardSet, Share, open_shards
 from pretrain.data.damage import Damage, DamagedShard
@@ -306,47 +301,6 @@ def test_locations_are_paths_or_urls():
     assert parse_location("a/b") == Path("a/b")
     assert parse_location("file:///a/b") == Path("/a/b")
     assert parse_location("S3://Bucket/a//b/") == "s3://Bucket/a//b"
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """moto's server, as a process of its own, and the client's environment for it."""
-    log = tmp_path_factory.mktemp("moto") / "log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from moto.server import main; main(['-p', '0'])"], stdout=output, stderr=output
-        )
-    try:
-        endpoint = moto_endpoint(process, log)
-        yield endpoint
-    finally:
-        process.kill()
-        process.wait()
-
-
-def moto_endpoint(process, log):
-    deadline = time.monotonic() + 60
-    while "Running on http://127.0.0.1:" not in log.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    return "http://127.0.0.1:" + log.read_text().partition("Running on http://127.0.0.1:")[2].split()[0]
-
-
-@pytest.fixture
-def bucket(s3, monkeypatch):
-    """A bucket; what is put into it."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3,
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request"}
-    urllib.request.urlopen(urllib.request.Request(f"{s3}/data", b"", headers, method="PUT")).close()
-    store = from_url("s3://data", client_options={"allow_http": True})
-    return lambda name, content: obstore.put(store, name, content)
 
 
 def test_a_set_on_s3_is_the_local_one_and_its_damage_is_named(bucket, config, local):

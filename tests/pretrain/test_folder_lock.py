@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from parallel.process import World
 from pretrain.agreement import SharedUserError
 from pretrain.fence import FencedOffError, take_fence
-from pretrain.folder_lock import LOCK_FILE, alone_in
+from pretrain.folder_lock import LOCK_FILE, BusyError, alone_in, locked
 from pretrain.loop import train
 from pretrain.phases import load_phases
 from tests.training_cases import make_data, write_recipe
@@ -81,6 +83,34 @@ def test_the_next_copy_of_a_job_is_let_in_beside_the_one_that_was_cut_off(
             newer.check()
             with pytest.raises(FencedOffError):
                 older.check()
+
+
+def test_a_copy_that_was_let_in_takes_the_lock_when_the_older_one_ends(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.folder_lock.SECONDS_BETWEEN_TRIES", 0.01)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    entry = {"number": 1, "token": "older", "job": "7", "restart": None}
+    (tmp_path / "fence.json").write_text(json.dumps(entry))
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / LOCK_FILE)], stdout=subprocess.PIPE) as older:
+        assert older.stdout is not None and older.stdout.readline()
+        with alone_in(tmp_path, world):
+            older.kill()
+            older.wait()
+            deadline = time.monotonic() + 30
+            while is_free(tmp_path) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert not is_free(tmp_path), "nothing keeps a third run out"
+        assert is_free(tmp_path)
+
+
+def is_free(folder: Path) -> bool:
+    try:
+        with locked(folder, busy="", place=""):
+            return True
+    except BusyError:
+        return False
 
 
 def test_a_folder_without_locks_is_said_and_used(

@@ -5,12 +5,17 @@ run in its time, and says where each rank was.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from parallel.engine import Engine
+from parallel.process import World
 from parallel.watchdog import EXIT_HUNG
+from pretrain import loop
+from pretrain.phases import load_phases
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, make_data, write_recipe
+from tests.training_cases import events, make_data, write_recipe, write_synthetic_recipe
 
 SECONDS = 8
 TRAIN = """
@@ -86,6 +91,26 @@ def test_what_hangs_beside_the_steps_ends_the_run(
     for rank, error in enumerate(finished.errors):
         assert f"rank {rank} of 2 hangs: {doing} is not done after {seconds} s ({field})" in error
         assert ("in asleep" in error) == (rank == 1) and "in _train_alone" in error
+
+
+def test_what_stands_between_phases_has_a_last_resort_too(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a thread that hangs there and holds the interpreter's lock; a process has one, which watchdogs share."""
+    armed, found, build = [False], [], loop.build_engine
+
+    def building(*arguments: Any, **options: Any) -> Engine:
+        found.append(armed[0])
+        return build(*arguments, **options)
+
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: armed.__setitem__(0, True))
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: armed.__setitem__(0, False))
+    monkeypatch.setattr(loop, "build_engine", building)
+    sections = {"schedule": {"kind": "constant", "warmup_tokens": 0}, "evaluation": {"every_tokens": None}}
+    recipe = write_synthetic_recipe(tmp_path / "run", steps=1, **sections)
+    loop.train(load_phases(recipe, [("phases", PHASES)]), world)
+    assert found == [True, True]
+    assert armed == [False], "and none is left behind the end"
 
 
 ABSENT = """

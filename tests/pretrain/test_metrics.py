@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import threading
@@ -22,6 +23,12 @@ from pretrain.metrics import RunLog, Stopwatch, duration
 from pretrain.phases import load_phases
 from pretrain.resume import TrainerState
 from tests.training_cases import write_recipe
+
+
+@pytest.fixture(autouse=True)
+def files_sort_as_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one second are read by the text of their number in this process, and a 10 stands before a 9."""
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid.get", itertools.count(1000).__next__)
 
 
 def open_log(folder: Path, *, is_main: bool = True, start_step: int = 0) -> RunLog:
@@ -55,6 +62,33 @@ def test_curves_of_a_resumed_run_have_no_doubled_points(tmp_path: Path) -> None:
     reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert reader.Tags()["scalars"] == ["train/loss"]
     assert [(point.step, point.value) for point in reader.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_the_last_checkpoint_and_the_last_error_are_texts_beside_the_curves(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.event("start")
+    log.event("step", step=4)
+    log.event("save", step=4, checkpoint="checkpoints/step-00000004")
+    log.event("save_failed", step=6, message="no space left")
+    log.event("step", step=7)
+    log.event("error", type="ValueError", message="bad")
+    log.close()
+    with open(tmp_path / "run.jsonl", "a") as file:  # as the launcher writes it
+        file.write('{"event": "crash", "message": "rank 1: killed by SIGKILL"}\n')
+    again = open_log(tmp_path, start_step=8)
+    again.restarted(8)
+    again.event("resume")
+    again.close()
+    open_log(tmp_path, start_step=9).close()
+    reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    shown = {
+        name: [(point.step, point.tensor_proto.string_val[0].decode()) for point in reader.Tensors(name)]
+        for name in reader.Tags()["tensors"]
+    }
+    assert shown == {
+        "run/last_checkpoint/text_summary": [(4, "checkpoints/step-00000004")],
+        "run/last_error/text_summary": [(6, "no space left"), (7, "bad"), (8, "rank 1: killed by SIGKILL")],
+    }
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

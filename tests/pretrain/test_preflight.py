@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.process import World
+from pretrain.checkpoints import Checkpoints
 from pretrain.gpu_health import memory_errors, wrong_products
 from pretrain.guards_config import GuardsConfig
-from pretrain.preflight import Facts, source_hash, warnings_of
+from pretrain.preflight import Facts, left_bytes, source_hash, warnings_of
 from tests.distributed_helper import run_ranks
 from tests.pretrain.preflight_worker import CASES
 from tests.training_cases import events, pretrain, write_recipe
@@ -66,6 +68,40 @@ def test_what_spoils_a_run_ends_it_with_rank_host_and_fix(seen: dict[str, Any], 
     assert expected.format(host=HOST, source=source_hash(), torch=version("torch")) in message
 
 
+def test_what_killed_saves_left_counts_as_free(
+    seen: dict[str, Any], tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "error" not in seen["left"] and 2e-3 <= seen["left"]["fields"]["free_gigabytes"] < 2.2e-3
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, world)
+
+    def write(folder: Path) -> list[Path]:
+        (folder / "weights").write_bytes(bytes(10**6))
+        return [folder / "weights"]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    assert left_bytes(checkpoints.folder) == 0, "there is no such folder yet"
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr("pretrain.checkpoints.publish", killed)
+        patches.setattr("pretrain.checkpoints._write_manifest", killed)
+        checkpoints.save(1, write)
+    assert 10**6 <= left_bytes(checkpoints.folder) < 1.1 * 10**6
+    checkpoints.save(2, write)
+    assert left_bytes(checkpoints.folder) == 0, "the next save has removed it"
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr("shutil.rmtree", killed)
+        checkpoints.save(3, write)
+    assert left_bytes(checkpoints.folder) >= 10**6
+
+
+def test_folders_that_are_not_shared_are_found_before_the_first_step(seen: dict[str, Any]) -> None:
+    message = seen["apart"]["error"]
+    assert f"/rank1/run on {HOST} is not the one that rank 0 has on {HOST}" in message
+    assert "give a --folder on a file system that all nodes share" in message
+    assert seen["apart"]["files"] == ["run/.lock", "run/fence.json"], "nothing was begun"
+
+
 def test_a_clock_that_is_ahead_is_warned_of(seen: dict[str, Any]) -> None:
     (warning,) = seen["clock"]["fields"]["warnings"]
     assert warning.startswith(f"the clock of rank 1 on {HOST} is 60.0 s ahead of that of rank 0 on {HOST}")
@@ -106,7 +142,7 @@ def test_a_run_on_a_full_disk_does_not_begin(data: Path, mount_disk: Callable[[s
     folder = mount_disk("64k") / "run"
     recipe = write_recipe(data, folder.parent.parent / "run")
     finished = pretrain(recipe, "--folder", str(folder), check=False)
-    assert finished.codes == [1], "which a launcher tries again"
+    assert finished.codes == [74], "which a launcher tries again"
     assert f"error: preflight:\n  rank 0 on {HOST}: {folder} has " in finished.errors[0]
     assert "one checkpoint takes about" in finished.errors[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from parallel.engine import Engine
 from parallel.host_copies import HostCopies, SavedFile, TensorFile
 from parallel.process import World
 from pretrain.checkpoint_config import CheckpointConfig
+from pretrain.checkpoint_store import CheckpointStore
 from pretrain.checkpoints import Checkpoints, SaveError, problems
 from pretrain.loop import train
 from pretrain.metrics import RunLog
@@ -28,7 +30,7 @@ from pretrain.resume import TrainerState
 from pretrain.saver import Saver
 from tests.checkpoint_cases import NoWatchdog
 from tests.distributed_helper import run_ranks
-from tests.training_cases import events, losses, write_recipe
+from tests.training_cases import events, losses, pretrain, write_recipe
 
 SECONDS = 30.0
 """After which what is waited for will not come any more."""
@@ -63,7 +65,8 @@ MakeSaver = Callable[..., Saver]
 def make_saver(tmp_path: Path, world: World, told: Told) -> MakeSaver:
     def make(*, last_tokens: int = 0, **fields: Any) -> Saver:
         config = CheckpointConfig(**fields)
-        return Saver(Checkpoints(tmp_path, config.keep, world), config, told, NoWatchdog(), last_tokens=last_tokens)
+        checkpoints = Checkpoints(tmp_path, config.keep, world, staging=config.staging)
+        return Saver(checkpoints, config, told, NoWatchdog(), last_tokens=last_tokens)
 
     return make
 
@@ -357,7 +360,102 @@ def test_a_run_goes_on_behind_a_full_disk_and_says_so(
     assert [p.step for p in reader.Scalars("checkpoint/write_seconds")] == [12]
 
 
-PLANS = ("slow", "once", "always", "overtaken")
+def test_what_cannot_be_removed_is_an_alarm_and_tried_again(
+    make_saver: MakeSaver,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    remove, saved = shutil.rmtree, files_of(torch.ones(9))
+
+    def busy(path: Path, **options: Any) -> None:
+        if "step-00000001" in Path(path).name:
+            raise OSError(16, "Device or resource busy", str(path))
+        remove(path, **options)
+
+    with make_saver(keep=1) as saver:
+        saver.save(state_at(1), saved, stays=False, wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", busy)
+            saver.save(state_at(2), saved, stays=False, wait=True)
+            saver.save(state_at(3), saved, stays=False, wait=True)
+        left = tmp_path / ".removed-step-00000001"
+        assert names(tmp_path) == ["step-00000003"] and left.is_dir()
+        assert [(e["event"], e["step"]) for e in told.events] == [
+            ("save", 1),
+            ("save_alarm", 2),
+            ("save", 2),
+            ("save_alarm", 3),
+            ("save", 3),
+        ]
+        assert all("resource busy" in e["message"] for e in told.events if e["event"] == "save_alarm")
+        assert "step 2: step-00000001 is removed, but not all of it" in capsys.readouterr().err
+        saver.save(state_at(4), saved, stays=False, wait=True)
+    assert not left.exists() and names(tmp_path) == ["step-00000004"] and told.events[-2]["step"] == 3
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_staged_files_become_a_checkpoint_beside_the_steps(
+    make_saver: MakeSaver,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    asynchronous: bool,
+) -> None:
+    """They are on the node's disk when the steps go on, or copied, and what is in the run's folder no half of one."""
+    local = tmp_path_factory.mktemp("local")
+    reached, opened, copy = threading.Event(), threading.Event(), shutil.copyfile
+
+    def held(source: Path, target: Path) -> Path:
+        reached.set()
+        assert opened.wait(SECONDS)
+        return copy(source, target)
+
+    monkeypatch.setattr("shutil.copyfile", held)
+    weights = torch.arange(1000.0)
+    with make_saver(asynchronous=asynchronous, staging=local) as saver:
+        saver.save(state_at(1), files_of(weights), stays=False, wait=False)
+        weights.zero_()  # a step
+        assert reached.wait(SECONDS)
+        saver.look()
+        (staged,) = local.rglob("weights")
+        assert staged.parent.name == "rank-00000" and told.events == [] and names(tmp_path) == []
+        opened.set()
+    assert torch.equal(load(tmp_path / "step-00000001"), torch.arange(1000.0))
+    assert [event["event"] for event in told.events] == ["save"] and not list(local.rglob("weights"))
+
+
+def test_what_cannot_be_brought_from_the_nodes_disk_is_a_save_that_failed(
+    make_saver: MakeSaver, told: Told, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: Any
+) -> None:
+    """The disk of the run is full, then the one of the node; then the copy is altered on its way."""
+    local, copy, calls = tmp_path_factory.mktemp("local"), shutil.copyfile, iter(range(1, 9))
+
+    def failing(source: Path, target: Path) -> Path:
+        number = next(calls)
+        if number == 1:
+            raise OSError(28, "No space left on device", str(target))
+        copied = copy(source, target)
+        if number == 2:
+            copied.write_bytes(b"altered")
+        return copied
+
+    monkeypatch.setattr("shutil.copyfile", failing)
+    fail_writes(monkeypatch, 2)
+    with make_saver(asynchronous=False, staging=local, max_failed_saves=9) as saver:
+        for step in (1, 2, 3, 4):
+            saver.save(state_at(step), files_of(torch.ones(9)), stays=False, wait=False)
+    failed = [event["message"] for event in told.events if event["event"] == "save_failed"]
+    assert [event["step"] for event in told.events] == [1, 2, 3, 4] and len(failed) == 3
+    assert f"no space left for {tmp_path}" in failed[0] and f"no space left for {local}" in failed[1]
+    assert "is not what" in failed[2]
+    assert names(tmp_path) == ["step-00000004"] and not list(tmp_path.glob(".partial*"))
+    assert load(tmp_path / "step-00000004").sum() == 9
+
+
+PLANS = ("slow", "once", "always", "overtaken", "stored")
 
 
 @pytest.fixture(scope="module")
@@ -365,8 +463,10 @@ def together(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plans of the worker on two ranks: a run of three saves for each."""
     folder = tmp_path_factory.mktemp("together")
     fields = {"checkpoint": {"keep": 9, "max_failed_saves": 2}, "evaluation": {"every_tokens": None, "tokens": 64}}
-    recipes = [f"{plan}={write_recipe(data, folder / plan, steps=12, **fields)}" for plan in PLANS]
-    run_ranks(["tests/pretrain/saver_worker.py", *recipes], ranks=2, timeout=180)
+    recipes = [f"{plan}={write_recipe(data, folder / plan, steps=12, **fields)}" for plan in PLANS[:-1]]
+    fields["checkpoint"] |= {"staging": str(folder / "local"), "upload": str(folder / "store"), "asynchronous": False}
+    recipes.append(f"stored={write_recipe(data, folder / 'stored', steps=12, **fields)}")
+    run_ranks(["tests/pretrain/saver_worker.py", str(folder), *recipes], ranks=2, timeout=180)
     return folder
 
 
@@ -412,3 +512,50 @@ def test_both_ranks_end_where_another_copy_took_over(together: Path) -> None:
     assert saves(together / "overtaken") == [("save", 4)]
     assert names(together / "overtaken" / "checkpoints") == ["step-00000004"]
     assert events(together / "overtaken")[-1]["event"] == "step", "its log is the other copy's"
+
+
+def test_ranks_that_see_different_checkpoints_choose_the_same_or_none(together: Path) -> None:
+    first, second = (json.loads((together / f"views-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    for view in ("first", "second"):
+        assert "a file system that all nodes share" in first[view]["auto"]
+    assert "rank 1 on" in first["first"]["auto"] and "step-00000001 is not there" in first["first"]["auto"]
+    assert "rank 0 on" in first["second"]["auto"] and "rank 0 on" in first["second"]["never"]
+    assert "holds 1 checkpoint(s) of an earlier run" in first["first"]["never"]
+    assert "rank 1 on" in first["first"]["first/step-00000001"]
+    assert "no such folder" in first["second"]["second/step-00000001"]
+    assert first["both"]["auto"] == first["both"]["both/step-00000001"] == "both/step-00000001"
+    assert first["late"]["auto"] == first["late"]["late/step-00000001"] == "late/step-00000001", "as rank 0 sees it"
+    assert first["none"]["auto"] == first["none"]["never"] == "None"
+
+
+def test_ranks_stage_and_upload_what_they_would_have_written(together: Path) -> None:
+    assert ended(together, "stored")["type"] is None and saves(together / "stored") == saves(together / "slow")
+    assert sorted(event["step"] for event in events(together / "stored", "upload")) == [4, 8, 12]
+    assert not events(together / "stored", "upload_failed") and not list((together / "local").rglob("*.safetensors"))
+    for name in names(together / "slow" / "checkpoints"):
+        places = [together / "slow" / "checkpoints", together / "stored" / "checkpoints", together / "store"]
+        direct, staged, copy = ({path.name: path.read_bytes() for path in (place / name).iterdir()} for place in places)
+        assert staged == copy and direct.keys() == staged.keys()
+        for file in direct.keys() - {"recipe.yaml", "manifest.json"}:
+            assert direct[file] == staged[file], file
+
+
+def test_a_run_killed_in_an_upload_goes_on_from_the_copy_before_on_a_new_node(together: Path, data: Path) -> None:
+    """Rank 1 dies between two of its files of the checkpoint behind it. The folder is gone then."""
+    store = together / "of_killed"
+    fields = {"checkpoint": {"keep": 9, "upload": str(store)}, "evaluation": {"every_tokens": None, "tokens": 64}}
+    recipe = write_recipe(data, together / "killed", steps=12, **fields)
+    killed = run_ranks(["tests/pretrain/saver_worker.py", "-", f"killed={recipe}"], ranks=2, timeout=180, check=False)
+    assert -signal.SIGKILL in killed.codes, killed.report()
+    copies = CheckpointStore(store)
+    assert copies.checkpoints() == ["step-00000004"] and len(copies.begun()) == 2
+    shutil.rmtree(together / "killed")
+    pretrain(recipe, ranks=2)
+    (resume,) = events(together / "killed", "resume")
+    assert resume["step"] == 4 and not events(together / "killed", "start")
+    expected = losses(together / "slow")
+    assert losses(together / "killed") == {step: expected[step] for step in range(5, 13)}
+    for place in (together / "killed" / "checkpoints", store):
+        assert names(place) == [f"step-{step:08d}" for step in (4, 8, 12)]
+        assert not any(problems(place / name) for name in names(place))

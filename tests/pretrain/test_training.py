@@ -141,6 +141,11 @@ def test_tensorboard_has_the_curves(runs: Path) -> None:
     curves = read_curves(runs / "zero1")
     assert len(curves["train/loss"]) == STEPS
     names = {"train/learning_rate", "train/gradient_norm", "speed/tokens_per_second", "speed/flops"}
+    left = [
+        point.value * speed.value
+        for point, speed in zip(curves["run/seconds_left"], curves["speed/tokens_per_second"], strict=True)
+    ]
+    assert left == pytest.approx([128 * (STEPS - step) for step in range(1, STEPS + 1)], rel=1e-5)
     assert names | {"device/peak_memory_gigabytes", "evaluation/loss", "evaluation/bits_per_byte"} <= curves.keys()
     for layer in ("layer00", "layer01"):
         for statistic in ("alpha", "eta", "theta", "surprise", "weight_norm"):

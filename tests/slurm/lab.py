@@ -71,6 +71,12 @@ class Lab:
             [sys.executable, "-m", "launch", *words], cwd=ROOT, env=known, capture_output=True, text=True
         )
 
+    def status(self, name: str) -> dict[str, Any]:
+        """A run's, as `python -m launch status --json` has it."""
+        result = self.launch(["status", "--json", str(self.folder / name)])
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
     def job_state(self, job: str) -> str | None:
         """As squeue says it; None where the job has ended."""
         result = subprocess.run(

@@ -85,8 +85,10 @@ def preempted(lab: Lab) -> Loss:
 
 
 def time_limit(lab: Lab) -> Loss:
-    """A time limit of a minute, of which the last 25 s are for saving, for a run that takes longer."""
-    job = submit(lab, "limited", "--time", "1", "--signal-seconds", "25", pace=1.0)
+    """A time limit of three minutes, of which the last one is for saving, for a run whose steps alone take longer than
+    what is left. Slurm sends the signal up to a minute early: an attempt has one minute to two to start and train in.
+    """
+    job = submit(lab, "limited", "--time", "3", "--signal-seconds", "60", pace=4.0)
     lab.wait_end("limited", job, seconds=1500)
     codes = [a["exit_code"] for a in lab.attempts("limited")]
     assert len(codes) > 1 and set(codes[:-1]) == {75} and codes[-1] == 0, codes
@@ -103,6 +105,8 @@ def killed_rank(lab: Lab) -> Loss:
     lab.wait_end("killed", job)
     first, last = lab.attempts("killed")
     assert (first["exit_code"], first["rank"], last["exit_code"]) == (137, 1, 0)
+    (crash,) = events(lab.folder / "killed", "crash")
+    assert (crash["rank"], crash["exit_code"], crash["message"]) == (1, 137, "rank 1: killed by SIGKILL")
     return lab.cost("killed")
 
 
@@ -141,6 +145,44 @@ def cut_network(lab: Lab) -> Loss:
     lab.cluster.wait_idle(lab.cluster.nodes)
     resumed, *_ = events(lab.folder / "cut", "resume")
     return dataclasses.replace(lab.cost("cut"), seconds=datetime.fromisoformat(resumed["time"]).timestamp() - since)
+
+
+def cut_between_nodes(lab: Lab) -> Loss:
+    """The network between the two nodes of a job cut for good: each rank waits for the other, and the watchdog, which
+    has 60 s, ends what Slurm does not. The job goes on with the spare in place of the node that is out of reach.
+    """
+    job = submit(lab, "between", parallel={"step_timeout_seconds": 60})
+    lab.wait_step("between", 12)
+    near, far = lab.nodes_of(job)
+    lab.cluster.cut(far)
+    lab.wait_for(lambda: len(events(lab.folder / "between", "resume")) == 1, "the next attempt")
+    assert far not in lab.nodes_of(job)
+    lab.cluster.heal(far)
+    lab.wait_end("between", job, seconds=1500)
+    assert lab.attempts("between")[-1]["exit_code"] == 0
+    lab.cluster.wait_idle(lab.cluster.nodes)
+    return lab.cost("between")
+
+
+def stopped(lab: Lab) -> Loss:
+    """`launch stop`, and the run submitted again."""
+    job = submit(lab, "stopped")
+    lab.wait_step("stopped", 10)
+    asked = lab.launch(["stop", str(lab.folder / "stopped")])
+    assert asked.returncode == 0 and f"asked job {job} to save and end" in asked.stderr, asked
+    lab.wait_end("stopped", job)
+    (attempt,) = lab.attempts("stopped")
+    assert (attempt["exit_code"], attempt["reason"]) == (75, "stopped for good, as was asked")
+    status = lab.status("stopped")
+    assert (status["state"], status["step"]) == ("stopped", lab.step("stopped"))
+    assert Path(status["checkpoint"]).name == f"step-{status['step']:08d}" and status["last_error"] is None
+    again = submit(lab, "stopped")
+    assert again != job
+    lab.wait_end("stopped", again)
+    assert [a["exit_code"] for a in lab.attempts("stopped")] == [75, 0]
+    cost = lab.cost("stopped")
+    assert cost.steps == 0
+    return cost
 
 
 def restarted_controller(lab: Lab) -> Loss:
@@ -182,6 +224,8 @@ SCENARIOS: dict[str, Callable[[Lab], Loss]] = {
     "a rank killed with SIGKILL": killed_rank,
     "a node lost, a spare takes over": lost_node,
     "network cut and healed, the old copy fenced off": cut_network,
+    "network cut between the nodes of a job": cut_between_nodes,
+    "launch stop, and submitted again": stopped,
     "slurmctld restarted": restarted_controller,
     "a rank asleep in a step (watchdog after 30 s)": hanging_rank,
 }

@@ -22,7 +22,8 @@ from parallel.rank_model import model_of_rank
 from parallel.shares import Held, Share, shares
 from parallel.slices import slice_of
 from parallel.state_files import INDEX_FILE, StateReader, index_file, stream_rank
-from pretrain.checkpoints import MANIFEST, FileEntries, finished_file, publish
+from pretrain.checkpoints import MANIFEST, FileEntries, publish
+from pretrain.durable import finished_file
 from pretrain.errors import UserError
 from pretrain.phases import load_phases
 from pretrain.resume import RECIPE_FILE, read_trainer_state
