@@ -77,7 +77,7 @@ def test_what_is_no_number_is_no_score(
     folder, picture = tmp_path / "model", tmp_path / "map.svg"
     write_exported(folder, "mac", tokenizer=tokenizer_path, diverged=True)
     tasks = ["--ruler", "niah_single_1", "--babi", "qa1", "--haystack", str(book), "--data", str(stories)]
-    arguments = [*tasks, "--lengths", "400", "--samples", "1", "--depths", "20,60"]
+    arguments = [*tasks, "--lengths", "700", "--samples", "1", "--depths", "20,60"]
     drawn = ["--plot", str(picture), "--tensorboard", str(tmp_path / "board")]
     report = run([str(folder), *arguments, *drawn], tmp_path / "out.json")
     assert len(report["prompts"]) == 4 and {prompt["output"] for prompt in report["prompts"]} == {None}
