@@ -47,8 +47,14 @@ def generate(model: TitansLM, tokens: Tensor, *, max_new_tokens: int, **options:
 
     Raises:
         ValueError: an option out of its range.
+        FloatingPointError: logits that are no finite numbers, of which nothing can be chosen.
     """
-    return torch.stack(list(TokenStream(model, tokens, max_new_tokens=max_new_tokens, **options)), dim=1)
+    stream = TokenStream(model, tokens, max_new_tokens=max_new_tokens, **options)
+    made = torch.stack(list(stream), dim=1)
+    if not bool(stream.finite.all()):
+        rows = (~stream.finite).nonzero()[:, 0].tolist()
+        raise FloatingPointError(f"the model's logits are not finite in rows {rows}")
+    return made
 
 
 class TokenStream(Iterator[Tensor]):
@@ -56,6 +62,8 @@ class TokenStream(Iterator[Tensor]):
 
     Attributes:
         state: what the model has read so far: every token but the one that was chosen last. None before the first.
+        finite: [B] bool, whether all logits that a row's tokens were chosen by were finite numbers. A token behind
+            others is chosen as if all were as likely, and means nothing.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class TokenStream(Iterator[Tensor]):
         """Arguments and errors are those of `generate`; options are checked here, before anything runs."""
         _check(max_new_tokens, temperature, top_k, top_p)
         self.state = state
+        self.finite = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
         self._model, self._unread = model, tokens
         self._left, self._stop_token = max_new_tokens, stop_token
         self._stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -87,7 +96,10 @@ class TokenStream(Iterator[Tensor]):
         for piece in self._unread.split(PREFILL_TOKENS, dim=1):
             output = self._model(piece, self.state, num_logits=1)
             self.state = output.state
-        chosen = self._choose(output.logits[:, -1].float())
+        logits = output.logits[:, -1].float()
+        finite = logits.isfinite().all(-1)
+        self.finite &= finite | self._stopped
+        chosen = self._choose(logits.masked_fill(~finite[:, None], 0.0))
         if self._stop_token is not None:
             chosen = chosen.masked_fill(self._stopped, self._stop_token)
             self._stopped |= chosen == self._stop_token

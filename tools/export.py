@@ -74,7 +74,7 @@ def export(
     Args:
         dtype: of the weights.
         overwrite: replace an exported model at `output`.
-        evaluation: results of `python -m tools.evaluate --json` for the model card; None for what the run logged.
+        evaluation: a text's loss by `python -m tools.evaluate --json` for the model card; None for what the run logged.
         max_shard_bytes: of a file of weights.
 
     Raises:
@@ -122,7 +122,8 @@ def parser() -> argparse.ArgumentParser:
         "--evaluation",
         type=Path,
         metavar="JSON",
-        help="results of `python -m tools.evaluate --json` for the model card (default: what the run logged)",
+        help="a text's loss as `python -m tools.evaluate --shards ... --json` wrote it, for the model card (default: "
+        "what the run logged)",
     )
     result.add_argument(
         "--max-shard-bytes",

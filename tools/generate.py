@@ -16,7 +16,7 @@ import torch
 from model.generation import TokenStream
 from pretrain.errors import UserError
 from tools.command import positive_int, read_text, run_command, seed
-from tools.model_directory import LoadedModel, load_model_directory
+from tools.model_directory import NOT_FINITE, LoadedModel, load_model_directory
 from tools.sessions import Session, load_session, merge_sessions, save_session
 
 
@@ -69,6 +69,8 @@ class Continuation:
         begins = [] if unread else [tokenizer.eos_id]
         self._tokens = [*unread, *begins, *tokenizer.encode(prompt)]
         # A session may have ended inside a character, of which it showed U+FFFD: the first token here may complete it.
+        self.length = self._read_before + len(self._tokens) + arguments.max_new_tokens - 1
+        """Tokens that the model has read once all new ones are chosen, those of the session included."""
         self._inside = not prompt and bool(unread) and tokenizer.begins_character(unread[-1])
         try:
             self._stream = TokenStream(
@@ -90,12 +92,17 @@ class Continuation:
 
         Yields only text that later tokens can't change: bytes of an unfinished character are held back. What was
         yielded is not decoded again, so that a token's time does not grow with the text.
+
+        Raises:
+            UserError: the model's logits are no finite numbers.
         """
         tokens, decode = self._tokens, self._tokenizer.decode
         start, shown = len(tokens) - self._inside, "\ufffd" if self._inside else ""
         if not decode(tokens[:start]):
             start = 0  # the text begins here, and only there the tokenizer's own space is no part of it
         for token in self._stream:
+            if not bool(self._stream.finite.all()):
+                raise UserError(f"the model's logits are not finite behind {len(tokens):,} tokens: {NOT_FINITE}")
             tokens.append(int(token))
             text = decode(tokens[start:], begins=start == 0)
             if text and not text.endswith("\ufffd"):
@@ -124,6 +131,13 @@ def run(arguments: argparse.Namespace) -> None:
     )
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     continuation = Continuation(loaded, prompt, arguments, open_session(loaded, arguments))
+    limit = loaded.config.context_limit
+    if limit is not None and continuation.length > limit:
+        raise UserError(
+            f"the prompt, what was read before it and --max-new-tokens {arguments.max_new_tokens} come to "
+            f"{continuation.length:,} tokens, more than the transformer's context of {limit:,}, the rows of its "
+            "training; give less of them, or a model with a memory"
+        )
     print(prompt, end="", flush=True)
     for piece in continuation.pieces():
         print(piece, end="", flush=True)

@@ -37,6 +37,9 @@ from tools.huggingface.package import remote_files
 from tools.huggingface.tokenizer import UNBOUNDED, refusal, tokenizer_files
 from tools.huggingface.weights import MAX_SHARD_BYTES, write_weights
 
+NOT_FINITE = "its training diverged, or --dtype has too few bits for it; try --dtype float32, or an earlier checkpoint"
+"""For errors of a model that gives no numbers."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:

@@ -75,6 +75,39 @@ def test_a_stream_has_the_state_of_all_but_the_last_token(case, small_model, dra
     assert torch.equal(torch.stack(list(rest)), torch.stack(list(stream)))
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_row_whose_logits_are_no_numbers_is_told_and_leaves_the_others(temperature, small_model, draw_tokens) -> None:
+    model, prompt = small_model("lmm"), draw_tokens(3, 9)
+    options = {"max_new_tokens": 4, "temperature": temperature}
+
+    def state(rows: slice):
+        with torch.no_grad():
+            return model(prompt[rows]).state
+
+    spoilt = state(slice(0, 3))
+    spoilt.layers[0].memory.memory.weights[0][1] = torch.nan
+    stream = TokenStream(model, prompt[:, :1], state=spoilt, generator=torch.Generator().manual_seed(0), **options)
+    made = torch.stack(list(stream), 1)
+    assert stream.finite.tolist() == [True, False, True]
+    sound = TokenStream(
+        model, prompt[:, :1], state=state(slice(0, 3)), generator=torch.Generator().manual_seed(0), **options
+    )
+    assert torch.equal(made[::2], torch.stack(list(sound), 1)[::2]) and bool(sound.finite.all())
+    with pytest.raises(FloatingPointError, match=r"not finite in rows \[1\]"):
+        generate(model, prompt[:, :1], state=spoilt, **options)
+
+
+@torch.no_grad()
+def test_what_a_row_reads_behind_its_stop_token_does_not_count(small_model, draw_tokens) -> None:
+    model, prompt = small_model("lmm"), draw_tokens(2, 5)
+    stop = int(generate(model, prompt[:1], max_new_tokens=1, temperature=0)[0, 0])
+    stream = TokenStream(model, prompt, max_new_tokens=3, temperature=0, stop_token=stop)
+    assert int(next(stream)[0]) == stop
+    stream.state.layers[0].memory.memory.weights[0][0] = torch.nan
+    list(stream)
+    assert stream.finite.tolist() == [True, True]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
 )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sentencepiece
 import torch
+from torch import Tensor
 
 from tests.data_cases import documents
+from tests.tools.huggingface.exported_cases import write_exported
 from tools import generate
 from tools.encoding import Tokenizer
 from tools.sessions import Session
@@ -30,12 +33,23 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Tokenizer.open(path.with_suffix(".model"))
 
 
+class Written:
+    """The stream of tokens of a model."""
+
+    def __init__(self, new: Sequence[int]) -> None:
+        self._tokens = iter(torch.tensor(list(new))[:, None])
+        self.finite = torch.ones(1, dtype=torch.bool)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._tokens
+
+
 def pieces(tokenizer: Any, prompt: str, new: Sequence[int], unread: Sequence[int] | None = None) -> list[str]:
     """Those of a model that writes `new`, behind a session that left `unread`."""
     session = None if unread is None else Session(None, torch.tensor([unread]), 5)
     arguments = generate.parser().parse_args(["model", "--prompt", prompt])
     continuation = generate.Continuation(SimpleNamespace(model=None, tokenizer=tokenizer), prompt, arguments, session)
-    continuation._stream = iter(torch.tensor(list(new))[:, None])
+    continuation._stream = Written(new)
     return list(continuation.pieces())
 
 
@@ -91,3 +105,33 @@ def test_what_a_prompt_ends_with_is_its_own(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("text", ["memory", " memory", "  "])
 def test_a_text_that_begins_with_the_model_is_the_models(tokenizer: Tokenizer, text: str) -> None:
     assert "".join(pieces(tokenizer, "", tokenizer.encode(text))) == text
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_a_model_that_diverged_is_named_and_leaves_no_session(
+    temperature: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_exported(tmp_path / "model", "lmm", diverged=True)
+    session = tmp_path / "session"
+    options = ["--prompt", "ki mo", "--temperature", temperature, "--save-memory", str(session)]
+    assert generate.main([str(tmp_path / "model"), *options]) == 2
+    assert "the model's logits are not finite behind" in capsys.readouterr().err
+    assert not session.exists()
+
+
+def test_a_text_beyond_a_transformers_context_is_refused_before_it_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, saved = tmp_path / "model", str(tmp_path / "session")
+    write_exported(model, "transformer")  # trained on rows of 64 tokens
+    read = 1 + len(Tokenizer.open(model / "tokenizer.model").encode("ki mo ta"))
+    fits = ["--temperature", "0", "--max-new-tokens", str(65 - read)]
+    beyond = ["--max-new-tokens", str(66 - read)]
+    assert generate.main([str(model), "--prompt", "ki mo ta", *fits, "--save-memory", saved]) == 0
+    capsys.readouterr()
+    for options in (["--prompt", "ki mo ta", *beyond], ["--prompt", "ki mo ta " * 64, "--max-new-tokens", "1"]):
+        assert generate.main([str(model), *options]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and "more than the transformer's context of 64, the rows of its training" in said.err
+    assert generate.main([str(model), "--prompt", " ki mo ta re", "--load-memory", saved]) == 2
+    assert "what was read before it" in capsys.readouterr().err

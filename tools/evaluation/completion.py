@@ -10,8 +10,10 @@ from model.generation import TokenStream
 from tools.model_directory import LoadedModel
 
 
-def complete(loaded: LoadedModel, prompts: Tensor, *, max_new_tokens: int, until: Sequence[str] = ()) -> list[str]:
-    """The likeliest continuation of each prompt, as text.
+def complete(
+    loaded: LoadedModel, prompts: Tensor, *, max_new_tokens: int, until: Sequence[str] = ()
+) -> list[str | None]:
+    """The likeliest continuation of each prompt, as text; None where the model's logits are no finite numbers.
 
     A prompt is read in pieces with the state handed on: in the memory of a short one, but for full attention.
 
@@ -31,15 +33,18 @@ def complete(loaded: LoadedModel, prompts: Tensor, *, max_new_tokens: int, until
     made: list[list[int]] = [[] for _ in range(rows)]
     ended = [False] * rows
     for chosen in stream:
-        for row, token in enumerate(chosen.tolist()):
+        for row, (token, finite) in enumerate(zip(chosen.tolist(), stream.finite.tolist(), strict=True)):
             made[row].append(token)
-            ended[row] |= token == tokenizer.eos_id
+            ended[row] |= token == tokenizer.eos_id or not finite
             if until and not ended[row]:
                 text = tokenizer.decode(made[row], begins=False)
                 ended[row] = any(end in text for end in until)
         if all(ended):
             break
-    return [_cut(tokenizer.decode(_before(tokens, tokenizer.eos_id), begins=False), until) for tokens in made]
+    return [
+        _cut(tokenizer.decode(_before(tokens, tokenizer.eos_id), begins=False), until) if finite else None
+        for tokens, finite in zip(made, stream.finite.tolist(), strict=True)
+    ]
 
 
 def _before(tokens: list[int], stop: int) -> list[int]:

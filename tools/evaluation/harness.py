@@ -27,7 +27,7 @@ from parallel.scoring import IGNORED, Rows, read_in_pieces
 from pretrain.errors import UserError
 from tools.evaluation.completion import complete
 from tools.huggingface.tokenizer import UNBOUNDED
-from tools.model_directory import LoadedModel
+from tools.model_directory import NOT_FINITE, LoadedModel
 
 TokenRequest = tuple[Any, list[int], list[int]]
 """What was asked, for messages; the context's tokens, at least one; the tokens whose likelihood is asked for."""
@@ -193,10 +193,7 @@ class TransformersLM(_Divided, HFLM):
 def require_finite(answers: Sequence[tuple[float, bool]]) -> list[tuple[float, bool]]:
     """The (log-likelihood, is greedy) of requests; raises UserError where one is no finite number."""
     if not all(math.isfinite(likelihood) for likelihood, _ in answers):
-        raise UserError(
-            "the model's likelihoods are not finite: its training diverged, or --dtype has too few bits for it; try "
-            "--dtype float32, or an earlier checkpoint"
-        )
+        raise UserError(f"the model's likelihoods are not finite: {NOT_FINITE}")
     return list(answers)
 
 

@@ -23,7 +23,7 @@ def draw_heat_map(path: Path, cells: Sequence[Mapping[str, Any]], *, title: str)
 
     Args:
         path: its suffix says the format.
-        cells: each with task, setting, length, depth (None: facts lie all over the text) and score.
+        cells: each with task, setting, length, depth (None: facts lie all over the text) and score (nan: none).
         title: above all panels.
 
     Raises:
@@ -46,15 +46,14 @@ def draw_heat_map(path: Path, cells: Sequence[Mapping[str, Any]], *, title: str)
 def _panel(axes: Any, cells: Sequence[Mapping[str, Any]]) -> None:
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells}, key=lambda depth: -1.0 if depth is None else depth)
-    scores = np.full((len(depths), len(lengths)), np.nan)
+    scores = np.full((len(depths), len(lengths)), np.nan)  # which stays without a colour
     for cell in cells:
         scores[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["score"]
     # Cividis is told apart by the colour-blind too.
     axes.imshow(scores, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for (row, column), score in np.ndenumerate(scores):
-        if not np.isnan(score):
-            colour = "black" if score > 0.5 else "white"
-            axes.text(column, row, f"{100 * score:.0f}", ha="center", va="center", color=colour)
+        text = "not finite" if np.isnan(score) else f"{100 * score:.0f}"
+        axes.text(column, row, text, ha="center", va="center", color="white" if score <= 0.5 else "black")
     axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
     axes.set_yticks(range(len(depths)), ["all over" if depth is None else f"{100 * depth:g} %" for depth in depths])
     axes.set_xlabel("tokens")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ from tools.evaluation.names import listed
 from tools.evaluation.prompts import Prompt
 from tools.evaluation.ranks import join
 from tools.evaluation.results import setting_name, tensorboard_scalars, write_results
-from tools.model_directory import LoadedModel, load_model_directory
+from tools.model_directory import NOT_FINITE, LoadedModel, load_model_directory
 
 NEEDLE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of needles where none are asked for."""
@@ -58,11 +59,12 @@ class Answered:
 
     prompt: dict[str, Any]
     """`Prompt.fields`."""
-    output: str
+    output: str | None
+    """None where the model's logits were no finite numbers; scores are nan then: no answer is not a wrong one."""
     scores: dict[str, float]
 
     def fields(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready, but for nan."""
         return {**self.prompt, "output": self.output, **self.scores}
 
 
@@ -155,16 +157,19 @@ def ask(
         prompts = [task.make(length, depth, sample) for depth, sample in cells]
         tokens = torch.from_numpy(np.stack([prompt.tokens for prompt in prompts])).long()
         outputs = complete(loaded, tokens, max_new_tokens=task.answer_tokens, until=task.until)
-        answered += [
-            Answered(prompt.fields(), output, task.judge(prompt, output))
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ]
+        answered += [_answered(task, prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
         done += length * len(cells)
         if progress is not None:
             progress.update(done, f"{task.name} at {length:,} tokens")
     if progress is not None:
         progress.close()
     return answered
+
+
+def _answered(task: Task, prompt: Prompt, output: str | None) -> Answered:
+    if output is not None:
+        return Answered(prompt.fields(), output, task.judge(prompt, output))
+    return Answered(prompt.fields(), None, dict.fromkeys(task.judge(prompt, ""), math.nan))
 
 
 def _batches(
@@ -183,7 +188,7 @@ def _batches(
 
 
 def cells_of(answered: Sequence[Answered], setting: Callable[[str], str]) -> list[dict[str, Any]]:
-    """Means over the samples of each task, length and depth, with their standard errors; JSON-ready.
+    """Means over the samples of each task, length and depth, with their standard errors; nan where one has no answer.
 
     Args:
         setting: from a task's name to the name of how it was asked.
@@ -219,6 +224,8 @@ def _report(arguments: argparse.Namespace, tasks: Sequence[Task], answered: list
             total = sum(cell["samples"] for cell in found)
             by_length.setdefault(name, {})[length] = sum(cell["score"] * cell["samples"] for cell in found) / total
     _print(by_length, setting)
+    if lost := sum(one.output is None for one in answered):
+        print(f"warning: {lost:,} of {len(answered):,} prompts: logits are not finite: {NOT_FINITE}", file=sys.stderr)
     prompts = sorted(answered, key=lambda one: (one.prompt["task"], one.prompt["length"], one.prompt["depth"] or 0.0))
     write_results(
         arguments,
@@ -232,6 +239,7 @@ def _report(arguments: argparse.Namespace, tasks: Sequence[Task], answered: list
         f"{name}/{length} ({setting(name)})": score
         for name, scores in by_length.items()
         for length, score in scores.items()
+        if math.isfinite(score)
     }
     tensorboard_scalars(arguments, "long_context", scalars)
     if arguments.plot is not None:  # last: should it fail, the numbers are there
@@ -242,5 +250,9 @@ def _print(by_length: dict[str, dict[int, float]], setting: Callable[[str], str]
     lengths = list(next(iter(by_length.values())))
     table = Table("task", "setting", *(f"{length:,}" for length in lengths), title="score by tokens of the prompt, %")
     for name, scores in by_length.items():
-        table.add_row(name, setting(name), *(f"{100 * scores[length]:.1f}" for length in lengths))
+        table.add_row(name, setting(name), *(_percent(scores[length]) for length in lengths))
     Console(width=max(100, Console().width)).print(table)
+
+
+def _percent(score: float) -> str:
+    return f"{100 * score:.1f}" if math.isfinite(score) else "not finite"

@@ -132,11 +132,14 @@ def logged_evaluation(checkpoint: Path, step: int) -> dict[str, Any] | None:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """What `python -m tools.evaluate --json` wrote; raises UserError for another file."""
+    """What `tools.evaluate --json` wrote of a text's loss; raises UserError for another file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--evaluation {path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("loss"), float):
-        raise UserError(f"--evaluation {path}: holds no loss; give a file that `python -m tools.evaluate --json` wrote")
+        raise UserError(
+            f"--evaluation {path}: holds no loss; give what `python -m tools.evaluate MODEL --shards` or `--input` "
+            "wrote with --json, of a model whose loss is finite"
+        )
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,19 @@ STORIES = {
     "qa7": "1 Mary got the milk.\n2 How many objects is Mary carrying? \tone\t1\n3 Mary dropped the milk.\n"
     "4 How many objects is Mary carrying? \tnone\t1 3\n",
 }
+
+
+def answer_by_reading(text: str) -> str:
+    """An oracle: the answer to the question that a prompt's text ends with, by what stands in the text."""
+    if "\nQuestion: " not in text:
+        asked = text.rsplit("?", 1)[0].rsplit("\n", 1)[1]
+        found = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", text)
+        return " ".join(value for key, value in found if re.search(rf"\b{re.escape(key)}\b", asked))
+    text = text.rsplit("\n\n", 1)[-1]  # examples before it have their own answers
+    if "How many" in text:
+        return " none." if "Mary dropped" in text else " one."
+    name = text.rsplit("Where is ", 1)[1].split("?")[0]
+    return " " + re.findall(rf"{name} went to the (\w+)\.", text)[-1]
 
 
 def write_published(folder: Path) -> Path:

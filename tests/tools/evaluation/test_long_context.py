@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed_helper import ROOT, run_ranks
 from tests.model_cases import CASES
+from tests.tools.evaluation.evaluation_cases import answer_by_reading
 from tests.tools.huggingface.exported_cases import write_exported
 from tools import evaluate
 from tools.evaluation import long_context
@@ -28,19 +29,8 @@ def command(model: Path, book: Path, stories: Path, *options: str) -> list[str]:
 
 
 def looked_up(loaded: LoadedModel, prompts: torch.Tensor, **_: Any) -> list[str]:
-    """Answers by reading the prompts' text; stories by their last line."""
-    return [answer_of(loaded.tokenizer.decode(prompt.tolist())) for prompt in prompts]
-
-
-def answer_of(text: str) -> str:
-    if "Question: " not in text:
-        asked = text.rsplit("?", 1)[0].rsplit("\n", 1)[1]
-        found = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", text)
-        return " ".join(value for key, value in found if f" {key} " in asked)
-    if "How many" in text:
-        return " none." if "Mary dropped" in text else " one."
-    name = text.rsplit("Where is ", 1)[1].split("?")[0]
-    return " " + re.findall(rf"{name} went to the (\w+)\.", text)[-1]
+    """Answers by reading the prompts' text."""
+    return [answer_by_reading(loaded.tokenizer.decode(prompt.tolist())) for prompt in prompts]
 
 
 def run(arguments: list[str], output: Path) -> dict[str, Any]:
@@ -78,6 +68,34 @@ def test_an_oracle_finds_everything_and_a_constant_nothing(
     assert png.read_bytes().startswith(b"\x89PNG")
     settings = {cell["task"]: cell["setting"] for cell in report["cells"]}
     assert settings["qa1"] == "fine-tuned, few-shot (1)" and settings["niah_single_1"] == "fine-tuned, zero-shot"
+
+
+def test_what_is_no_number_is_no_score(
+    mac: Path, book: Path, stories: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Neither 0 nor 100: null, and told, while what was answered keeps its score."""
+    folder, picture = tmp_path / "model", tmp_path / "map.svg"
+    write_exported(folder, "mac", tokenizer=tokenizer_path, diverged=True)
+    tasks = ["--ruler", "niah_single_1", "--babi", "qa1", "--haystack", str(book), "--data", str(stories)]
+    arguments = [*tasks, "--lengths", "700", "--samples", "1", "--depths", "20,60"]
+    drawn = ["--plot", str(picture), "--tensorboard", str(tmp_path / "board")]
+    report = run([str(folder), *arguments, *drawn], tmp_path / "out.json")
+    assert len(report["prompts"]) == 4 and {prompt["output"] for prompt in report["prompts"]} == {None}
+    assert {cell["score"] for cell in report["cells"]} == {None} == {prompt["score"] for prompt in report["prompts"]}
+    said = capsys.readouterr()
+    assert said.out.count("not finite") == 2 and "warning: 4 of 4 prompts: logits are not finite" in said.err
+    assert picture.read_text().count("not finite") == 4
+    board = EventAccumulator(str(tmp_path / "board"))
+    assert board.Reload().Tags()["scalars"] == []
+
+    def half(loaded: LoadedModel, prompts: torch.Tensor, **_: Any) -> list[str | None]:
+        return [looked_up(loaded, prompts)[0], *[None] * (len(prompts) - 1)]
+
+    monkeypatch.setattr(long_context, "complete", half)
+    cells = run([str(mac), *arguments], tmp_path / "out.json")["cells"]
+    assert {cell["depth"]: cell["score"] for cell in cells if cell["task"] == "qa1"} == {0.2: 1.0, 0.6: None}
+    said = capsys.readouterr()
+    assert said.out.count("not finite") == 2 and "warning: 2 of 4 prompts" in said.err
 
 
 def test_a_model_is_asked_by_one_rank_or_two_alike(mac: Path, book: Path, stories: Path, tmp_path: Path) -> None:
@@ -164,11 +182,12 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-def peak_of(model: Path, length: int) -> int:
-    """Bytes at most that a process held which asked one question of `length` tokens."""
-    options = ["--ruler", "niah_single_1", "--lengths", str(length), "--samples", "1", "--depths", "50"]
+def peak_of(model: Path, book: Path, stories: Path, length: int, output: Path) -> int:
+    """Bytes at most that a process held which asked two questions of `length` tokens: for a needle and of a story."""
+    tasks = ["--ruler", "niah_single_1", "--babi", "qa1", "--haystack", str(book), "--data", str(stories)]
+    options = ["--lengths", str(length), "--samples", "1", "--depths", "50", "--json", str(output)]
     finished = subprocess.run(
-        [sys.executable, "-c", PEAK, str(model), *options], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", PEAK, str(model), *tasks, *options], cwd=ROOT, capture_output=True, text=True, check=True
     )
     return int(finished.stdout.rsplit("peak ", 1)[1])
 
@@ -176,15 +195,22 @@ def peak_of(model: Path, length: int) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kilobytes are Linux's unit of the peak")
 def test_two_million_tokens_take_the_memory_of_a_short_text(
-    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer_path: Path, book: Path, stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Longer chunks than the other tests' models have: they take a tenth of the time.
-    memory = {"depth": 2, "expansion": 2, "chunk": 64}
-    monkeypatch.setitem(CASES, "mac-long", {"variant": "mac", "segment": 256, "num_persistent": 3, "memory": memory})
+    # One layer, and longer chunks than the other tests' models have: they take a tenth of the time.
+    memory = {"depth": 2, "expansion": 2, "chunk": 128}
+    case = {"variant": "mac", "num_layers": 1, "segment": 256, "num_persistent": 3, "memory": memory}
+    monkeypatch.setitem(CASES, "mac-long", case)
     write_exported(tmp_path / "model", "mac-long", tokenizer=tokenizer_path)
-    short, long = peak_of(tmp_path / "model", 1 << 15), peak_of(tmp_path / "model", 1 << 21)
+    output = tmp_path / "out.json"
+    short, long = (peak_of(tmp_path / "model", book, stories, length, output) for length in (1 << 15, 1 << 21))
+    print(f"peak of 32K tokens {short / 2**20:.0f} MiB, of 2M {long / 2**20:.0f} MiB")
     # A prompt's own tokens, as int32, as int64, and in the making.
     assert long - short < 100 * 2**20
+    needle, story = json.loads(output.read_text())["prompts"]
+    for prompt, spare in ((needle, 128), (story, 20)):
+        assert prompt["prompt_tokens"] + spare == prompt["length"] == 1 << 21
+        assert all(abs(fact["token"] - (1 << 20)) < 2000 for fact in prompt["facts"])
 
 
 def test_every_rank_has_prompts_of_a_length() -> None:

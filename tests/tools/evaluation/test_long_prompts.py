@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pretrain.errors import UserError
-from tests.tools.evaluation.evaluation_cases import STORIES
+from tests.tools.evaluation.evaluation_cases import STORIES, answer_by_reading
 from tools.encoding import Tokenizer
 from tools.evaluation.answers import names_answer, share_found
 from tools.evaluation.babi import babi_prompt, read_babi
@@ -51,13 +50,6 @@ def assert_right(prompt: Prompt, tokenizer: Tokenizer, haystack: Haystack, answe
     )
 
 
-def looked_up(prompt: Prompt, text: str) -> str:
-    """An oracle: the values of the keys that the question names, read from the prompt's text."""
-    values = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", text)
-    asked = prompt.question.split("?")[0]
-    return ", ".join(value for key, value in values if re.search(rf"\b{re.escape(key)}\b", asked))
-
-
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_needle_prompts_of_every_kind(name: str, tokenizer: Tokenizer, essays: Haystack, noise: Haystack) -> None:
     task = TASKS[name]
@@ -77,7 +69,7 @@ def test_needle_prompts_of_every_kind(name: str, tokenizer: Tokenizer, essays: H
         assert first.depth == depth
         assert len(prompt.answers) == task.num_values * task.num_queries
         assert len(prompt.facts) == task.num_keys * task.num_values
-        assert share_found(looked_up(prompt, text), prompt.answers) == 1
+        assert share_found(answer_by_reading(text), prompt.answers) == 1
         assert share_found("The special magic number is 0000000.", prompt.answers) == 0
         again = needle_prompt(name, tokenizer, haystack, depth=depth, sample=0, **options)
         assert np.array_equal(again.tokens, prompt.tokens)
@@ -94,6 +86,8 @@ def test_needle_prompts_of_every_length(
     for depth in DEPTHS:
         prompt = needle_prompt(name, tokenizer, haystack, length=length, depth=depth, sample=2, seed=0)
         assert_right(prompt, tokenizer, haystack, 128)
+        assert share_found(answer_by_reading(tokenizer.decode(prompt.tokens)), prompt.answers) == 1
+        assert share_found("The special magic number is 0000000.", prompt.answers) == 0
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -109,6 +103,9 @@ def test_story_prompts_of_every_length(
     assert depth is None or {fact.depth for fact in prompt.facts} == {depth}
     story = next(story for story in task.stories if story.facts == tuple(fact.text for fact in prompt.facts))
     assert story.question == prompt.question
+    read = answer_by_reading(tokenizer.decode(prompt.tokens))
+    assert names_answer(read, prompt.answers[0], prompt.question, task.labels) == 1
+    assert names_answer(" moon", prompt.answers[0], prompt.question, task.labels) == 0
     judged = [names_answer(f" {text}\n", prompt.answers[0], prompt.question, task.labels) for text in task.labels]
     assert sum(judged) == 1
     shown = tokenizer.decode(prompt.tokens[: prompt.context.start])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pretrain.errors import UserError
 from pretrain.exported import ExportedWeights, check_files, read_config
 from pretrain.initialization import is_exported, open_initial_weights
+from tests.tools.huggingface.exported_cases import write_exported
 from tools.model_directory import load_model_directory
 
 
@@ -43,6 +44,16 @@ def test_what_transformers_writes_again_has_the_bytes_that_were_exported(
         # Its code was written along, and a model of it is the same once more.
         once_more = hf.AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
         assert torch.equal(once_more(ids).logits, own(ids).logits)
+
+
+@torch.no_grad()
+def test_weights_in_several_files_are_loaded_as_those_in_one(hf: Any, tokenizer_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    own = write_exported(folder, "mac", tokenizer=tokenizer_path, max_shard_bytes=4000)
+    assert len(list(folder.glob("model-0*.safetensors"))) > 3 and not (folder / "model.safetensors").exists()
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = torch.arange(4, 40)[None]
+    assert torch.equal(model(ids).logits, own(ids).logits)
 
 
 def test_what_was_learned_in_transformers_comes_back(hf: Any, exported, tmp_path: Path) -> None:
