@@ -92,19 +92,14 @@ def scaled(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, parts: int) -> Tensor:
-    """`parts` matrices above each other, [N, parts * i, o], as [N, parts, narrow, wide] of contiguous memory."""
+    """`parts` matrices above each other, [N, parts * i, o], as [N, parts, narrow, wide], a view."""
     x = x.unflatten(1, (parts, -1))
-    return (x.mT if x.shape[-2] > x.shape[-1] else x).contiguous()
+    return x.mT if x.shape[-2] > x.shape[-1] else x
 
 
 def turned_back(x: Tensor, narrows: bool) -> Tensor:
-    """[N, parts, narrow, wide] as [N, parts * i, o], in memory of its own."""
-    return (x.mT if narrows else x).clone(memory_format=torch.contiguous_format).flatten(1, 2)
-
-
-def turned_start(learned: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """W_0 [N, i, o] of each layer as [N, narrow, wide]."""
-    return [None if w0 is None else turned(w0, 1).squeeze(1) for w0 in learned]
+    """[N, parts, narrow, wide] as [N, parts * i, o]; in memory of its own where it is transposed."""
+    return (x.mT if narrows else x).flatten(1, 2)
 
 
 def step_scale(theta: Tensor, eta: Tensor) -> Tensor:
@@ -129,11 +124,10 @@ def bounded_steps(theta: Tensor, scale: Tensor, products: Tensor, bound: float, 
 class GroupTrace(NamedTuple):
     """All chunks' states and writes, one entry a layer."""
 
-    states: list[
-        Tensor
-    ]  # L, at each chunk's start; here turned, [n, N, 2, ...], Triton's kernels have [n, N, 2 * i, o]
+    states: list[Tensor]  # L, at each chunk's start: [n, N, 2, narrow, wide]; of Triton's kernels [n, N, 2 * i, o]
     writes: list[LayerWrites]  # L, of [n, N, C, ...]
     end: list[Tensor] | None  # L x [N, 2 * i, o], after the last chunk, if asked for
+    learned: Sequence[Tensor | None] = ()  # W_0, turned, where states are; None when the memory forgets to zero
 
 
 def write_group(
@@ -153,7 +147,8 @@ def write_group(
         with_end: also compute the state after the last chunk.
         for_gradient: also keep what the gradient takes: the writes' `outputs`, `pulled` and `products`.
     """
-    learned, num_chunks, states = turned_start(learned), tokens.k.shape[0], []
+    learned = [None if w0 is None else turned(w0, 1).squeeze(1).contiguous() for w0 in learned]
+    num_chunks, states = tokens.k.shape[0], []
     for start in (turned(s, 2) for s in state):
         states.append(start.new_empty(num_chunks + with_end, *start.shape))
         states[-1][0] = start
@@ -178,8 +173,8 @@ def write_group(
     after = None
     if with_end:
         # In memory of its own: a view would keep all the group's states alive for as long as it is.
-        after = [turned_back(s[-1], layer.narrows) for s, layer in zip(states, writes, strict=True)]
-    return GroupTrace([s[:num_chunks] for s in states], writes, after)
+        after = [turned_back(s[-1].clone(), layer.narrows) for s, layer in zip(states, writes, strict=True)]
+    return GroupTrace([s[:num_chunks] for s in states], writes, after, learned)
 
 
 def _room_for_writes(
@@ -303,7 +298,6 @@ def read_layer(
 def read_group(
     q: Tensor,
     gates: GroupGates,
-    learned: Sequence[Tensor | None],
     trace: GroupTrace,
     options: MemoryOptions,
     for_gradient: bool = False,
@@ -311,12 +305,11 @@ def read_group(
     """Read-out of all chunks of a group at once, layer by layer; the last one's outputs are y [n * N, M, D].
 
     Args:
-        learned: L tensors W_0, turned; None when the memory forgets to zero.
         for_gradient: the last layer's outputs, which the gradient does without, are not computed.
     """
     reads: list[LayerRead] = []
     x, last = q.flatten(0, 1), len(trace.states) - 1
-    for index, (w0, states, writes) in enumerate(zip(learned, trace.states, trace.writes, strict=True)):
+    for index, (w0, states, writes) in enumerate(zip(trace.learned, trace.states, trace.writes, strict=True)):
         if reads:
             x = torch.empty_like(reads[-1].outputs)
             activate_into(x, reads[-1].outputs, options.activation, options.activation_scale)

@@ -27,7 +27,6 @@ from kernels.memory.chunk import (
     step_scale,
     turned,
     turned_back,
-    turned_start,
     write_group,
 )
 from kernels.memory.gates import GatesForGradient, GroupGates
@@ -97,13 +96,12 @@ def group_gradients(
     products = GatesForGradient.of(tokens.alpha, tokens.eta)
     gates, d_gates = products.gates, GroupGates(*(torch.zeros_like(x) for x in products.gates))
     trace = write_group(tokens, gates, learned, state, options, with_end=False, for_gradient=True)
-    start = turned_start(learned)
-    d_q, layers = _read_gradients(tokens.q, gates, start, trace, options, d_y, d_gates)
+    d_q, layers = _read_gradients(tokens.q, gates, trace, options, d_y, d_gates)
     bounds = None
     if options.step_bound is not None:
         scale = step_scale(tokens.theta, tokens.eta)
         bounds = [BoundGradient.of(writes.products, tokens.theta, scale, options.step_bound) for writes in trace.writes]
-    d_states = _back_through_chunks(layers, trace, gates, start, options, d_end, bounds, d_gates)
+    d_states = _back_through_chunks(layers, trace, gates, options, d_end, bounds, d_gates)
     narrows = [writes.narrows for writes in trace.writes]
     del trace  # most of what is alive
     d_k, d_steps = layers[0].inputs, [layer.steps for layer in layers]
@@ -123,18 +121,19 @@ def group_gradients(
 def _read_gradients(
     q: Tensor,
     gates: GroupGates,
-    learned: Sequence[Tensor | None],
     trace: GroupTrace,
     options: MemoryOptions,
     d_y: Tensor,
     d_gates: GroupGates,
 ) -> tuple[Tensor, list[LayerGradients]]:
     """Gradient of q, and what the reads give to each layer; adds to `d_gates`."""
-    reads = read_group(q, gates, learned, trace, options, for_gradient=True)
+    reads = read_group(q, gates, trace, options, for_gradient=True)
     d_outputs, layers = d_y.flatten(0, 1), []
     for index in reversed(range(len(reads))):
         states, writes = trace.states[index], trace.writes[index]
-        d_inputs, layer = _read_layer_gradients(reads.pop(), gates, learned[index], states, writes, d_outputs, d_gates)
+        d_inputs, layer = _read_layer_gradients(
+            reads.pop(), gates, trace.learned[index], states, writes, d_outputs, d_gates
+        )
         layers.insert(0, layer)
         if index:
             z = reads[index - 1].outputs
@@ -208,7 +207,6 @@ def _back_through_chunks(
     layers: Sequence[LayerGradients],
     trace: GroupTrace,
     gates: GroupGates,
-    learned: Sequence[Tensor | None],
     options: MemoryOptions,
     d_end: Sequence[Tensor] | None,
     bounds: Sequence[BoundGradient] | None,
@@ -219,12 +217,13 @@ def _back_through_chunks(
     Returns:
         L tensors [N, 2, narrow, wide], gradients of weights and momentum at the group's start.
     """
-    ends, every_layer = ChunkEnds.of(gates), [layer.chunks() for layer in trace.writes]
+    learned, ends, every_layer = trace.learned, ChunkEnds.of(gates), [layer.chunks() for layer in trace.writes]
     found = [EndGradients.empty(writes.steps, w0 is not None) for writes, w0 in zip(trace.writes, learned, strict=True)]
     if d_end is None:
         carried = [torch.zeros_like(s[0]) for s in trace.states]
     else:
-        carried = [turned(d, 2).clone() for d in d_end]
+        # In memory of their own, since they are added to.
+        carried = [turned(d, 2).clone(memory_format=torch.contiguous_format) for d in d_end]
     for index in reversed(range(len(ends))):
         chunk = [layer[index] for layer in every_layer]
         for level, (layer, writes, d_state) in enumerate(zip(layers, chunk, carried, strict=True)):
