@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
+from kernels.token_maps import causal_convolution, head_norm, in_pieces, unit, unit_silu
+
 READ_NORM_EPS = 1e-2
 """Inside the root of the norms that a memory's reads pass through.
 
@@ -26,12 +28,6 @@ def linear(fan_in: int, fan_out: int, scale: float = 1.0) -> nn.Linear:
 def residual_scale(branches: int) -> float:
     """Initial scale of each of `branches` residual branches, so that their sum keeps the size of one."""
     return branches**-0.5
-
-
-def unit(x: Tensor) -> Tensor:
-    """x [..., D] over its l2 norm, in fp32 or better; 1e-6 under the root keeps the gradient finite at zero."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -58,6 +54,8 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H, D] to [B, T, H, D], the same dtype."""
+        if in_pieces(x, self.weight):
+            return head_norm(x, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         return (rms_norm(x.to(wide), x.shape[-1:], None, self.eps) * self.weight.to(wide)).to(x.dtype)
 
@@ -79,6 +77,8 @@ class UnitSilu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, dim] to [B, T, H, D]."""
+        if self.normalize and in_pieces(x):
+            return unit_silu(x, self.num_heads)
         heads = silu(x).unflatten(-1, (self.num_heads, -1))
         return unit(heads) if self.normalize else heads
 
@@ -133,9 +133,12 @@ class CausalConvolution(nn.Module):
             return _cleared_before(padded[:, offset : offset + length], offset - self.width + 1, begins)
 
         weight = self.weight[:, self.own]
-        out = seen(0) * weight[0]
-        for offset in range(1, self.width):
-            out = torch.addcmul(out, seen(offset), weight[offset])
+        if begins is None and in_pieces(padded, weight):
+            out = causal_convolution(padded, weight)
+        else:
+            out = seen(0) * weight[0]
+            for offset in range(1, self.width):
+                out = torch.addcmul(out, seen(offset), weight[offset])
         # A copy: a view would keep the whole piece alive for three tokens.
         tail = padded[:, length:].clone()
         return out, _cleared_before(tail, length - self.width + 1, None if begins is None else begins[:, -1:])

@@ -73,4 +73,4 @@ class DualForm:
         options: MemoryOptions,
     ) -> Tensor:
         """The read-out y [n, N, M, D]."""
-        return chunk.read_group(q, gates, learned, trace, options)[-1].outputs
+        return chunk.read_group(q, gates, trace, options)[-1].outputs.view_as(q)

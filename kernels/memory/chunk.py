@@ -3,8 +3,9 @@
 Inside a chunk every token's gradient is taken at the chunk's first weights, so the weights after token t are the first
 ones plus a sum of outer products; reads, writes and the chunk's end are then a few matrix products, and no token has
 weights of its own. Tensors of a group are [n, N, C, ...]: n chunks of C tokens for N = batch * heads memories. The
-state of a layer is one tensor [N, 2 * d_in, d_out], weights above momentum; while a group is computed these two stand
-apart. A gate that scales both sides of a product is applied to the narrower one.
+state of a layer is one tensor [N, 2 * d_in, d_out], weights above momentum. While a group is computed it is "turned",
+[N, 2, narrow, wide]: a layer with d_in > d_out has both transposed. So weights and momentum lie side by side along the
+narrower width, where gates are applied, and one product serves both.
 """
 
 from __future__ import annotations
@@ -45,6 +46,19 @@ class LayerWrites(NamedTuple):
     steps: Tensor  # theta, [..., C]
     products: Tensor | None = None  # X X^T up to the diagonal, [..., C, C]; None where no step bound needs it
 
+    @property
+    def narrows(self) -> bool:
+        """Whether the layer's weights are transposed in a group: d_in > d_out."""
+        return self.inputs.shape[-1] > self.gradients.shape[-1]
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Inputs and inner gradients, the narrower first: the write to the turned weights is `narrow^T wide`."""
+        return (self.gradients, self.inputs) if self.narrows else (self.inputs, self.gradients)
+
+    def weights(self, turned: Tensor) -> Tensor:
+        """[..., i, o] of one part of a turned state, as a view."""
+        return turned.mT if self.narrows else turned
+
     def chunks(self) -> list[LayerWrites]:
         """Those of each chunk, as views."""
         fields = ([None] * self.inputs.shape[0] if x is None else x.unbind() for x in self)
@@ -54,38 +68,38 @@ class LayerWrites(NamedTuple):
 class ChunkEnds(NamedTuple):
     """What is left at a chunk's end of its tokens' writes, and of the state it started with; of one chunk or all."""
 
-    lasts: Tensor  # [..., 2, N, C]: the last rows of P and H, for weights and momentum
-    a: Tensor  # [..., N, 1, 1], as e and p
+    lasts: Tensor  # [..., N, C, 2]: the last rows of P and H, for weights and momentum
+    a: Tensor  # [..., N, 1, 1], as e, p and rest, 1 - a
     e: Tensor
     p: Tensor
+    rest: Tensor
 
     @classmethod
     def of(cls, gates: GroupGates) -> list[ChunkEnds]:
         """Of each chunk."""
-        lasts = torch.stack([gates.write[..., -1, :], gates.momentum_last], dim=1)
-        ends = (x[..., -1, None, None] for x in (gates.a, gates.e, gates.p))
-        return [cls(*chunk) for chunk in zip(*(x.unbind() for x in (lasts, *ends)), strict=True)]
+        lasts = torch.stack([gates.write[..., -1, :], gates.momentum_last], dim=-1)
+        ends = [x[..., -1, None, None] for x in (gates.a, gates.e, gates.p)]
+        return [cls(*chunk) for chunk in zip(*(x.unbind() for x in (lasts, *ends, 1 - ends[0])), strict=True)]
 
-    def factors(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """What weights and momentum have of each token's write in the end, [N, C, 1] each, of the steps [N, C]."""
-        return (self.lasts * steps).unsqueeze(-1).unbind()
-
-
-def add_scaled_product(out: Tensor, x: Tensor, weights: Tensor, scale: Tensor) -> None:
-    """`out += scale * (x @ weights)`: [N, C, o], [N, C, i], [N, i, o], and [N, C, 1]."""
-    if x.shape[-1] <= weights.shape[-1]:
-        out.baddbmm_(x * scale, weights)
-    else:
-        out.addcmul_(x @ weights, scale)
+    def factors(self, steps: Tensor) -> Tensor:
+        """What weights and momentum have of each token's write in the end, [N, C, 2], of the steps [N, C]."""
+        return self.lasts * steps.unsqueeze(-1)
 
 
-def add_outer_product(out: Tensor, x: Tensor, gradients: Tensor, scale: Tensor, alpha: float = 1.0) -> None:
-    """`out += alpha * x^T @ (scale * gradients)`: [N, i, o], [N, C, i], [N, C, o], and [N, C, 1]."""
-    if x.shape[-1] <= gradients.shape[-1]:
-        x = x * scale
-    else:
-        gradients = gradients * scale
-    out.baddbmm_(x.mT, gradients, alpha=alpha)
+def scaled(x: Tensor, factors: Tensor) -> Tensor:
+    """Each of `factors` [N, C, f] times x [N, C, d], side by side: [N, C, f * d]."""
+    return (x.unsqueeze(-2) * factors.unsqueeze(-1)).flatten(-2)
+
+
+def turned(x: Tensor, parts: int) -> Tensor:
+    """`parts` matrices above each other, [N, parts * i, o], as [N, parts, narrow, wide], a view."""
+    x = x.unflatten(1, (parts, -1))
+    return x.mT if x.shape[-2] > x.shape[-1] else x
+
+
+def turned_back(x: Tensor, narrows: bool) -> Tensor:
+    """[N, parts, narrow, wide] as [N, parts * i, o]; in memory of its own where it is transposed."""
+    return (x.mT if narrows else x).flatten(1, 2)
 
 
 def step_scale(theta: Tensor, eta: Tensor) -> Tensor:
@@ -110,14 +124,10 @@ def bounded_steps(theta: Tensor, scale: Tensor, products: Tensor, bound: float, 
 class GroupTrace(NamedTuple):
     """All chunks' states and writes, one entry a layer."""
 
-    states: list[Tensor]  # L, at each chunk's start; here 2 x [n, N, i, o], Triton's kernels have [n, N, 2 * i, o]
+    states: list[Tensor]  # L, at each chunk's start: [n, N, 2, narrow, wide]; of Triton's kernels [n, N, 2 * i, o]
     writes: list[LayerWrites]  # L, of [n, N, C, ...]
     end: list[Tensor] | None  # L x [N, 2 * i, o], after the last chunk, if asked for
-
-    def chunks(self, some: slice) -> GroupTrace:
-        """Those of some chunks, as views."""
-        writes = [LayerWrites(*(None if x is None else x[some] for x in layer)) for layer in self.writes]
-        return GroupTrace([states[:, some] for states in self.states], writes, None)
+    learned: Sequence[Tensor | None] = ()  # W_0, turned, where states are; None when the memory forgets to zero
 
 
 def write_group(
@@ -137,12 +147,11 @@ def write_group(
         with_end: also compute the state after the last chunk.
         for_gradient: also keep what the gradient takes: the writes' `outputs`, `pulled` and `products`.
     """
-    num_chunks = tokens.k.shape[0]
-    states = []
-    for s in state:
-        weights, momentum = s.chunk(2, dim=1)
-        states.append(s.new_empty(2, num_chunks + with_end, *weights.shape))
-        states[-1][0, 0], states[-1][1, 0] = weights, momentum
+    learned = [None if w0 is None else turned(w0, 1).squeeze(1).contiguous() for w0 in learned]
+    num_chunks, states = tokens.k.shape[0], []
+    for start in (turned(s, 2) for s in state):
+        states.append(start.new_empty(num_chunks + with_end, *start.shape))
+        states[-1][0] = start
     writes = _room_for_writes(tokens, state, options, for_gradient)
     scale = None
     if options.step_bound is not None:
@@ -151,17 +160,21 @@ def write_group(
         bounded_steps(tokens.theta, scale, products, options.step_bound, writes[0].steps)
     every_layer = [layer.chunks() for layer in writes]
     for index, end in enumerate(ChunkEnds.of(gates)):
-        chunk, here = [layer[index] for layer in every_layer], [s[:, index].unbind() for s in states]
-        _write_chunk(tokens.v[index], [weights for weights, _ in here], chunk, options)
+        chunk = [layer[index] for layer in every_layer]
+        weights = [layer.weights(s[index, :, 0]) for layer, s in zip(chunk, states, strict=True)]
+        _write_chunk(tokens.v[index], weights, chunk, options)
         if scale is not None:
             for layer in chunk[1:]:
                 products = own_products(layer.inputs, layer.products)
                 bounded_steps(tokens.theta[index], scale[index], products, options.step_bound, layer.steps)
-        if index + 1 < states[0].shape[1]:
-            for layer, w0, now, buffer in zip(chunk, learned, here, states, strict=True):
-                _advance(layer, end, w0, now, buffer[:, index + 1].unbind())
-    after = [torch.cat(s[:, -1].unbind(), dim=1) for s in states] if with_end else None
-    return GroupTrace([s[:, :num_chunks] for s in states], writes, after)
+        if index + 1 < len(states[0]):
+            for layer, w0, s in zip(chunk, learned, states, strict=True):
+                _advance(layer, end, w0, s[index], s[index + 1])
+    after = None
+    if with_end:
+        # In memory of its own: a view would keep all the group's states alive for as long as it is.
+        after = [turned_back(s[-1].clone(), layer.narrows) for s, layer in zip(states, writes, strict=True)]
+    return GroupTrace([s[:num_chunks] for s in states], writes, after, learned)
 
 
 def _room_for_writes(
@@ -186,6 +199,8 @@ def _room_for_writes(
 
 def own_products(x: Tensor, out: Tensor | None = None) -> Tensor:
     """X X^T up to the diagonal, [..., C, C], to `out` or a new tensor."""
+    if x.dim() == 3:
+        return torch.bmm(x, x.mT, out=out).tril_()
     return torch.matmul(x, x.mT, out=out).tril_()
 
 
@@ -209,68 +224,92 @@ def _write_chunk(v: Tensor, weights: Sequence[Tensor], chunk: Sequence[LayerWrit
         activate_vjp(below.outputs, below.pulled, options.activation, options.activation_scale, out=below.gradients)
 
 
-def _advance(
-    writes: LayerWrites, end: ChunkEnds, learned: Tensor | None, state: Sequence[Tensor], out: Sequence[Tensor]
-) -> None:
-    """One layer's weights and momentum after a chunk, [N, i, o] each, written to `out`."""
-    (weights, momentum), (new_weights, new_momentum) = state, out
+def _advance(writes: LayerWrites, end: ChunkEnds, learned: Tensor | None, state: Tensor, out: Tensor) -> None:
+    """One layer's turned weights and momentum after a chunk, [N, 2, ...], written to `out`; W_0 is turned as well."""
+    (weights, momentum), (new_weights, new_momentum) = state.unbind(1), out.unbind(1)
     if learned is None:
         torch.mul(weights, end.a, out=new_weights)
     else:
         torch.lerp(learned, weights, end.a, out=new_weights)
     new_weights.addcmul_(momentum, end.p)
     torch.mul(momentum, end.e, out=new_momentum)
-    for part, factor in zip(out, end.factors(writes.steps), strict=True):
-        add_outer_product(part, writes.inputs, writes.gradients, factor, alpha=-1)
+    narrow, wide = writes.sides()
+    out.flatten(1, 2).baddbmm_(scaled(narrow, end.factors(writes.steps)).mT, wide, alpha=-1)
+
+
+class ReadGates(NamedTuple):
+    """What the last M tokens of each chunk have of W, S and W_0, [n * N, M, 1] each."""
+
+    a: Tensor
+    p: Tensor
+    rest: Tensor  # 1 - a
+
+    @classmethod
+    def of(cls, gates: GroupGates, num_queries: int) -> ReadGates:
+        """For the gates of a group."""
+        a, p = (x[..., -num_queries:].flatten(0, 1).unsqueeze(-1) for x in (gates.a, gates.p))
+        return cls(a, p, 1 - a)
+
+    def of_state(self) -> Tensor:
+        """Those of W and S, [n * N, M, 2]."""
+        return torch.cat((self.a, self.p), dim=-1)
 
 
 class LayerRead(NamedTuple):
     """A layer's read-out of a group and what its gradient needs again."""
 
-    inputs: Tensor  # [n, N, M, i]
-    scores: Tensor  # [n, N, M, C], inputs against the keys' inputs
-    coefficients: Tensor  # [n, N, M, C], P theta
-    outputs: Tensor | None  # [n, N, M, o]; None where the gradient does without
+    inputs: Tensor  # [n * N, M, i]
+    scores: Tensor  # [n * N, M, C], inputs against the keys' inputs
+    coefficients: Tensor  # [n * N, M, C], P theta
+    outputs: Tensor | None  # [n * N, M, o]; None where the gradient does without
+
+
+def by_learned(x: Tensor, weights: Tensor, out: Tensor, beta: float = 1.0) -> Tensor:
+    """`out = beta * out + x @ weights` for all chunks: [n * N, M, i], [N, i, o], and [n * N, M, o] of one piece."""
+    for x_chunk, out_chunk in zip(x.split(len(weights)), out.split(len(weights)), strict=True):
+        out_chunk.baddbmm_(x_chunk, weights, beta=beta)
+    return out
 
 
 def read_layer(
     x: Tensor, gates: GroupGates, learned: Tensor | None, states: Tensor, writes: LayerWrites, with_outputs: bool
 ) -> LayerRead:
-    """One layer's outputs for the last M tokens of each chunk."""
-    num_chunks, _, num_queries, _ = x.shape
-    scores = x @ writes.inputs.mT
-    coefficients = gates.write[..., -num_queries:, :] * writes.steps.unsqueeze(-2)
+    """One layer's outputs for the last M tokens of each chunk; W_0 and the states are turned."""
+    inputs, gradients = writes.inputs.flatten(0, 1), writes.gradients.flatten(0, 1)
+    scores = torch.bmm(x, inputs.mT)
+    coefficients = (gates.write[..., -x.shape[1] :, :] * writes.steps.unsqueeze(-2)).flatten(0, 1)
     if not with_outputs:
         return LayerRead(x, scores, coefficients, None)
-    out = x.new_empty(*x.shape[:3], states.shape[-1])
-    flat = out.flatten(0, 1)
-    flat.baddbmm_((scores * coefficients).flatten(0, 1), writes.gradients.flatten(0, 1), beta=0, alpha=-1)
-    a, p = (gate[..., -num_queries:, None] for gate in (gates.a, gates.p))
-    for state, gate in zip(states, (a, p), strict=True):
-        add_scaled_product(flat, x.flatten(0, 1), state.flatten(0, 1), gate.flatten(0, 1))
-    if learned is not None:
-        rest = 1 - a
-        for index in range(num_chunks):
-            add_scaled_product(out[index], x[index], learned, rest[index])
+    of_reads, both = ReadGates.of(gates, x.shape[1]), states.flatten(0, 1).flatten(1, 2)
+    out = x.new_empty(*x.shape[:2], gradients.shape[2])
+    out.baddbmm_(scores * coefficients, gradients, beta=0, alpha=-1)
+    if writes.narrows:
+        for part, gate in zip(torch.bmm(x, both.mT).chunk(2, dim=-1), of_reads[:2], strict=True):
+            out.addcmul_(part, gate)
+        if learned is not None:
+            out.addcmul_(by_learned(x, learned.mT, torch.empty_like(out), beta=0), of_reads.rest)
+    else:
+        out.baddbmm_(scaled(x, of_reads.of_state()), both)
+        if learned is not None:
+            by_learned(x * of_reads.rest, learned, out)
     return LayerRead(x, scores, coefficients, out)
 
 
 def read_group(
     q: Tensor,
     gates: GroupGates,
-    learned: Sequence[Tensor | None],
     trace: GroupTrace,
     options: MemoryOptions,
     for_gradient: bool = False,
 ) -> list[LayerRead]:
-    """Read-out of all chunks of a group at once, layer by layer; the last one's outputs are y [n, N, M, D].
+    """Read-out of all chunks of a group at once, layer by layer; the last one's outputs are y [n * N, M, D].
 
     Args:
         for_gradient: the last layer's outputs, which the gradient does without, are not computed.
     """
     reads: list[LayerRead] = []
-    x, last = q, len(trace.states) - 1
-    for index, (w0, states, writes) in enumerate(zip(learned, trace.states, trace.writes, strict=True)):
+    x, last = q.flatten(0, 1), len(trace.states) - 1
+    for index, (w0, states, writes) in enumerate(zip(trace.learned, trace.states, trace.writes, strict=True)):
         if reads:
             x = torch.empty_like(reads[-1].outputs)
             activate_into(x, reads[-1].outputs, options.activation, options.activation_scale)

@@ -1,8 +1,8 @@
 """The gradient of a group of chunks in closed form: what autograd would do to chunk.py, in fewer and larger products.
 
 README.md, section 4, has the formulas. All reads of a group are differentiated at once; only what a chunk's state
-passes on to the chunk before it is done chunk by chunk. Layouts and names are those of chunk.py, and
-`d_x` is the gradient of x.
+passes on to the chunk before it is done chunk by chunk. Layouts and names are those of chunk.py, states and W_0 are
+turned, and `d_x` is the gradient of x.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from kernels.memory.chunk import (
     GroupTrace,
     LayerRead,
     LayerWrites,
-    add_outer_product,
+    ReadGates,
+    by_learned,
     read_group,
+    scaled,
     step_scale,
+    turned,
+    turned_back,
     write_group,
 )
 from kernels.memory.gates import GatesForGradient, GroupGates
@@ -30,17 +34,14 @@ from kernels.memory.options import MIN_ONE_MINUS_ETA, MemoryOptions
 
 
 class LayerGradients(NamedTuple):
-    """Gradients that one layer of a group has received so far, added to in place, and what its reads left to do.
+    """Gradients that one layer of a group has received so far, added to in place, and what its reads left to do."""
 
-    Lists have an entry for each chunk.
-    """
-
-    reads: list[tuple[Tensor, Tensor, Tensor, Tensor]]
-    """Inputs x [N, M, i], dZ [N, M, o], a and p [N, M, 1]; the state's gradients are x^T (a dZ) and x^T (p dZ)."""
-    inputs: list[Tensor]  # [N, C, i], of X
-    gradients: list[Tensor]  # [N, C, o], of D
-    steps: list[Tensor]  # [N, C], of theta
-    learned: Tensor | None  # [N, i, o], of W_0; None when the memory forgets to zero
+    narrow: Tensor  # [n, N, M, 2 * narrow]; the gradient of the state by the reads is narrow^T wide
+    wide: Tensor  # [n, N, M, wide]
+    inputs: Tensor  # [n, N, C, i], of X
+    gradients: Tensor  # [n, N, C, o], of D
+    steps: Tensor  # [n, N, C], of theta
+    learned: Tensor | None  # of W_0, [N, narrow, wide]; None when the memory forgets to zero
 
 
 class GroupGradients(NamedTuple):
@@ -54,21 +55,19 @@ class GroupGradients(NamedTuple):
 class EndGradients(NamedTuple):
     """What the chunks' ends give to gates and steps, of one layer."""
 
-    overlaps: Tensor  # [n, 2, N, C]: x^T (gradient of W or S after the chunk) D of each token
+    overlaps: Tensor  # [n, N, C, 2]: x^T (gradient of W or S after the chunk) D of each token
     state: Tensor  # [n, N, 2, 2]: gradient of W and S after the chunk, times W and S before it
     learned: Tensor | None  # [n, N, 1, 1]: gradient of W after the chunk, times W_0
 
     @classmethod
     def empty(cls, steps: Tensor, has_learned: bool) -> EndGradients:
         """Unwritten, for steps [n, N, C]."""
-        num_chunks, num_memories, size = steps.shape
-        room = steps.new_empty
-        learned = room(num_chunks, num_memories, 1, 1) if has_learned else None
-        return cls(room(num_chunks, 2, num_memories, size), room(num_chunks, num_memories, 2, 2), learned)
+        chunks, room = steps.shape[:2], steps.new_empty
+        return cls(room(*steps.shape, 2), room(*chunks, 2, 2), room(*chunks, 1, 1) if has_learned else None)
 
     def add_to(self, d_gates: GroupGates, steps: Tensor) -> None:
         """Adds the gates' gradients; of the layer's steps [n, N, C]."""
-        by_weights, by_momentum = self.overlaps.unbind(1)
+        by_weights, by_momentum = self.overlaps.unbind(-1)
         d_gates.write[..., -1, :].addcmul_(by_weights, steps, value=-1)
         d_gates.momentum_last.addcmul_(by_momentum, steps, value=-1)
         d_gates.a[..., -1] += self.state[..., 0, 0]
@@ -97,54 +96,49 @@ def group_gradients(
     products = GatesForGradient.of(tokens.alpha, tokens.eta)
     gates, d_gates = products.gates, GroupGates(*(torch.zeros_like(x) for x in products.gates))
     trace = write_group(tokens, gates, learned, state, options, with_end=False, for_gradient=True)
-    layers = [LayerGradients([], [], [], [], None if w0 is None else torch.zeros_like(w0)) for w0 in learned]
-    d_q = torch.empty_like(tokens.q)
-    # One by one on a CPU: that keeps to its caches and takes less memory. A GPU is the faster the more it has to do.
-    at_once = 1 if d_y.device.type == "cpu" else len(d_y)
-    for start in range(0, len(d_y), at_once):
-        some = slice(start, start + at_once)
-        these, d_these = (GroupGates(*(x[some] for x in of_all)) for of_all in (gates, d_gates))
-        d_q[some] = _read_gradients(
-            tokens.q[some], these, learned, trace.chunks(some), options, d_y[some], d_these, layers
-        )
+    d_q, layers = _read_gradients(tokens.q, gates, trace, options, d_y, d_gates)
     bounds = None
     if options.step_bound is not None:
         scale = step_scale(tokens.theta, tokens.eta)
         bounds = [BoundGradient.of(writes.products, tokens.theta, scale, options.step_bound) for writes in trace.writes]
-    d_states = _back_through_chunks(layers, trace, gates, learned, options, d_end, bounds, d_gates)
+    d_states = _back_through_chunks(layers, trace, gates, options, d_end, bounds, d_gates)
+    narrows = [writes.narrows for writes in trace.writes]
     del trace  # most of what is alive
-    d_k, d_steps = torch.stack(layers[0].inputs), [torch.stack(layer.steps) for layer in layers]
+    d_k, d_steps = layers[0].inputs, [layer.steps for layer in layers]
     if bounds is not None:
         d_k.flatten(0, 1).baddbmm_(bounds[0].of_products(d_steps[0]).flatten(0, 1), tokens.k.flatten(0, 1))
     d_theta, d_eta_of_steps = step_gradients(tokens, d_steps, bounds)
     d_alpha, d_eta = products.gradients(d_gates)
-    d_v = torch.stack(layers[-1].gradients).mul_(-2 if options.objective == "l2" else -1)
+    d_v = layers[-1].gradients.mul_(-2 if options.objective == "l2" else -1)
     d_tokens = GroupTokens(d_q, d_k, d_v, d_alpha, d_eta + d_eta_of_steps, d_theta)
-    return GroupGradients(d_tokens, [layer.learned for layer in layers], [torch.cat((*d,), dim=1) for d in d_states])
+    d_learned = [
+        None if layer.learned is None else turned_back(layer.learned.unsqueeze(1), is_turned)
+        for layer, is_turned in zip(layers, narrows, strict=True)
+    ]
+    return GroupGradients(d_tokens, d_learned, [turned_back(*pair) for pair in zip(d_states, narrows, strict=True)])
 
 
 def _read_gradients(
     q: Tensor,
     gates: GroupGates,
-    learned: Sequence[Tensor | None],
     trace: GroupTrace,
     options: MemoryOptions,
     d_y: Tensor,
     d_gates: GroupGates,
-    layers: Sequence[LayerGradients],
-) -> Tensor:
-    """Gradient of q, of some chunks; adds to `d_gates`, and to `layers` what the reads take from each."""
-    reads = read_group(q, gates, learned, trace, options, for_gradient=True)
-    d_outputs = d_y
+) -> tuple[Tensor, list[LayerGradients]]:
+    """Gradient of q, and what the reads give to each layer; adds to `d_gates`."""
+    reads = read_group(q, gates, trace, options, for_gradient=True)
+    d_outputs, layers = d_y.flatten(0, 1), []
     for index in reversed(range(len(reads))):
         states, writes = trace.states[index], trace.writes[index]
-        d_inputs = _read_layer_gradients(
-            reads.pop(), gates, learned[index], states, writes, d_outputs, d_gates, layers[index]
+        d_inputs, layer = _read_layer_gradients(
+            reads.pop(), gates, trace.learned[index], states, writes, d_outputs, d_gates
         )
+        layers.insert(0, layer)
         if index:
             z = reads[index - 1].outputs
             d_outputs = activate_vjp(z, d_inputs, options.activation, options.activation_scale, out=d_inputs)
-    return d_inputs
+    return d_inputs.view_as(q), layers
 
 
 def _read_layer_gradients(
@@ -155,42 +149,64 @@ def _read_layer_gradients(
     writes: LayerWrites,
     d_outputs: Tensor,
     d_gates: GroupGates,
-    layer: LayerGradients,
-) -> Tensor:
-    """Gradient of one layer's queries, [n, N, M, i]; adds to `d_gates`, and to `layer` what they read."""
-    x, num_queries = read.inputs, read.inputs.shape[-2]
-    a, p = (gate[..., -num_queries:, None] for gate in (gates.a, gates.p))
-    weights, momentum = states
-    through = d_outputs @ momentum.mT
-    d_gates.p[..., -num_queries:] += (x * through).sum(-1)
-    d_inputs = through.mul_(p)
-    through = d_outputs @ weights.mT
+) -> tuple[Tensor, LayerGradients]:
+    """Gradient of one layer's queries, [n * N, M, i], and what they give to the layer; adds to `d_gates`."""
+    x, num_queries, chunks = read.inputs, read.inputs.shape[1], writes.inputs.shape[:2]
+    of_reads = ReadGates.of(gates, num_queries)
+    d_inputs = _through_states(x, d_outputs, states, learned, writes, of_reads, d_gates)
+    narrow, wide = (d_outputs, x) if writes.narrows else (x, d_outputs)
+    d_learned = None
     if learned is not None:
-        rest, through_learned = 1 - a, torch.empty_like(through)
-        for index in range(x.shape[0]):
-            torch.bmm(d_outputs[index], learned.mT, out=through_learned[index])
-            add_outer_product(layer.learned, x[index], d_outputs[index], rest[index])
-        d_inputs += through_learned
-        through -= through_learned
-    d_gates.a[..., -num_queries:] += (x * through).sum(-1)
-    d_inputs.addcmul_(through, a)
-    d_product = (d_outputs @ writes.gradients.mT).neg_()
+        d_learned = torch.zeros_like(learned)
+        rest = narrow * of_reads.rest
+        for narrow_chunk, wide_chunk in zip(rest.split(chunks[1]), wide.split(chunks[1]), strict=True):
+            d_learned.baddbmm_(narrow_chunk.mT, wide_chunk)
+    inputs, gradients = writes.inputs.flatten(0, 1), writes.gradients.flatten(0, 1)
+    d_product = torch.empty_like(read.scores).baddbmm_(d_outputs, gradients.mT, beta=0, alpha=-1)
     d_scores = d_product * read.coefficients
-    d_coefficients = d_product.mul_(read.scores)
-    d_inputs.flatten(0, 1).baddbmm_(d_scores.flatten(0, 1), writes.inputs.flatten(0, 1))
+    d_coefficients = d_product.mul_(read.scores).unflatten(0, chunks)
+    d_inputs.baddbmm_(d_scores, inputs)
     d_gates.write[..., -num_queries:, :].addcmul_(d_coefficients, writes.steps.unsqueeze(-2))
-    layer.reads.extend(zip(*(field.unbind() for field in (x, d_outputs, a, p)), strict=True))
-    layer.inputs.extend((d_scores.mT @ x).unbind())
-    layer.gradients.extend(((read.scores * read.coefficients).mT @ d_outputs).neg_().unbind())
-    layer.steps.extend(d_coefficients.mul_(gates.write[..., -num_queries:, :]).sum(-2).unbind())
-    return d_inputs
+    d_steps = (d_coefficients * gates.write[..., -num_queries:, :]).sum(-2)
+    d_gradients = torch.empty_like(gradients)
+    d_gradients.baddbmm_((read.scores * read.coefficients).mT, d_outputs, beta=0, alpha=-1)
+    of_layer = (scaled(narrow, of_reads.of_state()), wide, torch.bmm(d_scores.mT, x), d_gradients)
+    return d_inputs, LayerGradients(*(y.unflatten(0, chunks) for y in of_layer), d_steps, d_learned)
+
+
+def _through_states(
+    x: Tensor,
+    d_outputs: Tensor,
+    states: Tensor,
+    learned: Tensor | None,
+    writes: LayerWrites,
+    of_reads: ReadGates,
+    d_gates: GroupGates,
+) -> Tensor:
+    """Gradient of one layer's queries [n * N, M, i] through states and W_0; adds the gates' gradients to `d_gates`."""
+    num_queries, chunks = x.shape[1], states.shape[:2]
+    d_a, d_p = (d[..., -num_queries:] for d in (d_gates.a, d_gates.p))
+    through_learned = None
+    if learned is not None:
+        through_learned = by_learned(d_outputs, writes.weights(learned).mT, torch.empty_like(x), beta=0)
+    both = states.flatten(0, 1)
+    if writes.narrows:
+        by_weights, by_momentum = (torch.bmm(d_outputs, both[:, part]) for part in (0, 1))
+    else:
+        by_weights, by_momentum = torch.bmm(d_outputs, both.flatten(1, 2).mT).chunk(2, dim=-1)
+    d_p += (x * by_momentum).sum(-1).unflatten(0, chunks)
+    d_inputs = by_momentum * of_reads.p
+    if through_learned is not None:
+        d_inputs += through_learned
+        by_weights -= through_learned
+    d_a += (x * by_weights).sum(-1).unflatten(0, chunks)
+    return d_inputs.addcmul_(by_weights, of_reads.a)
 
 
 def _back_through_chunks(
     layers: Sequence[LayerGradients],
     trace: GroupTrace,
     gates: GroupGates,
-    learned: Sequence[Tensor | None],
     options: MemoryOptions,
     d_end: Sequence[Tensor] | None,
     bounds: Sequence[BoundGradient] | None,
@@ -199,14 +215,15 @@ def _back_through_chunks(
     """From the last chunk to the first; adds to `layers` and `d_gates`.
 
     Returns:
-        L tensors [2, N, i, o], gradients of weights and momentum at the group's start.
+        L tensors [N, 2, narrow, wide], gradients of weights and momentum at the group's start.
     """
-    ends, every_layer = ChunkEnds.of(gates), [layer.chunks() for layer in trace.writes]
+    learned, ends, every_layer = trace.learned, ChunkEnds.of(gates), [layer.chunks() for layer in trace.writes]
     found = [EndGradients.empty(writes.steps, w0 is not None) for writes, w0 in zip(trace.writes, learned, strict=True)]
     if d_end is None:
-        carried = [torch.zeros_like(s[:, 0]) for s in trace.states]
+        carried = [torch.zeros_like(s[0]) for s in trace.states]
     else:
-        carried = [torch.stack(d.chunk(2, dim=1)) for d in d_end]
+        # In memory of their own, since they are added to.
+        carried = [turned(d, 2).clone(memory_format=torch.contiguous_format) for d in d_end]
     for index in reversed(range(len(ends))):
         chunk = [layer[index] for layer in every_layer]
         for level, (layer, writes, d_state) in enumerate(zip(layers, chunk, carried, strict=True)):
@@ -215,15 +232,13 @@ def _back_through_chunks(
                     if field is not None:
                         field[index] = 0
             else:
-                state = trace.states[level][:, index]
+                state = trace.states[level][index]
                 _end_gradients(index, layer, writes, ends[index], learned[level], state, d_state, found[level])
-            x, d_outputs, *scales = layer.reads.pop()
-            for part, scale in zip(d_state, scales, strict=True):
-                add_outer_product(part, x, d_outputs, scale)
+            d_state.flatten(1, 2).baddbmm_(layer.narrow[index].mT, layer.wide[index])
             if bounds is not None and level:
                 layer.inputs[index].baddbmm_(bounds[level].of_products(layer.steps[index], index), writes.inputs)
-        weights = [states[0, index] for states in trace.states]
-        _inner_gradients(index, layers, chunk, weights, options, [d_weights for d_weights, _ in carried])
+        weights = [writes.weights(s[index, :, 0]) for writes, s in zip(chunk, trace.states, strict=True)]
+        _inner_gradients(index, layers, chunk, weights, options, [d_state[:, 0] for d_state in carried])
     for ends_found, writes in zip(found, trace.writes, strict=True):
         ends_found.add_to(d_gates, writes.steps)
     return carried
@@ -241,30 +256,25 @@ def _end_gradients(
 ) -> None:
     """Back through one layer's state at the end of chunk `index` (`chunk._advance`).
 
-    `d_state` [2, N, i, o] goes from the state after the chunk to the one before it; adds to `layer`, writes to `found`.
+    `d_state` [N, 2, narrow, wide] goes from the state after the chunk to the one before it; adds to `layer`, writes to
+    `found`.
     """
-    x, d = writes.inputs, writes.gradients
-    d_x, d_d, d_steps = layer.inputs[index], layer.gradients[index], layer.steps[index]
-    is_narrow = x.shape[-1] <= d.shape[-1]
-    for part, factor, last, overlap in zip(
-        d_state, end.factors(writes.steps), end.lasts, found.overlaps[index], strict=True
-    ):
-        if is_narrow:
-            through = torch.bmm(d, part.mT)
-            torch.sum(x * through, -1, out=overlap)
-            d_x.addcmul_(through, factor, value=-1)
-            d_d.baddbmm_(x * factor, part, alpha=-1)
-        else:
-            through = torch.bmm(x, part)
-            torch.sum(d * through, -1, out=overlap)
-            d_d.addcmul_(through, factor, value=-1)
-            d_x.baddbmm_(d * factor, part.mT, alpha=-1)
-        d_steps.addcmul_(overlap, last, value=-1)
-    (d_weights, d_momentum), flat = d_state, d_state.flatten(2).transpose(0, 1)
-    torch.bmm(flat, state.flatten(2).transpose(0, 1).mT, out=found.state[index])
+    (narrow, wide), factors, overlap = writes.sides(), end.factors(writes.steps), found.overlaps[index]
+    d_narrow, d_wide = layer.inputs[index], layer.gradients[index]
+    if writes.narrows:
+        d_narrow, d_wide = d_wide, d_narrow
+    both = d_state.flatten(1, 2)
+    through = torch.bmm(wide, both.mT).unflatten(-1, (2, -1))
+    torch.sum(narrow.unsqueeze(-2) * through, -1, out=overlap)
+    d_wide.baddbmm_(scaled(narrow, factors), both, alpha=-1)
+    for part in range(2):
+        d_narrow.addcmul_(through[..., part, :], factors[..., part, None], value=-1)
+        layer.steps[index].addcmul_(overlap[..., part], end.lasts[..., part], value=-1)
+    (d_weights, d_momentum), flat = d_state.unbind(1), d_state.flatten(2)
+    torch.bmm(flat, state.flatten(2).mT, out=found.state[index])
     if learned is not None:
         torch.bmm(flat[:, :1], learned.flatten(1).unsqueeze(-1), out=found.learned[index])
-        layer.learned.addcmul_(d_weights, 1 - end.a)
+        layer.learned.addcmul_(d_weights, end.rest)
     d_momentum.mul_(end.e).addcmul_(d_weights, end.p)
     d_weights.mul_(end.a)
 
@@ -279,10 +289,11 @@ def _inner_gradients(
 ) -> None:
     """Back through the inner gradients of chunk `index` (`chunk._write_chunk`), after all that used X and D.
 
-    Adds to `layers` and to `d_weights`, L x [N, i, o].
+    Adds to `layers` and to `d_weights`, L x [N, narrow, wide].
     """
     # Up the layers: D_l = act'(Z_l) * (D_{l+1} W_{l+1}^T).
     d_outputs: list[Tensor] = []
+    pulled: list[Tensor | None] = [None]
     for level, (below, above) in enumerate(zip(layers, layers[1:], strict=False)):
         d_z, d_pulled = activate_vjp_gradients(
             chunk[level].outputs,
@@ -292,17 +303,21 @@ def _inner_gradients(
             options.activation_scale,
         )
         above.gradients[index].baddbmm_(d_pulled, weights[level + 1])
-        d_weights[level + 1].baddbmm_(d_pulled.mT, chunk[level + 1].gradients)
+        pulled.append(d_pulled)
         d_outputs.append(d_z)
     # The last layer's D = 2 (X W - v), or -v.
     d_outputs.append(layers[-1].gradients[index])
     factor = 2 if options.objective == "l2" else 0
     # Down the layers: X_{l+1} = act(X_l W_l).
     for level in reversed(range(len(layers))):
-        d_x = layers[level].inputs[index]
+        writes, d_x = chunk[level], layers[level].inputs[index]
+        products = [] if pulled[level] is None else [(pulled[level], writes.gradients, 1)]
         if factor:
             d_x.baddbmm_(d_outputs[level], weights[level].mT, alpha=factor)
-            d_weights[level].baddbmm_(chunk[level].inputs.mT, d_outputs[level], alpha=factor)
+            products.append((writes.inputs, d_outputs[level], factor))
+        for by_input, by_output, alpha in products:
+            narrow, wide = (by_output, by_input) if writes.narrows else (by_input, by_output)
+            d_weights[level].add_(torch.bmm(narrow.mT, wide), alpha=alpha)
         if level:
             d_outputs[level - 1] += activate_vjp(
                 chunk[level - 1].outputs, d_x, options.activation, options.activation_scale

@@ -94,7 +94,7 @@ def _squares(
     and of the outer products x_i d_i^T of its tokens, with the factors of README.md, section 2.
     """
     x, d, steps = writes.inputs.double(), writes.gradients.double(), writes.steps.double()
-    offset, momentum = (part.double() for part in start.unbind())
+    offset, momentum = (writes.weights(part.double()) for part in start.unbind(2))
     offset = offset if learned is None else offset - learned.double()
     (write, _, a, e, p), (_, momenta) = products
     by_step = steps.unsqueeze(-2)
