@@ -9,6 +9,7 @@ from typing import Any
 EVENTS_FILE = "run.jsonl"
 LOGS_FOLDER = "logs"
 CHECKPOINTS_FOLDER = "checkpoints"
+_OF_CHECKPOINTS = ("save", "save_alarm", "save_failed", "upload", "upload_failed", "upload_alarm")
 
 
 def events_size(folder: Path) -> int:
@@ -51,7 +52,7 @@ class Progress:
     """How far a run came in some of its events."""
 
     step: int | None
-    """The last that one of them names."""
+    """The last that it came to, as far as its events tell."""
 
     saved: bool
     """Whether a checkpoint was written."""
@@ -62,7 +63,8 @@ class Progress:
     @classmethod
     def of(cls, events: list[dict[str, Any]]) -> "Progress":
         """Read from the events of an attempt."""
-        steps = [event["step"] for event in events if "step" in event]
+        # Saves and uploads are told behind later steps.
+        steps = [event["step"] for event in events if "step" in event and event["event"] not in _OF_CHECKPOINTS]
         errors = [f"{e.get('type')}: {e.get('message')}" for e in events if e["event"] == "error"]
         return cls(
             step=steps[-1] if steps else None,

@@ -54,7 +54,7 @@ class CheckpointConfig(BaseModel):
     upload_keep: int | None = Field(default=None, ge=1)
     """How many of the newest copies stay behind `upload`, beside those that are kept for good here; none: all."""
 
-    upload_wait_seconds: NonNegativeFloat = 60.0
+    upload_wait_seconds: NonNegativeFloat = 15.0
     """How long a run that is asked to stop (a signal, a time limit ahead) waits for its uploads; one that has had its
     tokens waits until they are done or have failed. What is left is uploaded when the run goes on in its folder."""
 

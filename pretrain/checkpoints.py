@@ -334,9 +334,8 @@ class Checkpoints:
                 break
             with alarmed(f"{old} is not removed", report):
                 remove(old, report)
-                report(
-                    f"{old.name} is removed and was not uploaded: there is no room for the next checkpoint beside it"
-                )
+                if not self.copies.holds(old.name):
+                    report(f"{old.name} is removed and was not uploaded: there is no room for the next one beside it")
         if shutil.disk_usage(partial).free < asked:  # found out before the logs of the run meet a full disk
             raise TooLargeError(errno.ENOSPC, f"{asked / 1e6:.1f} MB are to be written", str(partial))
 

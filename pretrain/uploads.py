@@ -146,15 +146,26 @@ class Uploads(AbstractContextManager["Uploads"]):
         give_way()
         try:
             while self._asked.get():
-                for name in process.broadcast_object(self._missing(), self._checkpoints.group):
-                    if not self._upload(name):
-                        break
+                self._upload_missing()
         except RuntimeError as error:  # of the process group: a rank is gone, or has left its upload behind
             if self._checkpoints.world.is_main:
                 self._tell(_Outcome(None, 0.0, f"nothing more is uploaded: the ranks have lost each other ({error})"))
 
-    def _missing(self) -> list[str]:
-        return [path.name for path in list_checkpoints(self._checkpoints.folder) if not self.holds(path.name)]
+    def _upload_missing(self) -> None:
+        """Upload what rank 0 finds in the folder and not in the store; every rank's thread calls it."""
+        names: list[str] = []
+
+        def find() -> None:
+            found = list_checkpoints(self._checkpoints.folder)
+            names.extend(path.name for path in found if not self.holds(path.name))
+
+        is_main = self._checkpoints.world.is_main
+        error = self._attempt(find) if is_main else None
+        if error is not None:
+            self._tell(_Outcome(None, 0.0, error))
+        for name in process.broadcast_object(names, self._checkpoints.group):
+            if not self._upload(name):
+                break
 
     def _upload(self, name: str) -> bool:
         """Upload a checkpoint, if the store does not have it; every rank's thread calls it. Whether that went well."""
