@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from kernels.autocast import outside_autocast
 from model.config import MemoryConfig
 
 
@@ -41,7 +42,8 @@ class GateProjection(nn.Module):
     def forward(self, x: Tensor) -> Gates:
         """x [B, T, dim] to gates, computed in fp32 or better."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = linear(x.to(wide), self.weight.to(wide), self.bias.to(wide)).unflatten(-1, (-1, self.num_heads))
+        logits = outside_autocast(linear)(x.to(wide), self.weight.to(wide), self.bias.to(wide))
+        logits = logits.unflatten(-1, (-1, self.num_heads))
         squashed = {
             name: (logits[..., index, :] + offset).sigmoid()
             for index, (name, offset) in enumerate(self.offsets.items())

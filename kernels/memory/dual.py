@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.autocast import outside_autocast
 from kernels.memory.backend import DualForm, GroupBackend
 from kernels.memory.chunk import GroupTokens, inner_gradient_norm
 from kernels.memory.gates import group_gates
@@ -92,6 +93,7 @@ class _Group(torch.autograd.Function):
     """
 
     @staticmethod
+    @outside_autocast
     def forward(
         ctx: torch.autograd.function.FunctionCtx, call: _Call, *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -112,6 +114,7 @@ class _Group(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(
         ctx: torch.autograd.function.FunctionCtx, d_y: Tensor | None, _: None, *d_end: Tensor | None
     ) -> tuple[Tensor | None, ...]:

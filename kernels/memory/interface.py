@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.autocast import outside_autocast
 from kernels.memory.activations import activate
 from kernels.memory.choice import BACKENDS as CHOICES
 from kernels.memory.choice import choose
@@ -117,6 +118,7 @@ def explain_backend(
     return f"{choice.backend.name}: {choice.reason}"
 
 
+@outside_autocast
 def memory_read(
     q: Tensor, weights: Sequence[Tensor], *, activation: str = "silu", activation_scale: float = 1.0
 ) -> Tensor:

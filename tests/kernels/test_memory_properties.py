@@ -89,6 +89,21 @@ def test_bf16_gradients_arrive_in_the_inputs_dtype() -> None:
     assert all(x.grad is not None and x.grad.dtype == torch.bfloat16 for x in (*inputs, *weights))
 
 
+def test_autocast_changes_no_product_of_the_memory() -> None:
+    inputs, weights = make_inputs(11, dtype=torch.float32), make_weights(2, dtype=torch.float32)
+
+    def results(in_bf16: bool) -> list[torch.Tensor]:
+        own = leaves(inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            y, state = neural_memory(*own, weights, **OPTIONS)
+            read = memory_read(inputs[0], weights)
+            gradients = torch.autograd.grad(y.square().sum(), own)
+        return [y, read, *state.weights, *state.momentum, *gradients]
+
+    for got, wanted in zip(results(True), results(False), strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, wanted)
+
+
 def test_reset_rows_start_anew_and_others_go_on() -> None:
     weights = make_weights(2)
     state = neural_memory(*make_inputs(8, rows=2, seed=4), weights, **OPTIONS)[1]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from model import ModelState, TitansLM
+from model.gates import GateProjection
 
 LENGTH = 21
 
@@ -189,3 +190,12 @@ def test_the_macs_memory_is_taught_the_tokens_or_attentions_output_alone(writes,
     changed = torch.cat(((tokens[:, :1] + 1) % 31, tokens[:, 1:]), 1)
     later = (model(tokens).logits[:, 9:] - model(changed).logits[:, 9:]).abs().amax()
     assert later > 1e-6 if writes == "residual" else later == 0
+
+
+def test_gates_stay_fp32_under_autocast(small_model) -> None:
+    gates = next(module for module in small_model("lmm", torch.float32).modules() if isinstance(module, GateProjection))
+    x = torch.randn(2, 5, gates.weight.shape[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gates(x)
+    for got, wanted in zip(found, gates(x), strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, wanted)

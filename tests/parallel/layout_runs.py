@@ -43,6 +43,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, fl
     nats = [nats, *(part["loss"] for part in positions)]
     expected_nats = [evaluated[0], *(part["loss"] for part in evaluated[3])]
     assert found["parameters"].keys() == expected["parameters"].keys()
+    assert all(whole.isfinite().all() for whole in found["parameters"].values())
     return {
         "loss": _largest(found["losses"], expected["losses"]),
         "norm": _largest(found["norms"], expected["norms"]),
@@ -56,5 +57,5 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, fl
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape and expected.isfinite().all()
+    assert found.shape == expected.shape and expected.isfinite().all() and found.isfinite().all()
     return float(((found - expected) / expected).abs().max()) if len(expected) else 0.0

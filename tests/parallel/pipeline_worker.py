@@ -190,6 +190,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
     if value.shape != expected.shape:
         return float("inf")
     value, expected = value.double(), expected.double()
+    assert value.isfinite().all()  # max() passes over NaN
     return float((value - expected).norm() / expected.norm().clamp(min=1e-30))
 
 

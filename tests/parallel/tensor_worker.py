@@ -61,6 +61,7 @@ def run(model: TitansLM, cut: int = 14) -> tuple[Tensor, ModelState, dict[str, T
 def largest(found: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest value."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
+    assert found.isfinite().all()  # max() passes over NaN
     if not expected.numel():
         return 0.0
     return float((found - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-3))
