@@ -15,7 +15,7 @@ import torch
 
 from model.generation import TokenStream
 from pretrain.errors import UserError
-from tools.command import positive_int, read_text, run_command, seed
+from tools.command import discard_output, positive_int, read_text, run_command, seed
 from tools.model_directory import NOT_FINITE, LoadedModel, load_model_directory
 from tools.sessions import Session, load_session, merge_sessions, save_session
 
@@ -138,10 +138,17 @@ def run(arguments: argparse.Namespace) -> None:
             f"{continuation.length:,} tokens, more than the transformer's context of {limit:,}, the rows of its "
             "training; give less of them, or a model with a memory"
         )
-    print(prompt, end="", flush=True)
-    for piece in continuation.pieces():
-        print(piece, end="", flush=True)
-    print()
+    try:
+        print(prompt, end="", flush=True)
+        for piece in continuation.pieces():
+            print(piece, end="", flush=True)
+        print(flush=True)
+    except (BrokenPipeError, KeyboardInterrupt) as error:
+        if arguments.save_memory is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            discard_output()
+        raise UserError(f"--save-memory {arguments.save_memory}: not saved, the output ended early") from None
     if arguments.save_memory is not None:
         session = continuation.session()
         save_session(arguments.save_memory, session, loaded.model)

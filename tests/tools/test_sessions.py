@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from tools import generate, sessions
 from tools.model_directory import load_model_directory
 from tools.sessions import Session, fingerprint, load_session, merge_sessions, save_session
 
+ROOT = Path(__file__).parents[2]
 NONE_UNREAD = torch.empty(1, 0, dtype=torch.int64)
 
 
@@ -184,6 +188,17 @@ def test_the_command_names_what_is_wrong_before_it_prints(exported: Path, option
     output = capsys.readouterr()
     assert message in output.err
     assert output.out == ""
+
+
+def test_a_session_that_ended_early_is_not_saved_and_says_so(exported: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.generate", str(exported), "--prompt", "me", "--max-new-tokens", "2"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    saved = ["--save-memory", str(tmp_path / "session")]
+    result = subprocess.run([*command, *saved], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {' '.join(saved)}: not saved, the output ended early\n"
 
 
 def test_a_session_of_several_rows_is_not_a_conversation(exported: Path, tmp_path: Path, capsys) -> None:
