@@ -17,6 +17,7 @@ from model.generation import TokenStream
 from pretrain.errors import UserError
 from tools.command import discard_output, positive_int, read_text, run_command, seed
 from tools.model_directory import NOT_FINITE, LoadedModel, load_model_directory
+from tools.result_files import require_writable
 from tools.sessions import Session, load_session, merge_sessions, save_session
 
 
@@ -124,6 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--merge-weights is for several files of --load-memory; drop it")
     if arguments.save_memory is not None and not arguments.save_memory.resolve().parent.is_dir():
         raise UserError(f"--save-memory {arguments.save_memory}: its folder does not exist; make it first")
+    require_writable(arguments.save_memory)
     prompt = (
         arguments.prompt
         if arguments.prompt_file is None
