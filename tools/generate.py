@@ -67,8 +67,8 @@ class Continuation:
         self._read_before = 0 if session is None else session.tokens
         unread = [] if session is None else session.unread[0].tolist()
         # Training rows are documents that each end with EOS, so a text begins after one; so does one after merged ones.
-        begins = [] if unread else [tokenizer.eos_id]
-        self._tokens = [*unread, *begins, *tokenizer.encode(prompt)]
+        before = unread or [tokenizer.eos_id]
+        self._tokens = [*before, *tokenizer.encode(prompt, begins=before[-1] == tokenizer.eos_id)]
         # A session may have ended inside a character, of which it showed U+FFFD: the first token here may complete it.
         self.length = self._read_before + len(self._tokens) + arguments.max_new_tokens - 1
         """Tokens that the model has read once all new ones are chosen, those of the session included."""
