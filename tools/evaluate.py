@@ -254,7 +254,13 @@ def score_text(arguments: argparse.Namespace) -> None:
         progress.update(score.tokens, f"{score.tokens:,} of {total:,} tokens, loss {score.nats / score.tokens:.4f}")
     progress.close()
     compared = {} if window is None else {"reset_window": window}
-    report = {"model": str(arguments.model), "context": context, **compared, **score.report()}
+    report = {
+        "model": str(arguments.model),
+        "step": loaded.config.step,
+        "context": context,
+        **compared,
+        **score.report(),
+    }
     if arguments.json is not None:
         write_json(arguments.json, report, indent=1)
     print_report(report)  # last: whoever reads it may have gone
