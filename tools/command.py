@@ -30,17 +30,21 @@ def run_command(command: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough; python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()  # its reader (head, less) has seen enough
     except OSError as error:
         if error.errno not in NO_SPACE or error.filename is not None:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         print(
             f"error: the output cannot be written: {error.strerror}; free space or send it elsewhere", file=sys.stderr
         )
         return 2
     return 0
+
+
+def discard_output() -> None:
+    """Sends what is left of an output that can't be written nowhere: python would complain again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive_int(text: str) -> int:

@@ -231,7 +231,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def score_text(arguments: argparse.Namespace) -> None:
-    """Scores a text, prints and writes."""
+    """Scores a text, writes and prints."""
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     context = arguments.context or loaded.config.sequence_length
     if arguments.compare_reset is not None:
@@ -254,10 +254,16 @@ def score_text(arguments: argparse.Namespace) -> None:
         progress.update(score.tokens, f"{score.tokens:,} of {total:,} tokens, loss {score.nats / score.tokens:.4f}")
     progress.close()
     compared = {} if window is None else {"reset_window": window}
-    report = {"model": str(arguments.model), "context": context, **compared, **score.report()}
-    print_report(report)
+    report = {
+        "model": str(arguments.model),
+        "step": loaded.config.step,
+        "context": context,
+        **compared,
+        **score.report(),
+    }
     if arguments.json is not None:
         write_json(arguments.json, report, indent=1)
+    print_report(report)  # last: whoever reads it may have gone
 
 
 def main(argv: Sequence[str] | None = None) -> int:

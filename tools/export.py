@@ -74,11 +74,12 @@ def export(
     Args:
         dtype: of the weights.
         overwrite: replace an exported model at `output`.
-        evaluation: a text's loss by `python -m tools.evaluate --json` for the model card; None for what the run logged.
+        evaluation: a text's loss by `python -m tools.evaluate --json` for the model card, measured at the checkpoint's
+            step; None for what the run logged.
         max_shard_bytes: of a file of weights.
 
     Raises:
-        UserError: the checkpoint can't be read, or the folder can't be written.
+        UserError: the checkpoint or the evaluation can't be read, is of another step, or the folder can't be written.
     """
     try:
         config = ModelConfig.model_validate_json((checkpoint / MODEL_FILE).read_text(encoding="utf-8"))
@@ -93,7 +94,7 @@ def export(
         )
     if state.cursor is None:
         raise UserError(f"{checkpoint / TRAINER_FILE}: has seen no data; export a later checkpoint")
-    measured = read_evaluation(evaluation) if evaluation else logged_evaluation(checkpoint, state.step)
+    measured = read_evaluation(evaluation, state.step) if evaluation else logged_evaluation(checkpoint, state.step)
     write_model_directory(
         output,
         {name: weight.to(dtype) for name, weight in weights.items()},
@@ -122,8 +123,8 @@ def parser() -> argparse.ArgumentParser:
         "--evaluation",
         type=Path,
         metavar="JSON",
-        help="a text's loss as `python -m tools.evaluate --shards ... --json` wrote it, for the model card (default: "
-        "what the run logged)",
+        help="a text's loss as `python -m tools.evaluate --shards ... --json` wrote it, of an export of this very "
+        "checkpoint, for the model card (default: what the run logged)",
     )
     result.add_argument(
         "--max-shard-bytes",

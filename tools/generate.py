@@ -15,8 +15,9 @@ import torch
 
 from model.generation import TokenStream
 from pretrain.errors import UserError
-from tools.command import positive_int, read_text, run_command, seed
+from tools.command import discard_output, positive_int, read_text, run_command, seed
 from tools.model_directory import NOT_FINITE, LoadedModel, load_model_directory
+from tools.result_files import require_writable
 from tools.sessions import Session, load_session, merge_sessions, save_session
 
 
@@ -66,8 +67,8 @@ class Continuation:
         self._read_before = 0 if session is None else session.tokens
         unread = [] if session is None else session.unread[0].tolist()
         # Training rows are documents that each end with EOS, so a text begins after one; so does one after merged ones.
-        begins = [] if unread else [tokenizer.eos_id]
-        self._tokens = [*unread, *begins, *tokenizer.encode(prompt)]
+        before = unread or [tokenizer.eos_id]
+        self._tokens = [*before, *tokenizer.encode(prompt, begins=before[-1] == tokenizer.eos_id)]
         # A session may have ended inside a character, of which it showed U+FFFD: the first token here may complete it.
         self.length = self._read_before + len(self._tokens) + arguments.max_new_tokens - 1
         """Tokens that the model has read once all new ones are chosen, those of the session included."""
@@ -124,6 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--merge-weights is for several files of --load-memory; drop it")
     if arguments.save_memory is not None and not arguments.save_memory.resolve().parent.is_dir():
         raise UserError(f"--save-memory {arguments.save_memory}: its folder does not exist; make it first")
+    require_writable(arguments.save_memory)
     prompt = (
         arguments.prompt
         if arguments.prompt_file is None
@@ -138,10 +140,17 @@ def run(arguments: argparse.Namespace) -> None:
             f"{continuation.length:,} tokens, more than the transformer's context of {limit:,}, the rows of its "
             "training; give less of them, or a model with a memory"
         )
-    print(prompt, end="", flush=True)
-    for piece in continuation.pieces():
-        print(piece, end="", flush=True)
-    print()
+    try:
+        print(prompt, end="", flush=True)
+        for piece in continuation.pieces():
+            print(piece, end="", flush=True)
+        print(flush=True)
+    except (BrokenPipeError, KeyboardInterrupt) as error:
+        if arguments.save_memory is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            discard_output()
+        raise UserError(f"--save-memory {arguments.save_memory}: not saved, the output ended early") from None
     if arguments.save_memory is not None:
         session = continuation.session()
         save_session(arguments.save_memory, session, loaded.model)

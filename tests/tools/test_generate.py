@@ -62,7 +62,8 @@ def test_the_pieces_are_the_text_of_all_tokens_at_once(tokenizer: Tokenizer) -> 
         new += [token for text in draw.choices(characters, k=draw.randint(0, 5)) for token in text]
         prompt = draw.choice(["", " ", "ti", "ti ", "記"])
         unread = None if number % 2 else [draw.choice([tokenizer.eos_id, *tokenizer.encode("a")])]
-        before = [*([tokenizer.eos_id] if unread is None else unread), *tokenizer.encode(prompt)]
+        last = [tokenizer.eos_id] if unread is None else unread
+        before = [*last, *tokenizer.encode(prompt, begins=last == [tokenizer.eos_id])]
         whole, read = tokenizer.decode([*before, *new]), tokenizer.decode(before)
         assert "".join(pieces(tokenizer, prompt, new, unread)) == whole[len(read) :], (prompt, unread, new)
 
@@ -90,6 +91,19 @@ def test_a_character_that_a_session_ended_in_is_completed(tokenizer: Tokenizer) 
     # What was shown of it before, U+FFFD, is not shown again; of a whole one nothing is left.
     assert "".join(pieces(tokenizer, "", [after], rocket[:1])) == "z"
     assert "".join(pieces(tokenizer, "", [after], rocket[3:])) == "z"
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7])
+def test_a_prompt_behind_a_session_goes_on_with_its_text(tokenizer: Tokenizer, cut: int) -> None:
+    """The tokens read are those of one text, without a space that nobody wrote; behind EOS another text begins."""
+    ends_with_eos = Session(None, torch.tensor([[tokenizer.eos_id]]), 5)
+    inside = Session(None, torch.tensor([tokenizer.encode("titan memory"[:cut])[-1:]]), 5)
+    arguments = generate.parser().parse_args(["model", "--prompt", ""])
+    loaded: Any = SimpleNamespace(model=None, tokenizer=tokenizer)
+    prompt = "titan memory"[cut:]
+    read = [generate.Continuation(loaded, prompt, arguments, x)._tokens[1:] for x in (None, ends_with_eos, inside)]
+    assert read == [tokenizer.encode(prompt), tokenizer.encode(prompt), tokenizer.encode(prompt, begins=False)]
+    assert tokenizer.decode(read[2], begins=False) == prompt
 
 
 def test_a_model_that_only_breaks_characters_is_shown_at_the_end(tokenizer: Tokenizer) -> None:

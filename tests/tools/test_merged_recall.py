@@ -74,5 +74,5 @@ def test_a_merged_memory_recalls_both_documents_better_than_chance(model: Titans
     print(json.dumps(shares))
     assert shares["own"] > 0.8
     assert shares["other"] < 0.1
-    assert shares["merged"] > 3 / VALUES
-    assert shares["merged 3:1, first"] > shares["merged 3:1, second"]
+    assert shares["merged"] > 0.5
+    assert shares["merged 3:1, first"] > shares["merged 3:1, second"] > 2 * shares["other"]

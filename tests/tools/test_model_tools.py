@@ -157,7 +157,7 @@ def test_evaluation_agrees_with_the_training_loop(run: Path, exported: Path, dat
     report = json.loads(output.read_text())
     assert report["tokens"] == ShardSet.open(shards).tokens
     in_loop = events(run, "eval")[-1]
-    assert in_loop["step"] == STEPS
+    assert report["step"] == in_loop["step"] == STEPS
     assert report["loss"] == pytest.approx(in_loop["loss"], rel=1e-5)
     assert report["bits_per_byte"] == pytest.approx(in_loop["bits_per_byte"], rel=1e-5)
     assert report["perplexity"] == pytest.approx(math.exp(report["loss"]))
@@ -370,7 +370,9 @@ def test_the_card_says_what_was_trained_and_measured(run: Path, exported: Path, 
     shutil.copytree(before, alone)
     assert export.main([str(alone), "--output", str(tmp_path / "unmeasured")]) == 0
     assert "Not measured yet." in (tmp_path / "unmeasured" / "README.md").read_text()
-    (tmp_path / "result.json").write_text(json.dumps({"loss": 1.25, "perplexity": 3.5, "tokens": 1234, "context": 99}))
+    step = load_model_directory(tmp_path / "unmeasured").config.step
+    result = {"loss": 1.25, "perplexity": 3.5, "tokens": 1234, "context": 99, "step": step}
+    (tmp_path / "result.json").write_text(json.dumps(result))
     command = [str(alone), "--output", str(tmp_path / "measured"), "--evaluation"]
     assert export.main([*command, str(tmp_path / "result.json")]) == 0
     card = (tmp_path / "measured" / "README.md").read_text()
@@ -380,6 +382,10 @@ def test_the_card_says_what_was_trained_and_measured(run: Path, exported: Path, 
     capsys.readouterr()
     assert export.main([*command[:-2], str(tmp_path / "x"), "--evaluation", str(alone / "model.json")]) == 2
     assert "holds no loss" in capsys.readouterr().err
+    for wrong in (STEPS, None):
+        (tmp_path / "result.json").write_text(json.dumps(result | {"step": wrong}))
+        assert export.main([*command[:-2], str(tmp_path / "x"), "--evaluation", str(tmp_path / "result.json")]) == 2
+        assert f"at step {wrong}, and the checkpoint is of step {step}" in capsys.readouterr().err
 
 
 def test_evaluation_of_shards_refuses_options_for_documents(exported: Path, data: Path, tmp_path: Path, capsys) -> None:

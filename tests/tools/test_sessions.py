@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from tools import generate, sessions
 from tools.model_directory import load_model_directory
 from tools.sessions import Session, fingerprint, load_session, merge_sessions, save_session
 
+ROOT = Path(__file__).parents[2]
 NONE_UNREAD = torch.empty(1, 0, dtype=torch.int64)
 
 
@@ -177,6 +182,7 @@ def test_the_command_goes_on_where_it_stopped(exported: Path, tmp_path: Path, ca
         (["--load-memory", "absent"], "absent: no such file"),
         (["--merge-weights", "1"], "--merge-weights is for several files"),
         (["--save-memory", "absent/session"], "absent/session: its folder does not exist"),
+        (["--save-memory", "tests"], "tests: cannot be written: it is a folder"),
     ],
 )
 def test_the_command_names_what_is_wrong_before_it_prints(exported: Path, options: list[str], message: str, capsys):
@@ -184,6 +190,31 @@ def test_the_command_names_what_is_wrong_before_it_prints(exported: Path, option
     output = capsys.readouterr()
     assert message in output.err
     assert output.out == ""
+
+
+def test_a_session_that_ended_early_is_not_saved_and_says_so(exported: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.generate", str(exported), "--prompt", "me", "--max-new-tokens", "2"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    saved = ["--save-memory", str(tmp_path / "session")]
+    result = subprocess.run([*command, *saved], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {' '.join(saved)}: not saved, the output ended early\n"
+
+
+def test_an_interrupted_session_is_not_saved_and_says_so(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def interrupted(_: generate.Continuation) -> Iterator[str]:
+        yield "me"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate.Continuation, "pieces", interrupted)
+    command = [str(exported), "--prompt", "me"]
+    assert generate.main(command) == 130
+    assert generate.main([*command, "--save-memory", str(tmp_path / "session")]) == 2
+    assert "not saved, the output ended early" in capsys.readouterr().err
 
 
 def test_a_session_of_several_rows_is_not_a_conversation(exported: Path, tmp_path: Path, capsys) -> None:

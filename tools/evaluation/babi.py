@@ -76,7 +76,7 @@ def babi_prompt(
     num_fewshot: int = 0,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> Prompt:
-    """A prompt of a drawn story: the same for the same arguments.
+    """A prompt of a drawn story: the same for the same arguments; its `left_out` counts those that did not fit.
 
     Args:
         length: tokens of the prompt and `answer_tokens`.
@@ -96,7 +96,7 @@ def babi_prompt(
         for story in draw.sample(task.examples, num_fewshot)
     )
     error = None
-    for _ in range(100):  # stories differ in their length; most fit
+    for left_out in range(100):  # stories differ in their length; most fit
         story = draw.choice(task.stories)
         depths = sorted(draw.random() if depth is None else depth for _ in story.facts)
         try:
@@ -114,7 +114,8 @@ def babi_prompt(
             error = too_long
             continue
         require_answer_room(tokenizer, (story.answer,), answer_tokens, task.name)
-        return Prompt(task.name, length, depth, sample, tokens, context, placed, story.question, (story.answer,))
+        answers = (story.answer,)
+        return Prompt(task.name, length, depth, sample, tokens, context, placed, story.question, answers, left_out)
     assert error is not None
     raise error
 

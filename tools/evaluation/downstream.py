@@ -44,7 +44,7 @@ _ALONE = "perplexity", "acc", "acc_norm"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluates, prints and writes; with several ranks each does a share, and the first one reports."""
+    """Evaluates, writes and prints; with several ranks each does a share, and the first one reports."""
     names = listed(arguments.tasks, TASKS, "--tasks")
     # Before lm-eval and transformers are imported, which read them: nothing here is on the network.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -149,7 +149,7 @@ def paper_row(tasks: dict[str, Any], limit: int | None) -> dict[str, float | Non
 
 
 def finish(arguments: argparse.Namespace, tasks: dict[str, Any], world: World) -> None:
-    """Prints the tables and writes the results."""
+    """Writes the results and prints the tables."""
     row = paper_row(tasks, arguments.limit)
     report = {
         "limit": arguments.limit,
@@ -161,7 +161,6 @@ def finish(arguments: argparse.Namespace, tasks: dict[str, Any], world: World) -
         "tasks": tasks,
         "table": row,
     }
-    _print(arguments, tasks, row)
     scalars = {
         f"{name}/{metric} ({_label(task, arguments.limit)})": found["value"]
         for name, task in tasks.items()
@@ -169,6 +168,7 @@ def finish(arguments: argparse.Namespace, tasks: dict[str, Any], world: World) -
     }
     write_results(arguments, report)
     tensorboard_scalars(arguments, "downstream", scalars)
+    _print(arguments, tasks, row)  # last: whoever reads it may have gone
 
 
 def _label(task: dict[str, Any], limit: int | None) -> str:

@@ -173,6 +173,7 @@ class TransformersLM(_Divided, HFLM):
             backend="causal",
             batch_size=batch_size,
             max_length=limit or UNBOUNDED,
+            softmax_dtype="float32",  # as ours; else that of the logits, in bf16 too coarse for a likelihood
         )
         self._take_place(world)
 

@@ -69,7 +69,7 @@ class Answered:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluates, prints, draws and writes; with several ranks each does a share, and the first one reports."""
+    """Evaluates, writes, draws and prints; with several ranks each does a share, and the first one reports."""
     world = join(arguments.device)
     loaded = load_model_directory(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     lengths = sorted(set(arguments.lengths))
@@ -223,16 +223,14 @@ def _report(arguments: argparse.Namespace, tasks: Sequence[Task], answered: list
             found = [cell for cell in cells if (cell["task"], cell["length"]) == (name, length)]
             total = sum(cell["samples"] for cell in found)
             by_length.setdefault(name, {})[length] = sum(cell["score"] * cell["samples"] for cell in found) / total
-    _print(by_length, setting)
-    if lost := sum(one.output is None for one in answered):
-        print(f"warning: {lost:,} of {len(answered):,} prompts: logits are not finite: {NOT_FINITE}", file=sys.stderr)
+    left_out = sum(one.prompt["left_out"] for one in answered)
     prompts = sorted(answered, key=lambda one: (one.prompt["task"], one.prompt["length"], one.prompt["depth"] or 0.0))
     write_results(
         arguments,
         {
             "seed": arguments.seed, "dtype": arguments.dtype, "ranks": world.size,
             "haystack": None if arguments.haystack is None else [str(path) for path in arguments.haystack],
-            "cells": cells, "prompts": [one.fields() for one in prompts],
+            "left_out": left_out, "cells": cells, "prompts": [one.fields() for one in prompts],
         },
     )  # fmt: skip
     scalars = {
@@ -241,9 +239,18 @@ def _report(arguments: argparse.Namespace, tasks: Sequence[Task], answered: list
         for length, score in scores.items()
         if math.isfinite(score)
     }
-    tensorboard_scalars(arguments, "long_context", scalars)
-    if arguments.plot is not None:  # last: should it fail, the numbers are there
+    if arguments.plot is not None:
         draw_heat_map(arguments.plot, cells, title=str(arguments.model))
+    tensorboard_scalars(arguments, "long_context", scalars)
+    if lost := sum(one.output is None for one in answered):
+        print(f"warning: {lost:,} of {len(answered):,} prompts: logits are not finite: {NOT_FINITE}", file=sys.stderr)
+    if left_out:
+        print(
+            f"warning: {left_out:,} drawn stories do not fit their length and were left out: the scores are of shorter "
+            "ones; give greater --lengths",
+            file=sys.stderr,
+        )
+    _print(by_length, setting)  # last: whoever reads it may have gone
 
 
 def _print(by_length: dict[str, dict[int, float]], setting: Callable[[str], str]) -> None:

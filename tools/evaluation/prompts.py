@@ -44,6 +44,8 @@ class Prompt:
     facts: tuple[Fact, ...]
     question: str
     answers: tuple[str, ...]
+    left_out: int = 0
+    """Stories that were drawn before this one and are too long for `length`."""
 
     def fields(self) -> dict[str, Any]:
         """JSON-ready, without the text."""
@@ -51,6 +53,7 @@ class Prompt:
         return {
             "task": self.task, "length": self.length, "depth": self.depth, "sample": self.sample,
             "prompt_tokens": len(self.tokens), "question": self.question, "answers": list(self.answers), "facts": facts,
+            "left_out": self.left_out,
         }  # fmt: skip
 
 

@@ -131,8 +131,8 @@ def logged_evaluation(checkpoint: Path, step: int) -> dict[str, Any] | None:
     return found
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """What `tools.evaluate --json` wrote of a text's loss; raises UserError for another file."""
+def read_evaluation(path: Path, step: int) -> dict[str, Any]:
+    """What `tools.evaluate --json` wrote of a text's loss; raises UserError for another file, and of another step."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -141,5 +141,10 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--evaluation {path}: holds no loss; give what `python -m tools.evaluate MODEL --shards` or `--input` "
             "wrote with --json, of a model whose loss is finite"
+        )
+    if (measured := content.get("step")) != step:
+        raise UserError(
+            f"--evaluation {path}: was measured at step {measured}, and the checkpoint is of step {step}; evaluate an "
+            "export of this checkpoint"
         )
     return content

@@ -1,4 +1,4 @@
-"""`python -m tools.inspect memory`: finds the memories, measures, prints, writes."""
+"""`python -m tools.inspect memory`: finds the memories, measures, writes, prints."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def run_memory(arguments: argparse.Namespace) -> None:
         found = _start(arguments)
     else:
         found = _session(arguments)
-    _print(found)
     if arguments.output is not None:
         write_text(arguments.output, html_page(f"Memory: {arguments.state.name}", found.facts, found.rows))
     if arguments.json is not None:
         write_json(arguments.json, as_json(found))
+    _print(found)  # last: whoever reads it may have gone
 
 
 def as_json(found: Memories) -> dict[str, Any]:

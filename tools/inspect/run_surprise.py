@@ -1,4 +1,4 @@
-"""`python -m tools.inspect surprise`: reads, measures, prints, writes."""
+"""`python -m tools.inspect surprise`: reads, measures, writes, prints."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def run_surprise(arguments: argparse.Namespace) -> None:
         spans = spans_of(reading, arguments.span)
         influences, answer_nats = measure(loaded, reading, spans, arguments.batch_size)
     facts = _facts(arguments, loaded, reading)
-    _print(found, reading, influences, answer_nats)
     if arguments.output is not None:
         page = Page(f"Surprise: {arguments.text.name}", facts, reading, found, influences, answer_nats)
         write_text(arguments.output, page.html())
     if arguments.json is not None:
         write_json(arguments.json, as_json(dict(facts), loaded, reading, found, influences, answer_nats))
+    _print(found, reading, influences, answer_nats)  # last: whoever reads it may have gone
 
 
 def measure(

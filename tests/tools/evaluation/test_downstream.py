@@ -67,6 +67,25 @@ def test_the_export_through_transformers_gives_the_same_numbers(
     assert_same_numbers(native, theirs, relative=1e-5)
 
 
+def test_both_ways_agree_in_bf16(mac: Path, sets: Path, modules: Path, tmp_path: Path) -> None:
+    ours, theirs = (
+        results(
+            mac,
+            sets,
+            tmp_path / way,
+            "--through",
+            way,
+            "--dtype",
+            "bfloat16",
+            "--batch-size",
+            "1",
+            tasks="piqa,lambada",
+        )
+        for way in ("native", "huggingface")
+    )
+    assert_same_numbers(ours, theirs, relative=1e-5)
+
+
 @pytest.mark.parametrize(
     ("way", "tasks", "relative"), [("native", "all", 1e-6), ("huggingface", "lambada,piqa,winogrande,wikitext", 1e-5)]
 )

@@ -18,6 +18,7 @@ from tests.tools.evaluation.evaluation_cases import answer_by_reading
 from tests.tools.huggingface.exported_cases import write_exported
 from tools import evaluate
 from tools.evaluation import long_context
+from tools.evaluation.babi import ANSWER_TOKENS
 from tools.evaluation.completion import complete
 from tools.model_directory import LoadedModel, load_model_directory
 
@@ -96,6 +97,26 @@ def test_what_is_no_number_is_no_score(
     assert {cell["depth"]: cell["score"] for cell in cells if cell["task"] == "qa1"} == {0.2: 1.0, 0.6: None}
     said = capsys.readouterr()
     assert said.out.count("not finite") == 2 and "warning: 2 of 4 prompts" in said.err
+
+
+def test_stories_that_are_left_out_are_counted_and_told(
+    mac: Path, book: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Of three stories with 2, 4 and 1 facts the last alone fits: it is what is asked, whatever was drawn before it."""
+    monkeypatch.setattr(long_context, "complete", looked_up)
+    encode = load_model_directory(mac).tokenizer.encode
+    texts = " John went to the hall.", "\nQuestion: Where is John?\nAnswer:"
+    fits = 1 + sum(len(encode(text, begins=False)) for text in texts) + ANSWER_TOKENS
+    told = {}
+    for length in (fits, 900):
+        tasks = ["--babi", "qa1", "--haystack", str(book), "--data", str(stories), "--samples", "12"]
+        report = run([str(mac), *tasks, "--lengths", str(length)], tmp_path / "out.json")
+        told[length] = report["left_out"]
+        assert sum(prompt["left_out"] for prompt in report["prompts"]) == report["left_out"]
+        assert {len(prompt["facts"]) for prompt in report["prompts"]} == ({1} if length == fits else {1, 2, 4})
+        warning = f"warning: {report['left_out']} drawn stories do not fit their length and were left out"
+        assert (warning in capsys.readouterr().err) == (length == fits)
+    assert told[fits] >= 8 and told[900] == 0  # 24 are expected: two of three
 
 
 def test_a_model_is_asked_by_one_rank_or_two_alike(mac: Path, book: Path, stories: Path, tmp_path: Path) -> None:
