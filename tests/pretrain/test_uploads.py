@@ -4,6 +4,7 @@ what a run on a new node goes on from.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -337,6 +338,43 @@ def test_an_overtaken_copy_of_the_run_completes_no_upload(
     with opened(old):
         pass
     assert store.checkpoints() == [] and told.events == [], "the log is the newer one's"
+
+
+def test_a_folder_that_cannot_be_listed_once_is_told_and_the_next_attempt_uploads(
+    here: Checkpoints, store: CheckpointStore, opened: Opened, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.save(1, write)
+    calls: list[Path] = []
+
+    def stale(folder: Path) -> list[Path]:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+        return list_checkpoints(folder)
+
+    monkeypatch.setattr(uploads, "list_checkpoints", stale)
+    with opened(here) as copies:
+        copies.begin()
+    assert told.kinds() == [("upload_failed", None), ("upload", 1)]
+    assert os.strerror(errno.ESTALE) in told.events[0]["message"]
+    assert store.checkpoints() == ["step-00000001"]
+
+
+def test_what_makes_room_is_told_only_where_the_store_has_no_copy_of_it(
+    here: Checkpoints, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(here) as copies:
+        for step in range(1, 5):
+            here.save(step, write, spare=9)
+            if step == 1:
+                copies.begin()
+                assert waited_for(lambda: copies.holds("step-00000001"))
+        usage = shutil.disk_usage(here.folder)
+        free = lambda _: usage._replace(free=10 if (here.folder / "step-00000002").exists() else usage.free)  # noqa: E731
+        monkeypatch.setattr("shutil.disk_usage", free)
+        said: list[str] = []
+        replace(here, copies=copies).save(5, write, num_bytes=11, report=said.append)
+    assert len(said) == 1 and said[0].startswith("step-00000002 is removed and was not uploaded")
 
 
 class Stuck:
