@@ -47,6 +47,11 @@ class Told(RunLog):
         return [(event["event"], event.get("step")) for event in self.events]
 
 
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "LAST_PAUSE_SECONDS", 0.0)
+
+
 @pytest.fixture
 def told() -> Told:
     return Told()
@@ -161,7 +166,7 @@ def test_an_upload_that_ends_anywhere_is_no_copy_and_the_next_one_completes_it(
 
         with monkeypatch.context() as patch:
             patch.setattr(obstore, "put", gone)
-            with opened(here):
+            with pytest.raises(SharedMachineError, match="no route to host"), opened(here):
                 pass
         assert told.events[-1]["event"] == "upload_failed" and "no route to host" in told.events[-1]["message"]
         assert store.location in told.events[-1]["message"]
@@ -185,7 +190,7 @@ def test_another_attempts_copy_is_none_from_the_first_file_on_that_is_put_over_i
         pass
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "put", lambda *_: (_ for _ in ()).throw(StoreError("gone")))
-        with opened(other):
+        with pytest.raises(SharedMachineError), opened(other):
             pass
     assert store.checkpoints() == [] and store.begun() == ["step-00000004"]
     with opened(other):
@@ -375,6 +380,36 @@ def test_what_makes_room_is_told_only_where_the_store_has_no_copy_of_it(
         said: list[str] = []
         replace(here, copies=copies).save(5, write, num_bytes=11, report=said.append)
     assert len(said) == 1 and said[0].startswith("step-00000002 is removed and was not uploaded")
+
+
+@pytest.mark.parametrize("failures", [1, uploads.LAST_TRIES, uploads.LAST_TRIES + 1])
+def test_the_end_of_a_run_tries_its_last_checkpoint_again_and_says_where_it_is_not_uploaded(
+    here: Checkpoints,
+    store: CheckpointStore,
+    opened: Opened,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+) -> None:
+    put, calls = obstore.put, [0]
+
+    def refusing(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] <= failures:
+            raise obstore.exceptions.GenericError("503")
+        return put(*arguments, **options)
+
+    here.save(1, write)
+    monkeypatch.setattr(obstore, "put", refusing)
+    if failures > uploads.LAST_TRIES:
+        message = r"the last checkpoint is not uploaded: .*503; .*start the command again to try once more"
+        with pytest.raises(SharedMachineError, match=message), opened(here):
+            pass
+        assert store.checkpoints() == []
+    with opened(here):  # as where the command is started again
+        pass
+    assert store.checkpoints() == ["step-00000001"]
+    assert told.kinds() == [("upload_failed", 1)] * failures + [("upload", 1)]
 
 
 class Stuck:
