@@ -145,7 +145,7 @@ class Uploads(AbstractContextManager["Uploads"]):
                 loud(f"older copies are not removed: {outcome.alarm}; the next upload tries it again")
 
     def holds(self, checkpoint: str) -> bool:
-        """Whether the store has this checkpoint, as far as rank 0 knows."""
+        """Whether the store has this checkpoint, or as many newer ones as it keeps, as far as rank 0 knows."""
         return checkpoint in self._held
 
     def _wait(self, seconds: float) -> None:
@@ -173,13 +173,16 @@ class Uploads(AbstractContextManager["Uploads"]):
         """Upload what rank 0 finds in the folder and not in the store; every rank's thread calls it. Why the newest is
         not there then, the same on all ranks; None where it is, or is another copy's of the run to upload.
         """
-        newest: list[str] = []
-        names: list[str] = []
+        keep = self._config.upload_keep
+        newest, names, replaced = list[str](), list[str](), list[str]()
 
         def find() -> None:
-            found = [path.name for path in list_checkpoints(self._checkpoints.folder)]
-            newest.extend(found[:1])
-            names.extend(name for name in found if not self.holds(name))
+            found = list_checkpoints(self._checkpoints.folder)
+            newest.extend(path.name for path in found[:1])
+            # Older ones would be removed from the store again as soon as they are there.
+            old = found[len(found) if keep is None else keep :]
+            replaced.extend(path.name for path in old if not (path / STAYS).exists())
+            names.extend(path.name for path in found if path.name not in replaced and not self.holds(path.name))
 
         is_main = self._checkpoints.world.is_main
         error = self._attempt(find) if is_main else None
@@ -190,6 +193,7 @@ class Uploads(AbstractContextManager["Uploads"]):
             failure = self._upload(name)
             if failure is not None:
                 return failure if name in newest and not self._is_fenced_off else None
+        self._held.update(replaced)
         return error
 
     def _upload(self, name: str) -> str | None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import obstore
 import pytest
-from pydantic import ValidationError
 
 from parallel.process import World
 from pretrain import checkpoint_store, uploads
@@ -332,6 +331,20 @@ def test_so_many_copies_stay_and_those_that_are_kept_for_good(
     assert store.checkpoints() == ["step-00000006", "step-00000005", "step-00000003"]
 
 
+def test_what_the_store_would_not_keep_is_not_uploaded_and_may_go_once_newer_ones_are_there(
+    here: Checkpoints, store: CheckpointStore, opened: Opened, told: Told
+) -> None:
+    for step in range(1, 5):
+        here.save(step, write, stays=step == 1, spare=9)
+    for _ in range(2):  # as of a run that is started again
+        with opened(here, upload_keep=2) as copies:
+            pass
+    assert told.kinds() == [("upload", 4), ("upload", 3), ("upload", 1)]
+    assert store.begun() == ["step-00000004", "step-00000003", "step-00000001"]
+    replace(here, copies=copies).save(5, write)
+    assert [path.name[-1] for path in list_checkpoints(here.folder)] == ["5", "4", "1"]
+
+
 def test_an_overtaken_copy_of_the_run_completes_no_upload(
     here: Checkpoints, store: CheckpointStore, opened: Opened, told: Told, world: World
 ) -> None:
@@ -458,27 +471,6 @@ def test_a_run_that_has_had_its_tokens_waits_for_its_uploads(
     assert store.checkpoints() == ["step-00000001"]
 
 
-def test_large_files_go_in_pieces_and_an_upload_ends_between_them(
-    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint_store, "PIECE_BYTES", 1000)
-    source, pieces = tmp_path / "large", []
-    source.write_bytes(os.urandom(4500))
-    store.put("step-00000001", "large", source, lambda: pieces.append(1))
-    assert len(pieces) == 5
-    store.fetch("step-00000001", "large", tmp_path / "back")
-    assert (tmp_path / "back").read_bytes() == source.read_bytes()
-
-    def stop() -> None:
-        if len(pieces) == 7:
-            raise ZeroDivisionError
-        pieces.append(1)
-
-    with pytest.raises(ZeroDivisionError):
-        store.put("step-00000002", "large", source, stop)
-    assert not store.has("step-00000002", "large")
-
-
 def test_s3_takes_checkpoints_and_gives_them_back(
     here: Checkpoints, tmp_path: Path, bucket: Callable[[str, bytes], object], told: Told
 ) -> None:
@@ -501,17 +493,3 @@ def test_s3_takes_checkpoints_and_gives_them_back(
     with pytest.raises(SharedUserError, match="no checkpoint in s3://data/runs/one two is whole"):
         go_on(elsewhere(here, tmp_path, store), store, said)
     assert "s3://data/runs/one two/step-00000002/large.bin is altered" in said[0]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"upload": "https://host/x"}, "nothing can be put there; give s3://, gs:// or a folder"),
-        ({"upload": "ftp://host/x"}, "ftp:// is not read"),
-        ({"upload_keep": 2}, "upload_keep is 2, but nothing is uploaded: set upload"),
-        ({"upload_wait_seconds": 2.0}, "upload_wait_seconds is 2.0, but nothing is uploaded"),
-    ],
-)
-def test_what_cannot_be_uploaded_to_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        CheckpointConfig(**fields)
