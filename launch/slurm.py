@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     check_options(options)
     training = command_line.parse([options.recipe, *options.arguments])
     phases = load_phases(training.recipe, training.overrides)
-    script = script_of(options, phases.run.name, phases.run.folder)
+    script = script_of(options, phases.run.name, phases.run.folder, phases.run.parallel.device)
     if phases.run.parallel.device == "cuda" and not options.gpus_per_node:
         raise UserError("parallel.device is cuda, but the job has no GPUs: give --gpus-per-node")
     phases.require_fit(script.tasks)
@@ -111,19 +111,24 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def script_of(options: argparse.Namespace, name: str, folder: Path) -> JobScript:
+def script_of(options: argparse.Namespace, name: str, folder: Path, device: str) -> JobScript:
     """The job's script, of checked options.
 
     Args:
         name, folder: the run's.
+        device: the recipe's `parallel.device`. "auto" is "cuda" in a job with GPUs: on a node that has lost its GPUs
+            ranks would train on CPUs, and nothing would tell.
     """
+    words = [word for word in options.arguments if word != "--dry-run"]
+    if options.gpus_per_node and device == "auto":
+        words += ["--parallel.device", "cuda"]
     passed_on = [(each, getattr(options, each)) for each in _PASSED_ON]
     return JobScript(
         name=options.job_name or name,
         run_folder=folder.absolute(),
         directory=Path.cwd(),
         python="python" if options.container else sys.executable,
-        training=(options.recipe, *(word for word in options.arguments if word != "--dry-run")),
+        training=(options.recipe, *words),
         nodes=options.nodes,
         tasks_per_node=options.tasks_per_node or options.gpus_per_node or 1,
         gpus_per_node=options.gpus_per_node,

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from parallel import process
 from pretrain.agreement import SharedMachineError, SharedUserError
@@ -41,6 +41,10 @@ GROUP_MINUTES = 7 * 24 * 60.0
 """For which ranks wait for the slowest upload of them."""
 GRACE_SECONDS = 5.0
 """Between asking an upload to end and leaving it behind."""
+LAST_TRIES = 3
+"""At the end of a run, where the newest checkpoint could not be uploaded."""
+LAST_PAUSE_SECONDS = 5.0
+"""Before each of them."""
 
 
 class _StoppedError(Exception):
@@ -63,7 +67,8 @@ class Uploads(AbstractContextManager["Uploads"]):
     """Uploads what a run's folder holds and the store does not: what is left there when the context is entered, and
     what `begin` finds. Methods are called by all ranks at the same step, but for `holds`.
 
-    When the context is left without an error, or on a request to stop, uploads are waited for.
+    When the context is left without an error, or on a request to stop, uploads are waited for. Without an error the
+    newest checkpoint is tried again where it is missing; SharedMachineError where it still is, on all ranks.
 
     Args:
         checkpoints: the run's, with a group that nothing else uses.
@@ -83,7 +88,9 @@ class Uploads(AbstractContextManager["Uploads"]):
         self._checkpoints, self._store, self._config, self._log, self._feed = checkpoints, store, config, log, feed
         self._held: set[str] = set()
         self._is_fenced_off = False
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._missing: str | None = None
+        """Why the newest checkpoint is not in the store; the same on all ranks."""
+        self._asked: queue.SimpleQueue[Literal["upload", "finish", "end"]] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         self._stop = threading.Event()
         # A daemon: a store that hangs must not keep the process.
@@ -101,16 +108,21 @@ class Uploads(AbstractContextManager["Uploads"]):
             limit = float("inf")
         else:
             limit = self._config.upload_wait_seconds if issubclass(kind, Preempted) else 0.0
-        self._asked.put(False)
+        self._asked.put("finish" if kind is None else "end")
         self._wait(limit)
         self._stop.set()
         self._wait(GRACE_SECONDS)  # after an error that is this rank's alone, it may wait for others
         if error is None or isinstance(error, Preempted):
             self.look()
+        if kind is None and self._missing is not None:
+            raise SharedMachineError(
+                f"the last checkpoint is not uploaded: {self._missing}; it is whole in {self._checkpoints.folder}; "
+                "start the command again to try once more"
+            )
 
     def begin(self) -> None:
         """Upload what is not uploaded yet, newest first, behind what is asked for already."""
-        self._asked.put(True)
+        self._asked.put("upload")
 
     def look(self) -> None:
         """Tell how the uploads ended that have since the last look."""
@@ -133,7 +145,7 @@ class Uploads(AbstractContextManager["Uploads"]):
                 loud(f"older copies are not removed: {outcome.alarm}; the next upload tries it again")
 
     def holds(self, checkpoint: str) -> bool:
-        """Whether the store has this checkpoint, as far as rank 0 knows."""
+        """Whether the store has this checkpoint, or as many newer ones as it keeps, as far as rank 0 knows."""
         return checkpoint in self._held
 
     def _wait(self, seconds: float) -> None:
@@ -145,30 +157,49 @@ class Uploads(AbstractContextManager["Uploads"]):
     def _run(self) -> None:
         give_way()
         try:
-            while self._asked.get():
-                self._upload_missing()
+            while (asked := self._asked.get()) == "upload":
+                self._missing = self._upload_missing()
+            tries = LAST_TRIES if asked == "finish" else 0
+            while self._missing is not None and tries > 0:  # what it depends on is the same on all ranks
+                self._stop.wait(LAST_PAUSE_SECONDS)
+                self._missing = self._upload_missing()
+                tries -= 1
         except RuntimeError as error:  # of the process group: a rank is gone, or has left its upload behind
+            self._missing = f"the ranks have lost each other ({error})"
             if self._checkpoints.world.is_main:
                 self._tell(_Outcome(None, 0.0, f"nothing more is uploaded: the ranks have lost each other ({error})"))
 
-    def _upload_missing(self) -> None:
-        """Upload what rank 0 finds in the folder and not in the store; every rank's thread calls it."""
-        names: list[str] = []
+    def _upload_missing(self) -> str | None:
+        """Upload what rank 0 finds in the folder and not in the store; every rank's thread calls it. Why the newest is
+        not there then, the same on all ranks; None where it is, or is another copy's of the run to upload.
+        """
+        keep = self._config.upload_keep
+        newest, names, replaced = list[str](), list[str](), list[str]()
 
         def find() -> None:
             found = list_checkpoints(self._checkpoints.folder)
-            names.extend(path.name for path in found if not self.holds(path.name))
+            newest.extend(path.name for path in found[:1])
+            # Older ones would be removed from the store again as soon as they are there.
+            old = found[len(found) if keep is None else keep :]
+            replaced.extend(path.name for path in old if not (path / STAYS).exists())
+            names.extend(path.name for path in found if path.name not in replaced and not self.holds(path.name))
 
         is_main = self._checkpoints.world.is_main
         error = self._attempt(find) if is_main else None
         if error is not None:
             self._tell(_Outcome(None, 0.0, error))
-        for name in process.broadcast_object(names, self._checkpoints.group):
-            if not self._upload(name):
-                break
+        newest, names, error = process.broadcast_object((newest, names, error), self._checkpoints.group)
+        for name in names:
+            failure = self._upload(name)
+            if failure is not None:
+                return failure if name in newest and not self._is_fenced_off else None
+        self._held.update(replaced)
+        return error
 
-    def _upload(self, name: str) -> bool:
-        """Upload a checkpoint, if the store does not have it; every rank's thread calls it. Whether that went well."""
+    def _upload(self, name: str) -> str | None:
+        """Upload a checkpoint, if the store does not have it; every rank's thread calls it. Why that failed, if it did,
+        the same on all ranks.
+        """
         start, group, world = time.perf_counter(), self._checkpoints.group, self._checkpoints.world
         folder = self._checkpoints.folder / name
         files, error = process.broadcast_object(self._prepare(folder) if world.is_main else ([], None), group)
@@ -180,12 +211,12 @@ class Uploads(AbstractContextManager["Uploads"]):
         if files and error is None and world.is_main:
             error = self._attempt(lambda: self._complete(folder))
             alarm = None if error else self._attempt(lambda: self._remove_old(name))
-        error = process.broadcast_object(error, group)
+        error, self._is_fenced_off = process.broadcast_object((error, self._is_fenced_off), group)
         if world.is_main and error is None:
             self._held.add(name)
         if world.is_main and (files or error):
             self._tell(_Outcome(name, time.perf_counter() - start, error, alarm))
-        return error is None
+        return error
 
     def _tell(self, outcome: _Outcome) -> None:
         if not self._is_fenced_off:  # then the log is another copy's, and the next save says why

@@ -147,6 +147,22 @@ def test_print_and_no_submit_give_the_same_script(capfd, monkeypatch, tmp_path):
     assert directives(printed)["output"] == f"{tmp_path}/my run/logs/job-%j.log"
 
 
+@pytest.mark.parametrize(
+    ("options", "device", "added"),
+    [
+        (["--gpus-per-node", "1"], "auto", " --parallel.device cuda"),
+        (["--gpus-per-node", "1"], "cpu", ""),
+        ([], "auto", ""),
+    ],
+)
+def test_a_job_with_gpus_does_not_train_on_cpus_where_they_are_gone(
+    options, device, added, capfd, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["slurm", "--print", *options, DEMO, "--parallel.device", device]) == 0
+    assert f"training=({DEMO} --parallel.device {device}{added})" in capfd.readouterr().out
+
+
 def test_a_dry_run_shows_the_plan_and_leaves_nothing_behind(capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
     folder = tmp_path / "run"

@@ -3,9 +3,9 @@ while saves go wrong on one of them.
 
 Arguments: FOLDER, then PLAN=RECIPE.yaml..., a plan being `slow` (rank 1 writes slowly), `once` (its second save meets a
 full disk), `always` (each of its saves does), `overtaken` (another copy of the run starts while the second save is
-written), `killed` (rank 1 dies between two files that it uploads, once the first checkpoint is in the store) or another
-(nothing goes wrong). How training ended on this rank is left in RECIPE-RANK.json, and what it chose in
-FOLDER/views-RANK.json; FOLDER may be -.
+written), `killed` (rank 1 dies between two files that it uploads, once the first checkpoint is in the store), `refused`
+(the store takes nothing of rank 1) or another (nothing goes wrong). How training ended on this rank is left in
+RECIPE-RANK.json, and what it chose in FOLDER/views-RANK.json; FOLDER may be -.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 
 from parallel.host_copies import TensorFile
 from parallel.process import World, exit_now, initialize, shutdown
+from pretrain import uploads
 from pretrain.agreement import SharedUserError
-from pretrain.checkpoint_store import CheckpointStore
+from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import (
     CHECKPOINTS_FOLDER,
     MANIFEST,
@@ -65,12 +66,14 @@ def go_wrong(plan: str, run: Path, world: World) -> None:
             saves[0] += 1
             if saves[0] == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
+        if plan == "refused" and world.rank == 1:
+            raise StoreError("503")
         PUT(store, checkpoint, *arguments)
 
-    def begin(uploads: Uploads) -> None:
-        BEGIN(uploads)
+    def begin(copies: Uploads) -> None:
+        BEGIN(copies)
         while plan == "killed" and list_checkpoints(run / CHECKPOINTS_FOLDER):
-            if uploads._store.has(checkpoint_name(4), MANIFEST):
+            if copies._store.has(checkpoint_name(4), MANIFEST):
                 break
             time.sleep(0.01)
 
@@ -104,6 +107,7 @@ def choose(folder: Path, world: World) -> dict[str, dict[str, str | None]]:
 
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
+    uploads.LAST_PAUSE_SECONDS = 0.01
     world = initialize("cpu")
     if arguments[0] != "-":
         place, folder = Path.cwd(), Path(arguments[0])

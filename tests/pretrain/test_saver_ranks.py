@@ -12,6 +12,7 @@ import pytest
 
 from pretrain.checkpoint_store import CheckpointStore
 from pretrain.checkpoints import problems
+from pretrain.uploads import LAST_TRIES
 from tests.distributed_helper import run_ranks
 from tests.training_cases import events, losses, pretrain, write_recipe
 
@@ -103,6 +104,23 @@ def test_ranks_stage_and_upload_what_they_would_have_written(together: Path) -> 
         assert staged == copy and direct.keys() == staged.keys()
         for file in direct.keys() - {"recipe.yaml", "manifest.json"}:
             assert direct[file] == staged[file], file
+
+
+def test_a_run_without_a_copy_of_its_end_is_no_done_one_and_started_again_uploads_it(
+    data: Path, tmp_path: Path
+) -> None:
+    run, store = tmp_path / "refused", tmp_path / "store"
+    refused = write_recipe(data, run, steps=4, checkpoint={"upload": str(store)})
+    again = shutil.copy(refused, refused.with_stem("again"))
+    plans = [f"refused={refused}", f"taken={again}"]
+    run_ranks(["tests/pretrain/saver_worker.py", "-", *plans], ranks=2, timeout=180)
+    failed = ended(tmp_path, "refused")
+    assert failed["type"] == "SharedMachineError", failed
+    assert "the last checkpoint is not uploaded: rank 1: 503" in failed["message"]
+    assert len(events(run, "upload_failed")) > LAST_TRIES and [kind for kind, _ in saves(run)] == ["save"]
+    assert ended(tmp_path, "again")["type"] is None
+    assert [event["step"] for event in events(run, "upload")] == [4]
+    assert CheckpointStore(store).checkpoints() == names(run / "checkpoints") == ["step-00000004"]
 
 
 def test_a_run_killed_in_an_upload_goes_on_from_the_copy_before_on_a_new_node(together: Path, data: Path) -> None:

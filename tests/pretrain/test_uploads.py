@@ -4,6 +4,7 @@ what a run on a new node goes on from.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -15,7 +16,6 @@ from typing import Any
 
 import obstore
 import pytest
-from pydantic import ValidationError
 
 from parallel.process import World
 from pretrain import checkpoint_store, uploads
@@ -44,6 +44,11 @@ class Told(RunLog):
 
     def kinds(self) -> list[tuple[str, int | None]]:
         return [(event["event"], event.get("step")) for event in self.events]
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "LAST_PAUSE_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -160,7 +165,7 @@ def test_an_upload_that_ends_anywhere_is_no_copy_and_the_next_one_completes_it(
 
         with monkeypatch.context() as patch:
             patch.setattr(obstore, "put", gone)
-            with opened(here):
+            with pytest.raises(SharedMachineError, match="no route to host"), opened(here):
                 pass
         assert told.events[-1]["event"] == "upload_failed" and "no route to host" in told.events[-1]["message"]
         assert store.location in told.events[-1]["message"]
@@ -184,7 +189,7 @@ def test_another_attempts_copy_is_none_from_the_first_file_on_that_is_put_over_i
         pass
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "put", lambda *_: (_ for _ in ()).throw(StoreError("gone")))
-        with opened(other):
+        with pytest.raises(SharedMachineError), opened(other):
             pass
     assert store.checkpoints() == [] and store.begun() == ["step-00000004"]
     with opened(other):
@@ -326,6 +331,20 @@ def test_so_many_copies_stay_and_those_that_are_kept_for_good(
     assert store.checkpoints() == ["step-00000006", "step-00000005", "step-00000003"]
 
 
+def test_what_the_store_would_not_keep_is_not_uploaded_and_may_go_once_newer_ones_are_there(
+    here: Checkpoints, store: CheckpointStore, opened: Opened, told: Told
+) -> None:
+    for step in range(1, 5):
+        here.save(step, write, stays=step == 1, spare=9)
+    for _ in range(2):  # as of a run that is started again
+        with opened(here, upload_keep=2) as copies:
+            pass
+    assert told.kinds() == [("upload", 4), ("upload", 3), ("upload", 1)]
+    assert store.begun() == ["step-00000004", "step-00000003", "step-00000001"]
+    replace(here, copies=copies).save(5, write)
+    assert [path.name[-1] for path in list_checkpoints(here.folder)] == ["5", "4", "1"]
+
+
 def test_an_overtaken_copy_of_the_run_completes_no_upload(
     here: Checkpoints, store: CheckpointStore, opened: Opened, told: Told, world: World
 ) -> None:
@@ -337,6 +356,73 @@ def test_an_overtaken_copy_of_the_run_completes_no_upload(
     with opened(old):
         pass
     assert store.checkpoints() == [] and told.events == [], "the log is the newer one's"
+
+
+def test_a_folder_that_cannot_be_listed_once_is_told_and_the_next_attempt_uploads(
+    here: Checkpoints, store: CheckpointStore, opened: Opened, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.save(1, write)
+    calls: list[Path] = []
+
+    def stale(folder: Path) -> list[Path]:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+        return list_checkpoints(folder)
+
+    monkeypatch.setattr(uploads, "list_checkpoints", stale)
+    with opened(here) as copies:
+        copies.begin()
+    assert told.kinds() == [("upload_failed", None), ("upload", 1)]
+    assert os.strerror(errno.ESTALE) in told.events[0]["message"]
+    assert store.checkpoints() == ["step-00000001"]
+
+
+def test_what_makes_room_is_told_only_where_the_store_has_no_copy_of_it(
+    here: Checkpoints, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(here) as copies:
+        for step in range(1, 5):
+            here.save(step, write, spare=9)
+            if step == 1:
+                copies.begin()
+                assert waited_for(lambda: copies.holds("step-00000001"))
+        usage = shutil.disk_usage(here.folder)
+        free = lambda _: usage._replace(free=10 if (here.folder / "step-00000002").exists() else usage.free)  # noqa: E731
+        monkeypatch.setattr("shutil.disk_usage", free)
+        said: list[str] = []
+        replace(here, copies=copies).save(5, write, num_bytes=11, report=said.append)
+    assert len(said) == 1 and said[0].startswith("step-00000002 is removed and was not uploaded")
+
+
+@pytest.mark.parametrize("failures", [1, uploads.LAST_TRIES, uploads.LAST_TRIES + 1])
+def test_the_end_of_a_run_tries_its_last_checkpoint_again_and_says_where_it_is_not_uploaded(
+    here: Checkpoints,
+    store: CheckpointStore,
+    opened: Opened,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+) -> None:
+    put, calls = obstore.put, [0]
+
+    def refusing(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] <= failures:
+            raise obstore.exceptions.GenericError("503")
+        return put(*arguments, **options)
+
+    here.save(1, write)
+    monkeypatch.setattr(obstore, "put", refusing)
+    if failures > uploads.LAST_TRIES:
+        message = r"the last checkpoint is not uploaded: .*503; .*start the command again to try once more"
+        with pytest.raises(SharedMachineError, match=message), opened(here):
+            pass
+        assert store.checkpoints() == []
+    with opened(here):  # as where the command is started again
+        pass
+    assert store.checkpoints() == ["step-00000001"]
+    assert told.kinds() == [("upload_failed", 1)] * failures + [("upload", 1)]
 
 
 class Stuck:
@@ -385,27 +471,6 @@ def test_a_run_that_has_had_its_tokens_waits_for_its_uploads(
     assert store.checkpoints() == ["step-00000001"]
 
 
-def test_large_files_go_in_pieces_and_an_upload_ends_between_them(
-    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint_store, "PIECE_BYTES", 1000)
-    source, pieces = tmp_path / "large", []
-    source.write_bytes(os.urandom(4500))
-    store.put("step-00000001", "large", source, lambda: pieces.append(1))
-    assert len(pieces) == 5
-    store.fetch("step-00000001", "large", tmp_path / "back")
-    assert (tmp_path / "back").read_bytes() == source.read_bytes()
-
-    def stop() -> None:
-        if len(pieces) == 7:
-            raise ZeroDivisionError
-        pieces.append(1)
-
-    with pytest.raises(ZeroDivisionError):
-        store.put("step-00000002", "large", source, stop)
-    assert not store.has("step-00000002", "large")
-
-
 def test_s3_takes_checkpoints_and_gives_them_back(
     here: Checkpoints, tmp_path: Path, bucket: Callable[[str, bytes], object], told: Told
 ) -> None:
@@ -428,17 +493,3 @@ def test_s3_takes_checkpoints_and_gives_them_back(
     with pytest.raises(SharedUserError, match="no checkpoint in s3://data/runs/one two is whole"):
         go_on(elsewhere(here, tmp_path, store), store, said)
     assert "s3://data/runs/one two/step-00000002/large.bin is altered" in said[0]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"upload": "https://host/x"}, "nothing can be put there; give s3://, gs:// or a folder"),
-        ({"upload": "ftp://host/x"}, "ftp:// is not read"),
-        ({"upload_keep": 2}, "upload_keep is 2, but nothing is uploaded: set upload"),
-        ({"upload_wait_seconds": 2.0}, "upload_wait_seconds is 2.0, but nothing is uploaded"),
-    ],
-)
-def test_what_cannot_be_uploaded_to_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        CheckpointConfig(**fields)
