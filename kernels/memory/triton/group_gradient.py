@@ -134,7 +134,8 @@ def _read_layer_gradients(group: _Pass, index: int, x: Tensor, d_out: Tensor) ->
 
 def _write_gradients(group: _Pass, layers: Sequence[LayerGradients], bounds: Sequence[BoundGradient] | None) -> Tensor:
     """From the last chunk to the first; adds to `layers`. Returns the gradient of v."""
-    gates, d_gates, options, (states, writes, _) = group.gates, group.d_gates, group.options, group.trace
+    gates, d_gates, options = group.gates, group.d_gates, group.options
+    states, writes = group.trace.states, group.trace.writes
     k, steps = writes[0].inputs, [layer.steps for layer in writes]
     num_chunks, num_memories, size, dim = k.shape
     d_v = torch.empty_like(k, dtype=torch.float32)
