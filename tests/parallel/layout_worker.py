@@ -23,7 +23,7 @@ from pretrain.optimizer import OptimizerConfig, build_optimizer
 from tests.model_cases import build_model, random_tokens
 from tests.parallel.layouts import Trial
 
-ROWS, LENGTH, SEGMENTS, ACCUMULATION, CLIP, RATE = 4, 16, 2, 2, 0.5, 2e-3
+ROWS, LENGTH, SEGMENTS, ACCUMULATION, CLIP, RATE = 4, 16, 2, 2, 0.5, 3e-3
 
 
 def own_rows(mesh: Mesh, step: int, mode: str) -> list[Rows]:
