@@ -6,6 +6,8 @@ functions leads from one to the other, and its gradient back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,48 +38,20 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group, axis: int) -> Tensor:
-        ctx.group, ctx.axis = group, axis
-        return _joined(x, group, axis)
+_Way = Callable[[Tensor, Group, int], Tensor]
+
+
+class _Along(torch.autograd.Function):
+    """`there` along an axis, and its gradient by `back`."""
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _own(gradient, ctx.group, ctx.axis), None, None
-
-
-class _Share(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group, axis: int) -> Tensor:
-        ctx.group, ctx.axis = group, axis
-        return _own(x, group, axis)
+    def forward(ctx: FunctionCtx, x: Tensor, group: Group, axis: int, there: _Way, back: _Way) -> Tensor:
+        ctx.group, ctx.axis, ctx.back = group, axis, back
+        return there(x, group, axis)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _joined(gradient, ctx.group, ctx.axis), None, None
-
-
-class _GatherForParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group, axis: int) -> Tensor:
-        ctx.group, ctx.axis = group, axis
-        return _joined(x, group, axis)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _own_of_sum(gradient, ctx.group, ctx.axis), None, None
-
-
-class _ShareOfSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group, axis: int) -> Tensor:
-        ctx.group, ctx.axis = group, axis
-        return _own_of_sum(x, group, axis)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _joined(gradient, ctx.group, ctx.axis), None, None
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.back(gradient, ctx.group, ctx.axis), None, None, None, None
 
 
 def sum_gradients(x: Tensor, group: Group) -> Tensor:
@@ -94,17 +68,17 @@ def sum_over(x: Tensor, group: Group) -> Tensor:
 
 def gather(x: Tensor, group: Group, axis: int = -1) -> Tensor:
     """All ranks' parts, n long along an axis, one behind the other, ranks * n long; alike on all of them."""
-    return _Gather.apply(x, group, axis)
+    return _Along.apply(x, group, axis, _joined, _own)
 
 
 def share(x: Tensor, group: Group, axis: int = -1) -> Tensor:
     """This rank's part, n long along an axis, of x, which is ranks * n long and alike on all of them."""
-    return _Share.apply(x, group, axis)
+    return _Along.apply(x, group, axis, _own, _joined)
 
 
 def gather_for_parts(x: Tensor, group: Group, axis: int) -> Tensor:
     """`sum_gradients` of `gather`: all ranks' parts, as what each rank's part of a layer is computed from."""
-    return _GatherForParts.apply(x, group, axis)
+    return _Along.apply(x, group, axis, _joined, _own_of_sum)
 
 
 def share_of_sum(x: Tensor, group: Group, axis: int) -> Tensor:
@@ -112,7 +86,7 @@ def share_of_sum(x: Tensor, group: Group, axis: int) -> Tensor:
 
     Raises ValueError where the axis cannot be divided over the ranks.
     """
-    return _ShareOfSum.apply(x, group, axis)
+    return _Along.apply(x, group, axis, _own_of_sum, _joined)
 
 
 class SumGradients(nn.Module):

@@ -8,39 +8,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.bench import (
-    attention,
-    build,
-    checkpoint,
-    correctness,
-    data,
-    decode,
-    gpu,
-    layouts,
-    long,
-    memory,
-    report,
-    train,
-)
+from tools.bench import gpu, report
 from tools.bench.benchmark import Benchmark
+from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.cases import FAILED, Row
 from tools.bench.record import RECORDS, device_slug, make_record, write_record
 from tools.bench.report import PRESENTATIONS
 from tools.bench.tables import terminal
 from tools.command import positive_number, run_command
-
-BENCHMARKS = {
-    "memory": memory,
-    "attention": attention,
-    "train": train,
-    "long": long,
-    "layouts": layouts,
-    "decode": decode,
-    "build": build,
-    "data": data,
-    "checkpoint": checkpoint,
-    "correctness": correctness,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,20 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from tools.bench import (
-    attention,
-    build,
-    checkpoint,
-    correctness,
-    data,
-    decode,
-    gpu,
-    layouts,
-    long,
-    memory,
-    rival,
-    train,
-)
+from tools.bench import gpu, memory, rival
+from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.record import RECORDS, device_slug, read_record
 from tools.bench.tables import Presentation
 from tools.trials.findings import replace_tables
@@ -31,18 +19,7 @@ from tools.trials.results import replace_text
 from tools.trials.tables import Table
 
 PRESENTATIONS: Mapping[str, Presentation] = {
-    "memory": memory.PRESENTATION,
-    "against": rival.PRESENTATION,
-    "attention": attention.PRESENTATION,
-    "train": train.PRESENTATION,
-    "long": long.PRESENTATION,
-    "layouts": layouts.PRESENTATION,
-    "decode": decode.PRESENTATION,
-    "build": build.PRESENTATION,
-    "data": data.PRESENTATION,
-    "checkpoint": checkpoint.PRESENTATION,
-    "correctness": correctness.PRESENTATION,
-    "gpu": gpu.PRESENTATION,
+    name: module.PRESENTATION for name, module in {"memory": memory, "against": rival, **BENCHMARKS, "gpu": gpu}.items()
 }
 """By a record's name, in the order of the page."""
 
