@@ -51,11 +51,9 @@ def test_what_a_save_adds_is_over_the_steps_on_both_sides_of_it() -> None:
 
 
 def test_the_record_shows_what_steps_notice_of_saves() -> None:
-    """At the demo's size, two threads on the two cores that the writing thread shares: what is reached; 10 % of the
-    clock's time is aimed at.
-    """
+    """At the demo's size, two threads on the two cores that the writing thread shares."""
     record = read_record(RECORDS / "checkpoint-cpu.json")
     (row,) = record["results"]
     assert not record["uncommitted_changes"] and row["recipe"] == "demo"
     assert row["same_bytes"] == row["rounds"] >= 15
-    assert row["beside_added"] <= 0.15 and row["cpu_added"] <= 0.10 and row["stall_share"] < row["sync_share"]
+    assert row["beside_added"] <= 0.10 and row["cpu_added"] <= 0.10 and row["stall_share"] < row["sync_share"]
