@@ -22,6 +22,7 @@ from parallel.segments import Segments
 from pretrain.optimizer import OptimizerConfig, build_optimizer
 from tests.model_cases import build_model, random_tokens
 from tests.parallel.layouts import Trial
+from tests.parallel.worker_groups import leave_groups
 
 ROWS, LENGTH, SEGMENTS, ACCUMULATION, CLIP, RATE = 4, 16, 2, 2, 0.5, 3e-3
 
@@ -103,7 +104,10 @@ def run(trial: Trial, world: World) -> dict[str, Any]:
 def main(output: str, trials: list[str]) -> None:
     world = initialize("cpu")
     torch.set_num_threads(1)
-    seen = {text: run(Trial.parse(text), world) for text in trials}
+    seen = {}
+    for text in trials:
+        seen[text] = run(Trial.parse(text), world)
+        leave_groups()
     if world.is_main:
         torch.save(seen, Path(output))
     shutdown()

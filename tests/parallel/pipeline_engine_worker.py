@@ -24,6 +24,7 @@ from parallel.scoring import Rows
 from parallel.segments import Segments
 from parallel.step_gate import Limits
 from tests.model_cases import build_model, random_tokens
+from tests.parallel.worker_groups import leave_groups
 
 ROWS, LENGTH, LAYERS, CLIP, RATE, STEPS, HALF = 4, 16, 3, 0.5, 2e-3, 10, 5
 BEGINNINGS = ((0, 40, 56), (0, 16), (0,), (0, 8, 32, 48, 120))
@@ -220,6 +221,7 @@ def main(folder: Path, trials: list[str]) -> None:
     for text in trials:
         trial = Trial.parse(text)
         seen[text] = run_spoiled(trial, world) if trial.spoil else run(trial, world, folder)
+        leave_groups()
     if world.is_main:
         torch.save(seen, folder / f"{world.size}.pt")
     shutdown()

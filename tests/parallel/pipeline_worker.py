@@ -30,6 +30,7 @@ from parallel.process import barrier, exit_now, gather_objects, initialize, shut
 from parallel.segments import Piece, Segments
 from parallel.stage_clock import StageClock, bubble
 from tests.model_cases import build_model, random_tokens
+from tests.parallel.worker_groups import leave_groups
 from tools.bench.live_tensors import LiveTensors
 
 ROWS, LENGTH, LAYERS = 2, 16, 4
@@ -276,6 +277,7 @@ def main(output: Path, *which: str) -> None:
     for trial in EVERY if which else TRIALS:
         mesh = Mesh.build(world, Layout(pipeline=trial.stages, data=world.size // trial.stages))
         seen[str(trial)] = gather_objects(run(trial, mesh))
+        leave_groups()
     mesh = Mesh.build(world, Layout(pipeline=world.size))
     for place, segments in product(() if which else ("device", "disk"), NUMBERS_OF_SEGMENTS):
         seen[f"bytes-{place}-{segments}"] = gather_objects(peak_bytes(mesh, segments, place, output.parent))

@@ -17,6 +17,7 @@ from parallel.process import World, barrier, exit_now, gather_objects, initializ
 from parallel.saved_state import written_here
 from tests.parallel.layout_worker import RATE, build, own_rows
 from tests.parallel.layouts import Trial
+from tests.parallel.worker_groups import leave_groups
 
 STEPS = 10
 HALF = STEPS // 2
@@ -49,7 +50,10 @@ def run(task: str, world: World, folder: Path) -> dict[str, Any]:
 def main(output: str, folder: str, tasks: list[str]) -> None:
     world = initialize("cpu")
     torch.set_num_threads(1)
-    seen = {task: run(task, world, Path(folder)) for task in tasks}
+    seen = {}
+    for task in tasks:
+        seen[task] = run(task, world, Path(folder))
+        leave_groups()
     if world.is_main:
         torch.save(seen, Path(output))
     shutdown()
