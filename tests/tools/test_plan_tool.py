@@ -259,7 +259,7 @@ def test_sums_that_wait_for_the_last_pass_are_waited_for(tmp_path: Path) -> None
         overlap = settings["zero_optimization"]["overlap_comm"]
         held = 4 * TitansLM(recipe.model).num_parameters() / 2 / cluster_of(1, 2).link_bytes(2)
         gathered = held if stage else 0.0
-        summed = held * (2 if stage == 0 else 1)
+        summed = 2 * held  # of stage 1 and 2, too, by DeepSpeed: tests/tools/test_plan_traffic.py
         assert overlap is hidden
         assert time.collectives == pytest.approx(gathered + (0.0 if hidden else summed))
 
