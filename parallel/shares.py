@@ -49,6 +49,12 @@ def shares(groups: Sequence[Sequence[Held]], *, zero_stage: int, replica: int, r
             yield from _of_all(group, replica, replicas)
 
 
+def padded(elements: int, replicas: int) -> int:
+    """So many elements of an optimizer's group, filled up as ZeRO 1 and 2 do to divide them among replicas."""
+    step = _ALIGNMENT * replicas
+    return -(-elements // step) * step
+
+
 def _of_each(group: Sequence[Held], replica: int, replicas: int) -> Iterator[Share]:
     for held in group:
         size = -(-held.numel // replicas)
@@ -58,8 +64,7 @@ def _of_each(group: Sequence[Held], replica: int, replicas: int) -> Iterator[Sha
 
 
 def _of_all(group: Sequence[Held], replica: int, replicas: int) -> Iterator[Share]:
-    step = _ALIGNMENT * replicas
-    size = -(-sum(held.numel for held in group) // step) * step // replicas
+    size = padded(sum(held.numel for held in group), replicas) // replicas
     first = 0
     for held in group:
         start, stop = max(replica * size - first, 0), min((replica + 1) * size - first, held.numel)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,9 +14,10 @@ from statistics import fmean
 from typing import Any
 
 from launch.local import free_port
+from launch.processes import ProcessGroup, RankCommand, describe_exit
 from model.flops import flops_per_token
 from tools.bench.benchmark import Benchmark
-from tools.bench.cases import REPOSITORY, Row, last_lines, run_cases
+from tools.bench.cases import LAST_LINES, REPOSITORY, Row, run_cases
 from tools.bench.layout_rank import AXES, RANKS, recipe_of
 from tools.bench.tables import Column, Presentation, milliseconds, percent
 from tools.command import positive_int
@@ -140,36 +140,28 @@ def measure(
     """
     work = json.dumps({"variant": variant, "axes": axes, "sizes": sizes, "steps": steps, "threads": threads})
     launched = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with tempfile.TemporaryDirectory() as folder:
+    path = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    # The group's guard ends the ranks where this process is cut off, too.
+    with tempfile.TemporaryDirectory() as folder, ProcessGroup() as group:
         outputs = [Path(folder) / f"{rank}.json" for rank in range(RANKS)]
-        processes = []
         for rank, output in enumerate(outputs):
             variables = {} if axes == [None] else {**launched, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with open(output.with_suffix(".log"), "wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tools.bench.layout_rank", work, str(output)],
-                        cwd=REPOSITORY,
-                        env={**os.environ, **variables},
-                        stdout=log,
-                        stderr=log,
-                    )  # fmt: skip
-                )
-        _wait_for_all(processes)
-        for process, output in zip(processes, outputs, strict=True):
-            if process.returncode > 0:
-                raise RuntimeError(last_lines(output.with_suffix(".log").read_text(errors="replace")))
+            argv = [sys.executable, "-m", "tools.bench.layout_rank", work, str(output)]
+            group.start(RankCommand(rank, argv, {**os.environ, **path, **variables}, output.with_suffix(".log")))
+        _wait_for_all(group)
         by_process = [json.loads(output.read_text()) for output in outputs if output.exists()]
     return {"found": [_mean(each) for each in zip(*by_process, strict=True)]}
 
 
-def _wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until they have ended; where one fails, the others, which would wait for it, are killed."""
-    while None in (codes := [process.poll() for process in processes]):
-        if any(codes):
-            for process in processes:
-                process.kill()
+def _wait_for_all(group: ProcessGroup) -> None:
+    """Until all have ended, or one has failed: the others would wait for it. Raises RuntimeError with what it said
+    last, and how it ended.
+    """
+    while group.running() and not group.failed():
         time.sleep(0.05)
+    if failed := group.failed():
+        said = [line for line in failed[0].last_lines() if line.strip()][-LAST_LINES:]
+        raise RuntimeError("\n".join([*said, f"rank {failed[0].rank}: {describe_exit(failed[0].popen.returncode)}"]))
 
 
 def _mean(rows: Sequence[Row]) -> Row:

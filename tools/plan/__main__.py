@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.command_line import overrides_of
+from pretrain.errors import UserError
 from pretrain.phases import Phase, load_phases
 from pretrain.quantities import size_text
 from tools.bench.record import read_record
@@ -73,8 +74,13 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> None:
     for phase in load_phases(arguments.recipe, given):
         precision = phase.recipe.parallel.precision
         rates = assumed(cluster.peak_flops(precision)) if record is None else calibrated(record, device.name, precision)
-        plan = plan_layout(phase.recipe, cluster, rates)
         others = _search(arguments.recipe, given, phase, cluster, rates) if arguments.suggest else None
+        try:
+            plan: Candidate | UserError = plan_layout(phase.recipe, cluster, rates)
+        except UserError as error:
+            if others is None:
+                raise
+            plan = error  # there may be others that it can have
         found.append((phase, rates, plan, others))
     if arguments.json:
         print(json.dumps([_fields(*each) for each in found], indent=1))
@@ -94,7 +100,9 @@ def _search(path: Path, given: Overrides, phase: Phase, cluster: Cluster, rates:
     return search(load, cluster, rates)
 
 
-def _lines(phase: Phase, rates: Rates, plan: Candidate, cluster: Cluster) -> list[str]:
+def _lines(phase: Phase, rates: Rates, plan: Candidate | UserError, cluster: Cluster) -> list[str]:
+    if isinstance(plan, UserError):
+        return ["", *([phase.title] if phase.of > 1 else []), f"layout              not as the recipe has it: {plan}"]
     recipe, memory, time = phase.recipe, plan.memory, plan.time
     layout = recipe.parallel.layout(cluster.gpus)
     speed = recipe.training.batch_tokens / time.total
@@ -126,22 +134,25 @@ def _suggestion_lines(found: Search | None, cluster: Cluster) -> list[str]:
         options = " ".join(f"--{name} {value}" for name, value in candidate.overrides)
         verdict = "" if candidate.fits(cluster) else " (too large; the smallest)"
         lines.append(f"  {candidate.time.total:.3g} s, {size_text(candidate.memory.total)}{verdict}: {options}")
+        lines += [f"    without the recipe's {lost}" for lost in candidate.dropped]
     if not found.fitting:
         lines.append("  none fits: more GPUs, a smaller micro_batch_size, or training.segment_length")
     lines += [f"  refused, {count} times: {reason}" for reason, count in found.refused.most_common(3)]
     return lines
 
 
-def _fields(phase: Phase, rates: Rates, plan: Candidate, others: Search | None) -> dict[str, Any]:
+def _fields(phase: Phase, rates: Rates, plan: Candidate | UserError, others: Search | None) -> dict[str, Any]:
     def of(candidate: Candidate) -> dict[str, Any]:
         memory, time = vars(candidate.memory), vars(candidate.time)
         return {
             "overrides": dict(candidate.overrides),
+            "dropped": list(candidate.dropped),
             "memory_bytes": memory | {"total": candidate.memory.total},
             "step_seconds": time | {"total": candidate.time.total},
         }
 
-    found = {"phase": phase.name, "speed": rates.source, **of(plan)}
+    own = {"refused": str(plan)} if isinstance(plan, UserError) else of(plan)
+    found = {"phase": phase.name, "speed": rates.source, **own}
     if others is not None:
         found["fitting"] = [of(candidate) for candidate in others.fitting[:SHOWN]]
     return found

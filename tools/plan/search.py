@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, NamedTuple
 
+from parallel.config import ParallelConfig
 from pretrain.config import Recipe
 from pretrain.errors import UserError
 from tools.plan.cluster import Cluster
@@ -30,6 +32,8 @@ class Candidate:
     memory: RankMemory
     """Of the rank that needs the most."""
     time: StepTime
+    dropped: tuple[str, ...] = ()
+    """Options that the recipe sets and this layout does not have, with what they belong to."""
 
     def fits(self, cluster: Cluster) -> bool:
         """Whether every rank has the memory."""
@@ -48,7 +52,9 @@ class Search:
     """Why the others are not possible, and how many for that reason."""
 
 
-def plan_layout(recipe: Recipe, cluster: Cluster, rates: Rates, overrides: Overrides = ()) -> Candidate:
+def plan_layout(
+    recipe: Recipe, cluster: Cluster, rates: Rates, overrides: Overrides = (), dropped: tuple[str, ...] = ()
+) -> Candidate:
     """A recipe's layout on a cluster. Raises UserError where it has none there."""
     try:
         layout = recipe.parallel.layout(cluster.gpus)
@@ -56,7 +62,7 @@ def plan_layout(recipe: Recipe, cluster: Cluster, rates: Rates, overrides: Overr
         # Ranks of one stage hold alike, and the first tensor rank of the first replica the most.
         ranks = [layout.rank(layout.place(0)._replace(pipeline=stage)) for stage in range(layout.pipeline)]
         memory = max((rank_memory(recipe, layout, rank) for rank in ranks), key=lambda each: each.total)
-        return Candidate(recipe, overrides, memory, step_time(recipe, layout, cluster, rates))
+        return Candidate(recipe, overrides, memory, step_time(recipe, layout, cluster, rates), dropped)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -68,9 +74,9 @@ def search(load: Callable[[Overrides], Recipe], cluster: Cluster, rates: Rates) 
         load: the recipe with fields set; it raises UserError for those that do not fit together.
     """
     candidates, refused = [], Counter[str]()
-    for overrides in _layouts(load(()), cluster):
+    for overrides, dropped in _layouts(load(()), cluster):
         try:
-            candidates.append(plan_layout(load(overrides), cluster, rates, overrides))
+            candidates.append(plan_layout(load(overrides), cluster, rates, overrides, dropped))
         except UserError as error:
             refused[str(error)] += 1
     fitting = [candidate for candidate in candidates if candidate.fits(cluster)]
@@ -81,7 +87,30 @@ def search(load: Callable[[Overrides], Recipe], cluster: Cluster, rates: Rates) 
     )
 
 
-def _layouts(recipe: Recipe, cluster: Cluster) -> Iterator[Overrides]:
+class _Option(NamedTuple):
+    """A field of `parallel` that some layouts alone have."""
+
+    name: str
+    belongs_to: str
+    is_there: Callable[[int, int], bool]
+    """Of so many stages of a pipeline, and a ZeRO stage."""
+
+
+_OPTIONS = (
+    _Option("balance_stages", "a pipeline", lambda stages, zero: stages > 1),
+    _Option("reduce_gradients", "zero_stage 2 and 3", lambda stages, zero: zero >= 2),
+    _Option("offload_optimizer", "zero_stage 3", lambda stages, zero: zero == 3),
+    _Option("offload_parameters", "zero_stage 3", lambda stages, zero: zero == 3),
+    _Option("gather_ahead_elements", "zero_stage 3", lambda stages, zero: zero == 3),
+    _Option("keep_gathered_below", "zero_stage 3", lambda stages, zero: zero == 3),
+)
+
+
+def _layouts(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[Overrides, tuple[str, ...]]]:
+    """The fields of each layout, and which of the recipe's options they set back because the layout has no use for
+    them. All others stay as the recipe has them.
+    """
+
     def divisors(number: int) -> list[int]:
         return [n for n in range(1, number + 1) if number % n == 0]
 
@@ -89,12 +118,42 @@ def _layouts(recipe: Recipe, cluster: Cluster) -> Iterator[Overrides]:
     tensor = [n for n in divisors(heads) if n <= cluster.gpus_per_node]  # these talk the most
     stages = [n for n in divisors(cluster.gpus) if n <= layers]
     for t, s, p, zero, again in product(tensor, divisors(heads), stages, (1, 2, 3), (False, True)):
-        if cluster.gpus % (t * s * p) == 0 and (p == 1 or zero == 1) and (s == 1 or recipe.model.variant != "mac"):
+        if cluster.gpus % (t * s * p) or (p > 1 and zero > 1) or (s > 1 and recipe.model.variant == "mac"):
+            continue
+        back, dropped = _set_back(recipe.parallel, p, zero)
+        for sharded in _sharded_norms(recipe.parallel, t):
+            lost = ("tensor_shard_norms true: it belongs to tensor ranks",)
             yield (
-                *([("parallel.tensor_shard_norms", str(t > 1).lower())] if recipe.parallel.tensor_shard_norms else []),
-                ("parallel.tensor", str(t)),
-                ("parallel.sequence", str(s)),
-                ("parallel.pipeline", str(p)),
-                ("parallel.zero_stage", str(zero)),
-                ("parallel.activation_checkpointing", str(again).lower()),
+                (
+                    ("parallel.tensor", str(t)),
+                    ("parallel.tensor_shard_norms", _word(sharded)),
+                    ("parallel.sequence", str(s)),
+                    ("parallel.pipeline", str(p)),
+                    ("parallel.zero_stage", str(zero)),
+                    ("parallel.activation_checkpointing", _word(again)),
+                    *back,
+                ),
+                (*(lost if recipe.parallel.tensor_shard_norms and not sharded else ()), *dropped),
             )
+
+
+def _sharded_norms(parallel: ParallelConfig, tensor: int) -> tuple[bool, ...]:
+    if tensor == 1:
+        return (False,)
+    return (True,) if parallel.tensor_shard_norms else (False, True)
+
+
+def _set_back(parallel: ParallelConfig, stages: int, zero: int) -> tuple[Overrides, tuple[str, ...]]:
+    """The options that a layout has no use for, as they are where nothing is said; and what is lost by that."""
+    defaults = ParallelConfig.model_fields
+    idle = [each for each in _OPTIONS if not each.is_there(stages, zero)]
+    lost = [each for each in idle if getattr(parallel, each.name) != defaults[each.name].default]
+    return (
+        tuple((f"parallel.{each.name}", _word(defaults[each.name].default)) for each in lost),
+        tuple(f"{each.name} {_word(getattr(parallel, each.name))}: it belongs to {each.belongs_to}" for each in lost),
+    )
+
+
+def _word(value: Any) -> str:
+    """As on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,8 +10,18 @@ from parallel.mesh import Layout
 from pretrain.config import Recipe
 from pretrain.plan import stretch_segments
 from tools.plan.cluster import Cluster
-from tools.plan.memory import held_parameters, layers_of_stages, number_bytes
+from tools.plan.memory import layers_of_stages
 from tools.plan.rates import Rates
+from tools.plan.traffic import (
+    Messages,
+    along_pipeline,
+    along_sequence,
+    along_tensor,
+    of_gradients,
+    of_parameters,
+    over_tied_stages,
+    sent_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,6 @@ class _Step(NamedTuple):
         """Ranks that divide a layer's work."""
         return self.layout.tensor * self.layout.sequence
 
-    @property
-    def stretches(self) -> int:
-        """Ranks that divide a row's tokens between layers."""
-        return self.split if self.recipe.parallel.tensor_shard_norms else self.layout.sequence
-
 
 def step_time(recipe: Recipe, layout: Layout, cluster: Cluster, rates: Rates) -> StepTime:
     """The time of one step. Raises UserError where the batch does not divide over the layout."""
@@ -69,10 +74,26 @@ def step_time(recipe: Recipe, layout: Layout, cluster: Cluster, rates: Rates) ->
         tokens=training.batch_tokens // layout.data,
         forwards=1 + (stretch - 1) / stretch + recipe.parallel.activation_checkpointing,
     )
-    compute, memory = max((_computing(step, stage, rates) for stage in _stages(step)), key=sum)
-    exposed = _replica_seconds(step, compute + memory) + _tensor_seconds(step) + _sequence_seconds(step)
-    bubble = (layout.pipeline - 1) / step.passes * (compute + memory + exposed)
-    return StepTime(compute, memory, exposed + _pipeline_seconds(step), bubble)
+    slowest = max((_of_stage(step, number, rates) for number in range(layout.pipeline)), key=lambda each: sum(each))
+    bubble = (layout.pipeline - 1) / step.passes * (slowest.compute + slowest.memory + slowest.activations)
+    exposed = slowest.activations + slowest.replicas + _pipeline_seconds(step) + _tied_seconds(step)
+    return StepTime(slowest.compute, slowest.memory, exposed, bubble)
+
+
+class _StageSeconds(NamedTuple):
+    """What a stage does in a step."""
+
+    compute: float
+    memory: float
+    activations: float
+    """Between the ranks that divide its layers."""
+    replicas: float
+
+
+def _of_stage(step: _Step, stage: int, rates: Rates) -> _StageSeconds:
+    compute, memory = _computing(step, _stages(step)[stage], rates)
+    activations = _tensor_seconds(step, stage) + _sequence_seconds(step, stage)
+    return _StageSeconds(compute, memory, activations, _replica_seconds(step, stage, compute + memory))
 
 
 class _Stage(NamedTuple):
@@ -95,60 +116,48 @@ def _computing(step: _Step, stage: _Stage, rates: Rates) -> tuple[float, float]:
     return rates.seconds(model.variant, part * (flops.model - head) + own_head, part * flops.memory)
 
 
-def _replica_seconds(step: _Step, computing: float) -> float:
+def _replica_seconds(step: _Step, stage: int, computing: float) -> float:
     """ZeRO: gradients are summed behind the last pass or every one, or beside its backward; parameters are gathered
     behind the step, or, in stage 3, before every use, beside the computing.
     """
     layout, parallel = step.layout, step.recipe.parallel
     replicas = layout.data * layout.sequence
-    if replicas == 1:
-        return 0.0
-    held = held_parameters(step.recipe, layout, 0)
-    elements = sum(h.numel for group in held for h in group)
-    link = step.cluster.link_bytes(replicas * layout.tensor)
-    way = (replicas - 1) / replicas / link
-    width, stage = number_bytes(step.recipe), parallel.zero_stage
     reductions = step.passes if parallel.reduce_gradients == "backward" else 1
-    summed = 4 * elements * way * (2 if stage == 0 else 1)
+    summed, gathered = (
+        _seconds(step, messages(step.recipe, layout, stage), replicas, span=replicas * layout.tensor)
+        for messages in (of_gradients, of_parameters)
+    )
     backward = computing / step.passes * 2 / 3 if parallel.sums_beside_backward(step.passes) else 0.0
     exposed = reductions * max(0.0, summed - backward)
-    gathered = width * elements * way
-    if stage == 3:
+    if parallel.zero_stage == 3:
         return exposed + max(0.0, step.passes * (step.forwards + 1) * gathered - computing)
-    return exposed + (gathered if stage else 0.0)
+    return exposed + gathered
 
 
-_JOINED = {"transformer": 2, "lmm": 2, "mag": 3, "mal": 3, "mac": 4}
-"""Row-parallel maps of a layer, whose outputs are summed over the tensor ranks."""
-_EXCHANGED = {"transformer": 4, "lmm": 4, "mag": 8, "mal": 8}
-"""Tensors of the model's width that a layer hands from stretches of rows to heads, or back."""
+def _seconds(step: _Step, messages: Messages, ranks: int, *, span: int) -> float:
+    """Of messages among so many ranks, which lie within `span` neighbouring ones."""
+    return sent_bytes(messages, ranks) / step.cluster.link_bytes(span)
 
 
-def _tensor_seconds(step: _Step) -> float:
-    """All-reduces of activations: in each forward behind row-parallel maps, in the backward before column-parallel
-    ones. Sharded norms move about as much, to and from stretches.
-    """
-    ranks, model = step.layout.tensor, step.recipe.model
-    if ranks == 1:
-        return 0.0
-    size = number_bytes(step.recipe) * step.tokens / step.layout.sequence * model.dim
-    times = (step.forwards + 1) * _JOINED[model.variant] * model.num_layers / step.layout.pipeline + 2
-    return times * size * 2 * (ranks - 1) / ranks / step.cluster.link_bytes(ranks)
+def _tensor_seconds(step: _Step, stage: int) -> float:
+    """Sums, gatherings and exchanges of activations, forward and backward."""
+    ranks = step.layout.tensor
+    return _seconds(step, along_tensor(step.recipe, step.layout, stage), ranks, span=ranks)
 
 
-def _sequence_seconds(step: _Step) -> float:
+def _sequence_seconds(step: _Step, stage: int) -> float:
     """All-to-alls between stretches of rows and heads, forward and backward."""
-    ranks, model = step.layout.sequence, step.recipe.model
-    if ranks == 1:
-        return 0.0
-    size = number_bytes(step.recipe) * step.tokens / ranks * model.dim / step.layout.tensor
-    times = (step.forwards + 1) * _EXCHANGED[model.variant] * model.num_layers / step.layout.pipeline
-    return times * size * (ranks - 1) / ranks / step.cluster.link_bytes(ranks * step.layout.tensor)
+    ranks = step.layout.sequence
+    messages = along_sequence(step.recipe, step.layout, stage)
+    return _seconds(step, messages, ranks, span=ranks * step.layout.tensor)
 
 
 def _pipeline_seconds(step: _Step) -> float:
-    """Activations to the next stage, and their gradients back."""
-    if step.layout.pipeline == 1:
-        return 0.0
-    size = number_bytes(step.recipe) * step.tokens / step.stretches * step.recipe.model.dim
-    return 2 * size / step.cluster.link_bytes(step.layout.ranks)
+    """Activations to the next stage, and as many gradients back."""
+    sent = along_pipeline(step.recipe, step.layout, stage=0)
+    return 2 * _seconds(step, sent, step.layout.pipeline, span=step.layout.ranks)
+
+
+def _tied_seconds(step: _Step) -> float:
+    """The sum of a tied embedding's gradients, of its two stages."""
+    return _seconds(step, over_tied_stages(step.recipe, step.layout, 0), 2, span=step.layout.ranks)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tools.bench.__main__ import main
+from tools.bench.cases import FAILED, NOT_RUN, _Worker
 from tools.bench.layout_rank import AXES
 from tools.bench.layouts import ALONE, SIZES, beside_the_plan, measure
 from tools.bench.record import RECORDS, read_record
@@ -69,6 +73,64 @@ def test_the_plan_is_given_the_speed_of_one_process_and_of_the_link() -> None:
 def test_a_rank_that_fails_is_told_of() -> None:
     with pytest.raises(RuntimeError, match=r"parallel\.tensor 2 does not divide model\.num_heads 1"):
         measure(variant="lmm", axes=["tensor"], sizes=TINY | {"heads": 1}, device="cpu", threads=1, steps=1)
+
+
+def wait_for_ranks(parent: int) -> dict[int, int]:
+    """The process of each rank of `tools.bench layouts`' two, once a worker has started them."""
+    found: dict[int, int] = {}
+    until = time.monotonic() + 300
+    while len(found) < 2:
+        assert time.monotonic() < until, "no ranks were started"
+        time.sleep(0.02)
+        for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"tools.bench.layout_rank" in words:
+                (output,) = (Path(word.decode()) for word in words if word.endswith(b".json"))
+                found[int(output.stem)] = int(pid)
+    return found
+
+
+def assert_ended(pid: int) -> None:
+    """Within ten seconds: gone, or a zombie that nobody has asked for."""
+    stat = Path(f"/proc/{pid}/stat")
+    until = time.monotonic() + 10
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until, f"process {pid} goes on"
+        time.sleep(0.02)
+
+
+def worker_of(axes: list[str | None]) -> _Worker:
+    work = {"variant": "lmm", "axes": axes, "sizes": TINY}
+    settings = {"device": "cpu", "threads": 1, "steps": 10**6}
+    return _Worker("tools.bench.layouts:measure", [work], settings)
+
+
+@pytest.mark.parametrize("axes", [[None], ["data"]])
+def test_a_rank_that_is_killed_is_a_failure_with_the_signals_name(axes: list[str | None]) -> None:
+    worker = worker_of(axes)
+    try:
+        ranks = wait_for_ranks(worker._process.pid)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert worker.next_result(time.monotonic() + 300) is None
+        failure = worker.failure(60, None)
+        assert failure["outcome"] == FAILED
+        assert failure["why"].endswith("rank 1: killed by SIGKILL")
+        assert_ended(ranks[0])
+    finally:
+        worker.end()
+
+
+def test_a_worker_that_is_cut_off_takes_its_ranks_with_it() -> None:
+    worker = worker_of(["data"])
+    try:
+        ranks = wait_for_ranks(worker._process.pid)
+        now = time.monotonic()
+        assert worker.next_result(now) is None
+        assert worker.failure(60, now)["outcome"] == NOT_RUN
+        for pid in ranks.values():
+            assert_ended(pid)
+    finally:
+        worker.end()
 
 
 def test_the_committed_record_keeps_what_is_promised_of_the_plan() -> None:
