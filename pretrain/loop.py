@@ -29,7 +29,7 @@ from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
 from pretrain.data import Damage, Division, Loader, Share, Source, TokenizerInfo
-from pretrain.errors import UserError
+from pretrain.errors import UserError, note_step
 from pretrain.fence import FencedOffError, take_fence
 from pretrain.fence_watch import FenceWatch
 from pretrain.folder_lock import alone_in
@@ -302,7 +302,8 @@ def open_log(phases: Phases, world: World, state: TrainerState, watch: FenceWatc
         log.close()
         raise
     except BaseException as error:
-        last_words = partial(log.event, "error", type=type(error).__name__, message=str(error))
+        note_step(error, log.step)
+        last_words = partial(log.event, "error", step=log.step, type=type(error).__name__, message=str(error))
         if isinstance(error, FencedOffError):  # the file is another copy's
             last_words = partial(log.say, f"error: {error}")
         for action in (last_words, log.close):
