@@ -63,7 +63,7 @@ class Attempt:
     """Whether its launch was to start another one, after a wait."""
 
     step: int | None = None
-    """The last one that its events name."""
+    """That the rank which failed first was at; where it could not tell (SIGKILL), the last that its events name."""
 
     saved: bool = False
     """Whether it wrote a checkpoint."""
@@ -214,20 +214,26 @@ class Ledger:
         return started
 
     def ended(
-        self, attempt: Attempt, exit_code: int | None, *, rank: int | None = None, error: str | None = None
+        self,
+        attempt: Attempt,
+        exit_code: int | None,
+        *,
+        rank: int | None = None,
+        error: str | None = None,
+        step: int | None = None,
     ) -> Attempt:
         """An attempt with its end, which is not written yet.
 
         Args:
-            rank, error: of the rank that failed first, where the launcher saw it; else the error is run.jsonl's, of
-                rank 0, which may have lost its peer.
+            rank, error, step: of the rank that failed first, where the launcher saw it; else the error is run.jsonl's,
+                of rank 0, which may have lost its peer, and the step, where that rank did not tell it, too.
         """
         progress = Progress.of(read_events(self.run_folder, attempt.events_from))
         return replace(
             attempt,
             ended=_now(),
             exit_code=exit_code,
-            step=progress.step,
+            step=progress.step if step is None else step,
             saved=progress.saved,
             rank=rank,
             error=progress.error if rank is None else error,

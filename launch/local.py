@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from launch.attempts import Attempt, Ledger, decide, resume_arguments, told_to_stop
 from launch.jobs import local_job
 from launch.processes import POLL_SECONDS, Outcome, RankCommand, SignalRelay, run_ranks
+from launch.room import explain_unwritten, written_before
 from pretrain.errors import UserError
 from pretrain.exit_codes import EXIT_DONE, EXIT_PREEMPTED
 
@@ -87,8 +89,8 @@ def launch_with_restarts(argv: Sequence[str], folder: Path, options: argparse.Na
     ledger, job = Ledger(folder), local_job()
     while True:
         arguments = resume_arguments(options.arguments, ledger.read(job), folder)
-        with writable(folder):
-            attempt = ledger.begin(job, [socket.gethostname()])
+        begin = partial(ledger.begin, job, [socket.gethostname()])
+        attempt = written_before(begin, ledger.path, tries=options.restarts, say=say)
         outcome = launch_local(
             [*argv, *arguments],
             options.nproc,
@@ -98,7 +100,7 @@ def launch_with_restarts(argv: Sequence[str], folder: Path, options: argparse.Na
             holds_stop_signals=True,
         )
         with SignalRelay() as relay:
-            ended = ledger.ended(attempt, outcome.status, rank=outcome.rank, error=outcome.error)
+            ended = ledger.ended(attempt, outcome.status, rank=outcome.rank, error=outcome.error, step=outcome.step)
             decision = decide(
                 [*ledger.read(job)[:-1], ended],
                 max_restarts=options.restarts,
@@ -135,7 +137,7 @@ def _write(ledger: Ledger, ended: Attempt, *, is_crash: bool = False) -> None:
         if is_crash:
             ledger.tell_of_crash(ended)
     except OSError as error:
-        say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
+        say(f"the attempt's end cannot be written: {explain_unwritten(error, ledger.path)}; make room there")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import BinaryIO
 
-from pretrain.errors import EXIT_HUNG, NO_ROOM, STACKS_SIGNAL
+from pretrain.errors import EXIT_HUNG, NO_ROOM, STACKS_SIGNAL, noted_step
 from pretrain.exit_codes import EXIT_DONE, EXIT_PREEMPTED
 
 POLL_SECONDS = 0.05
@@ -49,6 +49,9 @@ class Outcome:
 
     error: str | None = None
     """What its log says went wrong, in a line."""
+
+    step: int | None = None
+    """That the rank was at, where its log says so."""
 
     interrupted: bool = False
     """Whether the launcher got a signal for it."""
@@ -336,8 +339,10 @@ class _Watch:
             return Outcome(max(codes), interrupted=self.interrupted)
         if self.cause is None:
             self.say(f"rank {first.rank}: {describe_exit(first.popen.returncode)} ({first.command.log})")
-        error = last_error(first.last_lines(STACK_LINES))
-        return Outcome(exit_status(first.popen.returncode), first.rank, error, self.interrupted)
+        lines = first.last_lines(STACK_LINES)
+        return Outcome(
+            exit_status(first.popen.returncode), first.rank, last_error(lines), last_step(lines), self.interrupted
+        )
 
 
 def last_error(lines: Sequence[str]) -> str | None:
@@ -345,6 +350,11 @@ def last_error(lines: Sequence[str]) -> str | None:
     None where there is none.
     """
     return next((line.strip() for line in reversed(lines) if _ERROR.search(line)), None)
+
+
+def last_step(lines: Sequence[str]) -> int | None:
+    """The step at which the rank of a log failed or hung, by the last line that names one; None where none does."""
+    return next((step for line in reversed(lines) if (step := noted_step(line)) is not None), None)
 
 
 def _report(failures: list[RankProcess], seconds: float, say: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.attempts import Attempt, Decision, Ledger, decide, resume_arguments, told_to_stop
 from launch.jobs import SubmittedJob
 from launch.local import say
+from launch.room import explain_unwritten, written_before
 from launch.task import first_failure, read_exits
 from pretrain.errors import UserError
 from pretrain.exit_codes import EXIT_PREEMPTED
@@ -47,13 +48,12 @@ def begin(options: argparse.Namespace) -> int:
     if told_to_stop(options.folder, options.job):
         say("no attempt: `launch stop` has ended this job; launch the run anew to go on")
         return EXIT_REFUSED
-    try:
+
+    def write() -> Attempt:
         _be_known(options.folder, options.job)
-        attempt = ledger.begin(options.job, [options.nodes])
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or options.folder}: {error.strerror or error}; make room and submit"
-        ) from error
+        return ledger.begin(options.job, [options.nodes])
+
+    attempt = written_before(write, ledger.path, tries=options.max_restarts, say=say)
     before = ledger.read(options.job)[:-1]
     if before and before[-1].exit_code is None:  # Slurm started the job again without asking, or nobody could answer
         decision = _decided(options, before)
@@ -74,8 +74,9 @@ def _be_known(folder: Path, job: str) -> None:
 
 
 def end(options: argparse.Namespace) -> int:
-    """Write how the attempt ended and print what comes next. A folder that cannot be written to is told; what can be
-    decided without it is.
+    """Write how the attempt ended and print what comes next. A folder that cannot be written to is told, and changes
+    nothing: the next attempt finds this one without an end, and counts it as a crash; and where that one cannot be
+    written down either, it does not begin (see written_before), so that no job is requeued without end.
     """
     ledger = Ledger(options.folder)
     attempts = [found for found in ledger.read() if found.attempt == options.attempt]
@@ -87,13 +88,11 @@ def end(options: argparse.Namespace) -> int:
     try:
         ledger.write(replace(ended, reason=decision.reason, again=decision.again))
     except OSError as error:
-        say(f"{ledger.path}: the attempt's end cannot be written: {error.strerror or error}")
-        # Without the ledger crashes cannot be counted.
-        decision = decision if ended.exit_code == EXIT_PREEMPTED else Decision(False, "the ledger cannot be written")
+        say(f"the attempt's end cannot be written: {explain_unwritten(error, ledger.path)}; make room there")
     try:
         ledger.tell_of_crash(ended)
     except OSError as error:
-        say(f"{ledger.run_folder}: the crash cannot be told in the run's log: {error.strerror or error}")
+        say(f"the crash cannot be told in the run's log: {explain_unwritten(error, ledger.run_folder)}")
     say(f"attempt {ended.attempt} ended with {ended.exit_code}: {decision.reason}")
     if ended.failure is not None:
         say(f"first to fail: {ended.failure}")
@@ -108,7 +107,7 @@ def how_it_ended(ledger: Ledger, attempt: Attempt, exit_code: int) -> Attempt:
     exits = read_exits(ledger.run_folder, attempt.attempt)
     failed = first_failure(exits)
     if failed is not None and failed.exit_code != KILLED_BY_REQUEST:
-        return ledger.ended(attempt, failed.exit_code, rank=failed.rank, error=failed.error)
+        return ledger.ended(attempt, failed.exit_code, rank=failed.rank, error=failed.error, step=failed.step)
     if KILLED_BY_REQUEST in (exit_code, failed and failed.exit_code) or any(
         left.exit_code == EXIT_PREEMPTED for left in exits
     ):

@@ -37,6 +37,8 @@ class RankExit:
     """Seconds since the epoch, by its node's clock."""
     exit_code: int
     error: str | None
+    step: int | None = None
+    """That it was at, where its log says so."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,7 +67,9 @@ def run(options: argparse.Namespace) -> int:
     with open(os.devnull, "wb") as nowhere:
         shown = sys.stdout.buffer if rank == 0 else nowhere
         outcome = run_ranks([command], terminal=shown, say=say, grace_seconds=GRACE_SECONDS)
-    left = RankExit(options.attempt, rank, socket.gethostname(), time.time(), outcome.status, outcome.error)
+    left = RankExit(
+        options.attempt, rank, socket.gethostname(), time.time(), outcome.status, outcome.error, outcome.step
+    )
     write_exit(options.folder, left)
     return outcome.status
 

@@ -55,15 +55,20 @@ class CheckpointConfig(BaseModel):
     """How many of the newest copies stay behind `upload`, beside those that are kept for good here; none: all."""
 
     upload_wait_seconds: NonNegativeFloat = 15.0
-    """How long a run that is asked to stop (a signal, a time limit ahead) waits for its uploads; one that has had its
-    tokens waits until they are done or have failed. What is left is uploaded when the run goes on in its folder."""
+    """How long a run that is asked to stop (a signal, a time limit ahead) waits for its uploads. What is left is
+    uploaded when the run goes on in its folder."""
+
+    upload_end_wait_seconds: NonNegativeFloat = 1800.0
+    """How long a run that has had its tokens waits for its uploads, with all its ranks, until it ends with exit code 74
+    for a store that takes nothing; asked to stop meanwhile, upload_wait_seconds more, and then with 75. Give it several
+    times what the upload of a checkpoint takes (`upload` events have its seconds)."""
 
     @model_validator(mode="after")
     def _upload_is_a_store(self) -> CheckpointConfig:
         if isinstance(self.upload, str) and not self.upload.startswith(("s3://", "gs://")):
             raise ValueError(f"upload {self.upload}: nothing can be put there; give s3://, gs:// or a folder")
         if self.upload is None:
-            for name in ("upload_keep", "upload_wait_seconds"):
+            for name in ("upload_keep", "upload_wait_seconds", "upload_end_wait_seconds"):
                 if (value := getattr(self, name)) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is {value}, but nothing is uploaded: set upload, or remove it")
         return self

@@ -1,6 +1,7 @@
 """The ways in which a rank ends that are no crash."""
 
 import errno
+import re
 
 # For launch/, to which a rank is a process with an exit code.
 from parallel.watchdog import EXIT_HUNG as EXIT_HUNG
@@ -18,6 +19,21 @@ class UserError(ValueError):
 
 class MachineError(UserError):
     """A disk or file system fails, whatever was asked of it: starting again may mend it."""
+
+
+_AT_STEP = "the run was at step "
+_STEP = re.compile(rf"^{_AT_STEP}(\d+)$|hangs: .*?\bstep (\d+)\b.* is not done after ")
+
+
+def note_step(error: BaseException, step: int) -> None:
+    """Let an error say, below its traceback, which step the run was at."""
+    error.add_note(f"{_AT_STEP}{step}")
+
+
+def noted_step(line: str) -> int | None:
+    """The step of a line of a rank's log that `note_step`, or the watchdog, wrote there; None for any other line."""
+    found = _STEP.search(line.strip())
+    return None if found is None else int(found[1] or found[2])
 
 
 def file_error(failure: OSError, message: str) -> UserError:

@@ -29,7 +29,7 @@ from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, loud
 from pretrain.config import Batches, Recipe
 from pretrain.data import Damage, Division, Loader, Share, Source, TokenizerInfo
-from pretrain.errors import UserError
+from pretrain.errors import UserError, note_step
 from pretrain.fence import FencedOffError, take_fence
 from pretrain.fence_watch import FenceWatch
 from pretrain.folder_lock import alone_in
@@ -97,7 +97,7 @@ def _train_alone(
     require_shared(run.folder, fence, world)
     here = Checkpoints(folder, run.checkpoint.keep, world, fence)
     store = open_store(run)
-    start_from = choose_checkpoint(here, resume, warnings.append, store, startup.feed)
+    start_from = choose_checkpoint(here, resume, warnings.append, store, startup.feed, startup.rest)
     with agreed():
         if start_from is not None:
             state = check_fits(start_from, phases, tokenizer).moved_on(phases)
@@ -118,13 +118,13 @@ def _train_alone(
         announce(log, phases, world, descriptions[len(state.done)], start_from, state, warnings, backends[0], place)
         if report is not None:
             report.write(log)
+        stop = StopRequests(world, timeout_minutes=run.parallel.timeout_minutes, watch=watch)
         copies = None
         if store is not None:
             alone = replace(here, group=side_group(GROUP_MINUTES))
-            copies = stack.enter_context(Uploads(alone, store, run.checkpoint, log, startup.feed))
+            copies = stack.enter_context(Uploads(alone, store, run.checkpoint, log, startup.feed, stop.agreed))
         beside = side_group(run.parallel.timeout_minutes)
         checkpoint, meshes = start_from, dict[Layout, Mesh]()
-        stop = StopRequests(world, timeout_minutes=run.parallel.timeout_minutes, watch=watch)
         for phase in left:
             if phase is not left[0]:
                 place = choose_boundary_place(phase.recipe, world)
@@ -302,7 +302,8 @@ def open_log(phases: Phases, world: World, state: TrainerState, watch: FenceWatc
         log.close()
         raise
     except BaseException as error:
-        last_words = partial(log.event, "error", type=type(error).__name__, message=str(error))
+        note_step(error, log.step)
+        last_words = partial(log.event, "error", step=log.step, type=type(error).__name__, message=str(error))
         if isinstance(error, FencedOffError):  # the file is another copy's
             last_words = partial(log.say, f"error: {error}")
         for action in (last_words, log.close):

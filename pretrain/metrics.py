@@ -19,7 +19,7 @@ from typing import Any
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.errors import NO_ROOM, MachineError, UserError, file_error
+from pretrain.errors import NO_ROOM, MachineError, UserError, file_error, note_step
 from pretrain.fence_watch import FenceWatch
 
 EVENTS_FILE = "run.jsonl"
@@ -38,7 +38,7 @@ _WAITING_BYTES = 1 << 20
 
 
 class RunLog:
-    """The run's logs. On other ranks than 0 every method does nothing.
+    """The run's logs. On other ranks than 0 every method does nothing; each rank keeps `step`.
 
     Args:
         folder: the run's folder.
@@ -60,13 +60,14 @@ class RunLog:
         watch: FenceWatch | None = None,
     ) -> None:
         self._name, self._total_steps, self._main = name, total_steps, is_main
+        self.step = start_step
+        """The one that the run is at, or was when it ended: errors name it."""
+        _ThreadErrors.hook(self)
         self._watch = watch
         self._width, self._shown = 0, -math.inf
         if not is_main:
             return
         path = folder / EVENTS_FILE
-        if not isinstance(threading.excepthook, _ThreadErrors):
-            threading.excepthook = _ThreadErrors(threading.excepthook)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             cut = _ends_inside_a_line(path)
@@ -262,15 +263,25 @@ def _explained(place: str) -> Iterator[None]:
 
 
 class _ThreadErrors:
-    """Called with an exception that ended a thread: hands it on, unless it is an OSError of TensorBoard's writer."""
+    """Called with an exception that ended a thread: hands it on with the step that the run was at, unless it is an
+    OSError of TensorBoard's writer.
+    """
 
-    def __init__(self, others: Callable[[threading.ExceptHookArgs], Any]) -> None:
-        self._others = others
+    def __init__(self, others: Callable[[threading.ExceptHookArgs], Any], log: RunLog) -> None:
+        self._others, self._log = others, log
+
+    @classmethod
+    def hook(cls, log: RunLog) -> None:
+        """From now on it is called, for this run."""
+        before = threading.excepthook
+        threading.excepthook = cls(before._others if isinstance(before, cls) else before, log)
 
     def __call__(self, arguments: threading.ExceptHookArgs) -> None:
         # The writer keeps the error and raises it from the next call, in the thread that can explain it.
         writers = type(arguments.thread).__module__ == EventFileWriter.__module__
         if not (writers and isinstance(arguments.exc_value, OSError)):
+            if arguments.exc_value is not None:
+                note_step(arguments.exc_value, self._log.step)
             self._others(arguments)
 
 

@@ -36,7 +36,7 @@ what the weights were trained with)."""
 FIELDS_OF_THE_RUN = {
     "parallel": ("device", "timeout_minutes", "startup_timeout_seconds", "deterministic"),
     "guards": ("preflight", "preflight_megabytes", "min_bandwidth", "clock_tolerance_seconds"),
-    "checkpoint": ("staging", "upload", "upload_keep", "upload_wait_seconds"),
+    "checkpoint": ("staging", "upload", "upload_keep", "upload_wait_seconds", "upload_end_wait_seconds"),
 }
 """Fields of those sections that hold for the whole run: its processes are started once."""
 

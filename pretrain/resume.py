@@ -150,6 +150,7 @@ def choose_checkpoint(
     report: Callable[[str], None],
     store: CheckpointStore | None = None,
     feed: Callable[[str], None] = lambda _: None,
+    rest: Callable[[], None] = lambda: None,
 ) -> Path | None:
     """The checkpoint to go on from, which rank 0 chooses by what it sees; None for a fresh start. Every rank calls it.
 
@@ -158,7 +159,7 @@ def choose_checkpoint(
             folder), "never", or the path of one.
         report: told of damaged ones.
         store: where checkpoints are uploaded to.
-        feed: keeps the watchdog quiet in a download.
+        feed, rest: see download_newer.
 
     Raises:
         SharedUserError: "never" in a folder that has checkpoints; a path that is no whole checkpoint, not the newest of
@@ -170,10 +171,10 @@ def choose_checkpoint(
         try:
             newest = checkpoints.newest_whole(report)
         except NoneWholeError:
-            if store is None or (newest := download_newer(checkpoints, store, None, report, feed)) is None:
+            if store is None or (newest := download_newer(checkpoints, store, None, report, feed, rest)) is None:
                 raise
             return newest
-        return newest if store is None else download_newer(checkpoints, store, newest, report, feed)
+        return newest if store is None else download_newer(checkpoints, store, newest, report, feed, rest)
     refusal = broadcast_object(_refusal(checkpoints.folder, resume, store) if checkpoints.world.is_main else None)
     if refusal is not None:
         raise SharedUserError(f"--resume {resume}: {refusal}")

@@ -78,6 +78,7 @@ class Run:
             last = tokens >= recipe.training.tokens
             record = last or step % recipe.logging.every_steps == 0
             with_stats = record and (last or step % recipe.logging.memory_interval == 0)
+            self.log.step = step
             self.watchdog.feed(f"step {step}")
             if (asked := self.stop.agreed()) is not None:
                 self.preempt(state, checkpoint, asked)

@@ -7,6 +7,7 @@ uses, so that a store that is slow or gone keeps no save and no step waiting.
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +46,8 @@ LAST_TRIES = 3
 """At the end of a run, where the newest checkpoint could not be uploaded."""
 LAST_PAUSE_SECONDS = 5.0
 """Before each of them."""
+_OVERDUE, _BUSY, _DONE = -1, 0, 1
+"""How far a rank is with its uploads at a run's end; the least of all ranks' tells what they do."""
 
 
 class _StoppedError(Exception):
@@ -67,14 +70,17 @@ class Uploads(AbstractContextManager["Uploads"]):
     """Uploads what a run's folder holds and the store does not: what is left there when the context is entered, and
     what `begin` finds. Methods are called by all ranks at the same step, but for `holds`.
 
-    When the context is left without an error, or on a request to stop, uploads are waited for. Without an error the
-    newest checkpoint is tried again where it is missing; SharedMachineError where it still is, on all ranks.
+    When the context is left without an error, or on a request to stop, uploads are waited for, so long as the config
+    says. Without an error the newest checkpoint is tried again where it is missing. Where it still is then, all ranks
+    raise SharedMachineError, or Preempted where they were asked to stop while they waited; FencedOffError where another
+    copy of the run has taken the folder over by then.
 
     Args:
         checkpoints: the run's, with a group that nothing else uses.
         config: what it is asked for.
         log: where rank 0 tells of uploads and failures.
         feed: keeps the watchdog quiet while they are waited for.
+        asked: the signal that asks the run to stop, the same on all ranks; see StopRequests.agreed.
     """
 
     def __init__(
@@ -84,8 +90,10 @@ class Uploads(AbstractContextManager["Uploads"]):
         config: CheckpointConfig,
         log: RunLog,
         feed: Callable[[str], None],
+        asked: Callable[[], signal.Signals | None],
     ) -> None:
-        self._checkpoints, self._store, self._config, self._log, self._feed = checkpoints, store, config, log, feed
+        self._checkpoints, self._store, self._config, self._log = checkpoints, store, config, log
+        self._feed, self._agreed_signal = feed, asked
         self._held: set[str] = set()
         self._is_fenced_off = False
         self._missing: str | None = None
@@ -104,21 +112,26 @@ class Uploads(AbstractContextManager["Uploads"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            limit = float("inf")
-        else:
-            limit = self._config.upload_wait_seconds if issubclass(kind, Preempted) else 0.0
         self._asked.put("finish" if kind is None else "end")
-        self._wait(limit)
-        self._stop.set()
+        asked, is_done = None, True
+        try:
+            if kind is None:
+                asked, is_done = self._wait_for_all()
+            else:
+                self._wait(self._config.upload_wait_seconds if issubclass(kind, Preempted) else 0.0)
+        finally:
+            self._stop.set()
         self._wait(GRACE_SECONDS)  # after an error that is this rank's alone, it may wait for others
         if error is None or isinstance(error, Preempted):
             self.look()
-        if kind is None and self._missing is not None:
-            raise SharedMachineError(
-                f"the last checkpoint is not uploaded: {self._missing}; it is whole in {self._checkpoints.folder}; "
-                "start the command again to try once more"
+        if isinstance(error, Preempted) and self._thread.is_alive() and self._checkpoints.world.is_main:
+            loud(
+                "whether the last checkpoint is uploaded is not known: uploads to "
+                f"{self._store.location} are not done {self._config.upload_wait_seconds:g} s behind the stop "
+                f"(checkpoint.upload_wait_seconds); {self._later}"
             )
+        if kind is None:
+            self._require_done(asked, is_done)
 
     def begin(self) -> None:
         """Upload what is not uploaded yet, newest first, behind what is asked for already."""
@@ -151,8 +164,51 @@ class Uploads(AbstractContextManager["Uploads"]):
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < deadline:
-            self._feed("uploads of checkpoints")
+            self._feed(f"uploads of checkpoints to {self._store.location}")
             self._thread.join(min(1.0, max(0.0, deadline - time.monotonic())))
+
+    @property
+    def _later(self) -> str:
+        folder = self._checkpoints.folder
+        return (
+            f"it is whole in {folder}; start the command again to try once more, or upload it without the run by "
+            f"`python -m tools.checkpoint upload {folder.parent}`"
+        )
+
+    def _wait_for_all(self) -> tuple[signal.Signals | None, bool]:
+        """Wait for the uploads of all ranks, as long as the end of a run may take, or a stop once one is asked for. The
+        signal that did, and whether all are through; the same on all ranks, which call it together.
+        """
+        asked, deadline = None, time.monotonic() + self._config.upload_end_wait_seconds
+        while True:
+            self._feed(f"uploads of checkpoints to {self._store.location}")
+            self._thread.join(min(1.0, max(0.0, deadline - time.monotonic())))
+            if asked is None and (asked := self._agreed_signal()) is not None:
+                deadline = min(deadline, time.monotonic() + self._config.upload_wait_seconds)
+            is_over = time.monotonic() >= deadline
+            own = _DONE if not self._thread.is_alive() else _OVERDUE if is_over else _BUSY
+            if (progress := process.lowest(own, self._checkpoints.world.device)) != _BUSY:
+                return asked, progress == _DONE
+
+    def _require_done(self, asked: signal.Signals | None, is_done: bool) -> None:
+        """Raise what a run without a copy of its end ends with."""
+        if is_done and self._missing is None:
+            return
+        if is_done:
+            failure = f"the last checkpoint is not uploaded: {self._missing}"
+        else:
+            limit = f"after {self._config.upload_end_wait_seconds:g} s (checkpoint.upload_end_wait_seconds)"
+            limit = limit if asked is None else f"when {asked.name} asked the run to stop"
+            uploads = f"uploads to {self._store.location} are not done {limit}"
+            failure = f"whether the last checkpoint is uploaded is not known: {uploads}"
+        failure += f"; {self._later}"
+        if asked is None:
+            raise SharedMachineError(failure)
+        self._log.event("upload_failed", message=failure)
+        self._log.event("preempt", signal=asked.name, checkpoint=None)
+        if self._checkpoints.world.is_main:
+            loud(failure)
+        raise Preempted(asked.name)
 
     def _run(self) -> None:
         give_way()
@@ -274,13 +330,15 @@ def download_newer(
     than: Path | None,
     report: Callable[[str], None],
     feed: Callable[[str], None],
+    rest: Callable[[], None],
 ) -> Path | None:
     """The newest whole checkpoint of a store that is of a later step than `than`, downloaded into the run's folder; or
     `than`. Every rank calls it, and fetches a share of the files.
 
     Args:
         report: told of what is damaged.
-        feed: keeps the watchdog quiet.
+        feed: tells the watchdog what this rank begins.
+        rest: tells it that this rank waits for others, whose own watchdogs look at what they do.
 
     Raises:
         SharedMachineError: the store cannot be read, and there is nothing else to go on from; or the checkpoint in it
@@ -296,7 +354,7 @@ def download_newer(
     if error is not None:
         _say(checkpoints, f"{error}: whether it has a newer checkpoint than {than} is not known; the run goes on")
     for name in names:
-        found = _download(checkpoints, store, name, report, feed)
+        found = _download(checkpoints, store, name, report, feed, rest)
         if found is not None:
             _say(checkpoints, f"{found} is downloaded from {store.location}: this folder has no newer one")
             return found
@@ -327,6 +385,7 @@ def _download(
     name: str,
     report: Callable[[str], None],
     feed: Callable[[str], None],
+    rest: Callable[[], None],
 ) -> Path | None:
     """None where it is damaged."""
     files, stays, error, is_damaged = process.broadcast_object(
@@ -341,6 +400,15 @@ def _download(
     own = sorted(files)[world.rank :: world.size]
 
     def write(folder: Path) -> list[Path]:
+        try:
+            fetch(folder)
+        finally:
+            rest()  # for as long as the others have files to fetch
+        if wrong:
+            raise OSError("; ".join(wrong))
+        return [folder / file for file in own]
+
+    def fetch(folder: Path) -> None:
         for file in own:
             place = store.locate(name, file)
             try:
@@ -352,15 +420,15 @@ def _download(
                 raise OSError(str(failure)) from failure
             if finished_file(folder / file) != files[file]:
                 wrong.append(f"{place} is altered (its size or sha256 is not the manifest's)")
-        if wrong:
-            raise OSError("; ".join(wrong))
-        return [folder / file for file in own]
 
     step, size = checkpoint_step(Path(name)), sum(int(files[file]["bytes"]) for file in own)
     assert step is not None, "the store lists no others"
     try:
-        return checkpoints.save(step, write, num_bytes=size, stays=stays, report=report)
+        written = checkpoints.write(step, write, num_bytes=size, report=report)
+        feed(f"the checkpoint of step {step} out of what was downloaded")
+        return checkpoints.publish(written, stays=stays, report=report)
     except SaveError as failure:
+        feed(f"what follows {name}, which was not downloaded")
         damaged = [problem for part in process.gather_objects(wrong) for problem in part]
         if not damaged:
             raise SharedMachineError(f"{store.locate(name)} cannot be downloaded: {failure}") from failure

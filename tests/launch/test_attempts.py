@@ -109,6 +109,23 @@ def test_the_ledger_has_two_lines_for_each_attempt_with_what_its_own_events_say(
     assert ledger.read("8") == [] and one.failure == "OSError: gone"
 
 
+def test_a_crash_is_at_the_step_that_its_rank_was_at_and_not_at_the_one_logged_last(tmp_path):
+    """Attempts log other steps, as they go on from other checkpoints, and many steps between two that they log."""
+    ledger, ended = Ledger(tmp_path), []
+    for logged, step in ((10, 14), (12, 14), (10, 17), (10, None)):
+        attempt = ledger.begin("7", ["n1"])
+        write_events(tmp_path, {"event": "step", "step": logged})
+        ended.append(ledger.ended(attempt, 1, rank=1, error="ValueError: x", step=step))
+        ledger.write(ended[-1])
+        ledger.tell_of_crash(ended[-1])
+    assert [attempt.step for attempt in ended] == [14, 14, 17, 10]
+    events = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines() if '"crash"' in line]
+    assert [event["step"] for event in events] == [14, 14, 17, 10]
+    assert decided(ended[0], ended[2]).again
+    decision = decided(ended[0], ended[1])
+    assert not decision.again and "same error at the same step (14)" in decision.reason
+
+
 def test_a_crash_is_an_event_of_the_run_unless_a_newer_attempt_writes_there(tmp_path):
     ledger = Ledger(tmp_path)
     first = ledger.begin("7", ["n1"])

@@ -1,6 +1,8 @@
 """The job script, what is refused before one is written, and what its commands decide behind an attempt."""
 
+import errno
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import attempts
 from launch.__main__ import main
 from launch.attempts import Ledger, ask_to_stop
 from launch.job_script import JobScript
@@ -214,6 +217,36 @@ def test_the_first_rank_to_fail_decides_and_not_the_exit_code_of_srun(tmp_path, 
     assert begin(tmp_path, capfd, job="8") == "6"  # another launch
     crashes = [(event["attempt"], event["exit_code"]) for event in read_events(tmp_path) if event["event"] == "crash"]
     assert crashes == [(3, 137)]
+
+
+def test_a_full_disk_at_an_attempts_end_is_no_reason_not_to_go_on_and_never_a_requeue_without_end(
+    tmp_path, capfd, monkeypatch
+):
+    """Its end is not written: the next attempt counts it as a crash, where it can be written down itself."""
+    monkeypatch.setattr("launch.attempts.FIRST_WAIT_SECONDS", 0.0)
+    append, full = attempts.append_line, [False]
+
+    def append_line(path: Path, line: str) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        append(path, line)
+
+    monkeypatch.setattr(attempts, "append_line", append_line)
+    message = rf"{Ledger(tmp_path).path}: No space left on device \(on the disk of /.*, [0-9.]+ MB free\); make room"
+    for number in (1, 2, 3, 4):
+        assert begin(tmp_path, capfd).split()[0] == str(number)
+        full[0] = True
+        ending = ["attempt", "end", "--run", str(tmp_path), "--attempt", str(number), "--exit-code", "74"]
+        assert main([*ending, "--max-restarts", "3"]) == 0
+        shown = capfd.readouterr()
+        assert shown.out.strip() == ("again 0" if number < 4 else "end 74") and re.search(message, shown.err)
+        full[0] = False
+    assert begin(tmp_path, capfd) == "", "lost attempts are crashes"
+    full[0] = True
+    command = ["attempt", "begin", "--run", str(tmp_path), "--job", "8", "--nodes", "n1", "--max-restarts", "3"]
+    assert main(command) == 2
+    shown = capfd.readouterr()
+    assert shown.out == "" and len(re.findall(message, shown.err)) == 4 and shown.err.count("another try in") == 3
 
 
 def test_a_launch_that_was_stopped_or_lost_too_often_begins_no_attempt(tmp_path, capfd):

@@ -1,6 +1,7 @@
 """`launch local` starts a crashed run again, as often as it was told; a signal to it ends a run with a checkpoint."""
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from launch import attempts
 from launch.__main__ import main
 from launch.attempts import Ledger, ask_to_stop
 from launch.jobs import local_job
 from launch.local import launch_with_restarts
+from pretrain.errors import UserError
 from tests.training_cases import events, write_synthetic_recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -96,6 +99,51 @@ def test_what_ends_a_launch(run, body, restarts, status, attempts, capfd):
     found, ended = run(body, restarts, nproc=1)
     assert (found, len(ended)) == (status, attempts)
     assert ("not started again" in capfd.readouterr().err) == (restarts > 0 and ended[-1].crashed)
+
+
+def test_the_step_is_the_one_that_the_failing_rank_names(run, tmp_path):
+    """By its traceback, or as the watchdog says it; the log of steps names others."""
+    body = """
+        sys.path.insert(0, %r)
+        from pretrain.errors import note_step
+        event("step", step=10 * number)
+        if rank == 1 and number < 3:
+            error = ValueError("x")
+            note_step(error, 14 + number)
+            raise error
+        if rank == 1:
+            sys.exit("rank 1 of 2 hangs: step 17 is not done after 2 s (parallel.step_timeout_seconds)")
+    """
+    status, attempts = run(body % str(REPOSITORY), restarts=2)
+    assert status == 1 and [attempt.step for attempt in attempts] == [15, 16, 17]
+    assert [attempt.error for attempt in attempts[:2]] == ["ValueError: x"] * 2
+    assert [event["step"] for event in events(tmp_path, "crash")] == [15, 16, 17]
+
+
+def test_a_launch_waits_for_room_to_write_an_attempt_down_and_then_ends(run, tmp_path, monkeypatch, capfd):
+    """As often as crashes are tried again: an attempt that is not written down would not count."""
+    append, refused = attempts.append_line, []
+
+    def full(path: Path, line: str) -> None:
+        if len(refused) < limit and (refused or '"ended": null' not in line):  # from the first attempt's end on
+            refused.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        append(path, line)
+
+    monkeypatch.setattr(attempts, "append_line", full)
+    limit = 3  # its end, and two tries of the next attempt
+    status, found = run("sys.exit('ValueError: x' if number == 1 else 0)", restarts=2, nproc=1)
+    ledger = str(Ledger(tmp_path).path)
+    assert status == 0 and [each.exit_code for each in found] == [None, 0]
+    assert found[0].reason is not None and found[0].reason.startswith("lost")
+    said = capfd.readouterr().err
+    assert f"{ledger}: No space left on device (on the disk of " in said and "MB free); make room" in said
+    assert "another try in 0 s" in said
+    refused.clear()
+    limit = 99
+    message = r"attempts.jsonl: No space left on device \(on the disk of .* MB free\); make room"
+    with pytest.raises(UserError, match=message):
+        run("sys.exit('ValueError: x')", restarts=2, nproc=1)
 
 
 @pytest.mark.parametrize("way", ["stop", "signal", "mark"])

@@ -1,4 +1,4 @@
-"""Fixtures: the data of small runs, a process group of one rank, full disks, and an S3 server."""
+"""Fixtures: the data of small runs, a process group of one rank, full disks, an S3 server, and uploads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import obstore
 import pytest
@@ -15,7 +16,12 @@ from obstore.store import from_url
 
 from parallel import process
 from parallel.process import World
+from pretrain.checkpoint_config import CheckpointConfig
+from pretrain.checkpoint_store import CheckpointStore
+from pretrain.checkpoints import Checkpoints
+from pretrain.uploads import Uploads
 from tests.training_cases import make_data
+from tests.upload_cases import Asked, Opened, Told, never_asked
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +92,28 @@ def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], o
     urllib.request.urlopen(urllib.request.Request(f"{s3}/data", b"", headers, method="PUT")).close()
     store = from_url("s3://data", client_options={"allow_http": True})
     return lambda name, content: obstore.put(store, name, content)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "store")
+
+
+@pytest.fixture
+def here(tmp_path: Path, world: World) -> Checkpoints:
+    """Of a run's folder."""
+    return Checkpoints(tmp_path / "here" / "checkpoints", 2, world)
+
+
+@pytest.fixture
+def opened(store: CheckpointStore, told: Told) -> Opened:
+    def make(checkpoints: Checkpoints, asked: Asked = never_asked, **fields: Any) -> Uploads:
+        config = CheckpointConfig(upload=Path(store.location), **fields)
+        return Uploads(checkpoints, store, config, told, lambda _: None, asked)
+
+    return make

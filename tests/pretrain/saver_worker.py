@@ -4,7 +4,8 @@ while saves go wrong on one of them.
 Arguments: FOLDER, then PLAN=RECIPE.yaml..., a plan being `slow` (rank 1 writes slowly), `once` (its second save meets a
 full disk), `always` (each of its saves does), `overtaken` (another copy of the run starts while the second save is
 written), `killed` (rank 1 dies between two files that it uploads, once the first checkpoint is in the store), `refused`
-(the store takes nothing of rank 1) or another (nothing goes wrong). How training ended on this rank is left in
+(the store takes nothing of rank 1), `hung` (it never answers rank 1, which is asked to stop then) or another (nothing
+goes wrong). How training ended on this rank is left in
 RECIPE-RANK.json, and what it chose in FOLDER/views-RANK.json; FOLDER may be -.
 """
 
@@ -14,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from pretrain.checkpoints import (
 )
 from pretrain.loop import train
 from pretrain.phases import load_phases
+from pretrain.preemption import Preempted, listen
 from pretrain.resume import choose_checkpoint
 from pretrain.uploads import Uploads
 
@@ -68,6 +71,9 @@ def go_wrong(plan: str, run: Path, world: World) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         if plan == "refused" and world.rank == 1:
             raise StoreError("503")
+        if plan == "hung" and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            threading.Event().wait()
         PUT(store, checkpoint, *arguments)
 
     def begin(copies: Uploads) -> None:
@@ -108,6 +114,7 @@ def choose(folder: Path, world: World) -> dict[str, dict[str, str | None]]:
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     uploads.LAST_PAUSE_SECONDS = 0.01
+    listen()
     world = initialize("cpu")
     if arguments[0] != "-":
         place, folder = Path.cwd(), Path(arguments[0])
@@ -119,7 +126,7 @@ def main(arguments: list[str]) -> None:
         go_wrong(plan, phases.run.folder, world)
         try:
             train(phases, world)
-        except SharedUserError as error:
+        except (SharedUserError, Preempted) as error:
             ended = {"type": type(error).__name__, "message": str(error)}
         Path(path).with_name(f"{Path(path).stem}-{world.rank}.json").write_text(json.dumps(ended))
     shutdown()

@@ -16,73 +16,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from parallel.host_copies import HostCopies, SavedFile, TensorFile, TextFile
+from parallel.host_copies import TensorFile
 from parallel.process import World
 from pretrain.checkpoint_config import CheckpointConfig
 from pretrain.checkpoints import Checkpoints, checkpoint_step, list_checkpoints, problems
 from pretrain.fence import take_fence
 from pretrain.loop import train
-from pretrain.metrics import RunLog
 from pretrain.phases import load_phases
 from pretrain.resume import TrainerState
-from pretrain.rng import load_rng, rng_tensors, seed_rank
+from pretrain.rng import rng_tensors
 from pretrain.saver import Saver
 from tests.checkpoint_cases import NoWatchdog
+from tests.checkpoint_walk import NUMBERS, Silent, Walk
 from tests.training_cases import write_recipe
 
-NUMBERS = 300_000
-"""Of the walk: two writes of its file."""
 SECONDS = 60.0
 
 
 pytestmark = pytest.mark.usefixtures("world")
-
-
-@dataclass
-class Walk:
-    """In place of training: each step depends on all numbers and on the generator."""
-
-    weights: torch.Tensor = field(default_factory=lambda: torch.zeros(NUMBERS))
-    number: int = 0
-
-    def __post_init__(self) -> None:
-        seed_rank(5, 0)
-
-    def step(self) -> None:
-        self.weights.add_(torch.rand(NUMBERS)).mul_(0.9)
-        self.number += 1
-
-    def files(self, copies: HostCopies | None) -> Sequence[SavedFile]:
-        weights = self.weights if copies is None else copies.copy("weights", self.weights)
-        state = TensorFile("state.safetensors", {"weights": weights})
-        return [state, TensorFile("rng.safetensors", rng_tensors()), TextFile("trainer.json", f"{self.number}\n")]
-
-    def load(self, checkpoint: Path) -> None:
-        self.weights.copy_(load_file(checkpoint / "state.safetensors")["weights"])
-        self.number = int((checkpoint / "trainer.json").read_text())
-        load_rng(checkpoint / "rng.safetensors")
-
-
-class Silent(RunLog):
-    """Counts failures."""
-
-    def __init__(self) -> None:
-        self.failures = 0
-
-    def event(self, kind: str, **fields: Any) -> None:
-        self.failures += kind == "save_failed"
-
-    def scalars(self, step: int, values: Any) -> None:
-        pass
 
 
 def walk_and_save(folder: Path, world: World, steps: int, begin: Callable[[], object]) -> int:

@@ -8,21 +8,25 @@ import json
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from parallel.engine import Engine
 from parallel.process import World
 from pretrain.devices import available_host_bytes, peak_flops, peak_memory_bytes, peak_resident_bytes
-from pretrain.errors import UserError
+from pretrain.errors import UserError, noted_step
 from pretrain.loop import open_log as open_run_log
+from pretrain.loop import train
 from pretrain.metrics import RunLog, Stopwatch, duration
 from pretrain.phases import load_phases
 from pretrain.resume import TrainerState
-from tests.training_cases import write_recipe
+from tests.training_cases import events, write_recipe, write_synthetic_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -186,11 +190,36 @@ def test_events_that_found_no_room_to_the_end_are_an_error(full_disk: Path) -> N
 def test_an_error_of_another_thread_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     thrown: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", thrown.append)
-    open_log(tmp_path).close()
+    for step in (7, 8):  # a later run's log takes the place of an earlier one's
+        log = open_log(tmp_path)
+        log.step = step
+        log.close()
     thread = threading.Thread(target=(tmp_path / "absent").read_text)
     thread.start()
     thread.join()
     assert [arguments.exc_type for arguments in thrown] == [FileNotFoundError]
+    assert thrown[0].exc_value is not None and thrown[0].exc_value.__notes__ == ["the run was at step 8"]
+
+
+def test_an_error_in_a_step_names_it_between_two_that_are_logged(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_synthetic_recipe(tmp_path, steps=9, logging={"every_steps": 5}, evaluation={"every_tokens": None})
+    step, taken = Engine.train_step, [0]
+
+    def failing(engine: Engine, *arguments: Any, **options: Any) -> Any:
+        taken[0] += 1
+        if taken[0] == 7:
+            raise ZeroDivisionError("x")
+        return step(engine, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "train_step", failing)
+    with pytest.raises(ZeroDivisionError) as caught:
+        train(load_phases(recipe), world)
+    assert [event["step"] for event in events(tmp_path, "step")] == [5]
+    assert [event["step"] for event in events(tmp_path, "error")] == [7]
+    lines = traceback.format_exception(caught.value)
+    assert noted_step(lines[-1]) == 7
 
 
 def test_a_log_that_cannot_be_closed_hides_no_earlier_error(full_disk: Path) -> None:

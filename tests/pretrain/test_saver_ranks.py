@@ -123,6 +123,29 @@ def test_a_run_without_a_copy_of_its_end_is_no_done_one_and_started_again_upload
     assert CheckpointStore(store).checkpoints() == names(run / "checkpoints") == ["step-00000004"]
 
 
+def test_a_rank_that_has_fetched_its_files_waits_for_a_slower_one(together: Path, tmp_path: Path) -> None:
+    """Longer than its watchdog lets a piece of work take: what is slow is another rank's, whose own watches that."""
+    command = ["tests/pretrain/download_worker.py", str(tmp_path / "new"), str(together / "store")]
+    found = run_ranks(command, ranks=2, timeout=180)
+    newest = tmp_path / "new" / "step-00000012"
+    assert all(str(newest) in output for output in found.outputs) and problems(newest) == []
+
+
+def test_a_signal_to_one_rank_ends_the_wait_for_a_store_that_hangs_on_both(data: Path, tmp_path: Path) -> None:
+    """Long before the end's own limit, and both processes end, with a thread left in the store."""
+    fields = {"upload": str(tmp_path / "store"), "upload_wait_seconds": 0.2}
+    recipe = write_recipe(data, tmp_path / "hung", steps=4, checkpoint=fields)
+    run_ranks(["tests/pretrain/saver_worker.py", "-", f"hung={recipe}"], ranks=2, timeout=180)
+    assert ended(tmp_path, "hung") == {"type": "Preempted", "message": "SIGUSR1"}
+    (failed,) = events(tmp_path / "hung", "upload_failed")
+    assert str(tmp_path / "store") in failed["message"] and "when SIGUSR1 asked the run to stop" in failed["message"]
+    assert events(tmp_path / "hung")[-1]["event"] == "preempt"
+    again = shutil.copy(recipe, recipe.with_stem("again"))
+    run_ranks(["tests/pretrain/saver_worker.py", "-", f"taken={again}"], ranks=2, timeout=180)
+    assert ended(tmp_path, "again")["type"] is None
+    assert CheckpointStore(tmp_path / "store").checkpoints() == ["step-00000004"]
+
+
 def test_a_run_killed_in_an_upload_goes_on_from_the_copy_before_on_a_new_node(together: Path, data: Path) -> None:
     """Rank 1 dies between two of its files of the checkpoint behind it. The folder is gone then."""
     store = together / "of_killed"

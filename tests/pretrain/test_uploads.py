@@ -7,8 +7,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,89 +22,16 @@ from pretrain.checkpoint_config import CheckpointConfig
 from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import Checkpoints, list_checkpoints, problems
 from pretrain.fence import take_fence
-from pretrain.metrics import RunLog
-from pretrain.preemption import Preempted
 from pretrain.resume import choose_checkpoint
 from pretrain.uploads import Uploads
+from tests.upload_cases import Opened, Told, contents, elsewhere, go_on, never_asked, waited_for, write
 
 pytestmark = pytest.mark.usefixtures("world")
-SECONDS = 30.0
-
-
-class Told(RunLog):
-    """A log that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def event(self, kind: str, **fields: Any) -> None:
-        self.events.append({"event": kind, **fields})
-
-    def kinds(self) -> list[tuple[str, int | None]]:
-        return [(event["event"], event.get("step")) for event in self.events]
 
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "LAST_PAUSE_SECONDS", 0.0)
-
-
-@pytest.fixture
-def told() -> Told:
-    return Told()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "store")
-
-
-@pytest.fixture
-def here(tmp_path: Path, world: World) -> Checkpoints:
-    """Of a run's folder."""
-    return Checkpoints(tmp_path / "here" / "checkpoints", 2, world)
-
-
-Opened = Callable[..., Uploads]
-
-
-@pytest.fixture
-def opened(store: CheckpointStore, told: Told) -> Opened:
-    def make(checkpoints: Checkpoints, **fields: Any) -> Uploads:
-        config = CheckpointConfig(upload=Path(store.location), **fields)
-        return Uploads(checkpoints, store, config, told, lambda _: None)
-
-    return make
-
-
-def write(folder: Path) -> Sequence[Path]:
-    paths = [folder / "state.bin", folder / "model.json", folder / "trainer.json"]
-    for path in paths:
-        path.write_bytes(os.urandom(1000))
-    return paths
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def elsewhere(here: Checkpoints, tmp_path: Path, store: CheckpointStore) -> Checkpoints:
-    """As on a new node."""
-    folder = tmp_path / "new"
-    if folder.exists():
-        shutil.rmtree(folder)
-    return replace(here, folder=folder / "checkpoints")
-
-
-def go_on(checkpoints: Checkpoints, store: CheckpointStore, said: list[str]) -> Path | None:
-    return choose_checkpoint(checkpoints, "auto", said.append, store)
-
-
-def waited_for(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + SECONDS
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return condition()
 
 
 def test_what_a_folder_holds_is_uploaded_and_a_new_node_goes_on_from_it(
@@ -395,82 +320,6 @@ def test_what_makes_room_is_told_only_where_the_store_has_no_copy_of_it(
     assert len(said) == 1 and said[0].startswith("step-00000002 is removed and was not uploaded")
 
 
-@pytest.mark.parametrize("failures", [1, uploads.LAST_TRIES, uploads.LAST_TRIES + 1])
-def test_the_end_of_a_run_tries_its_last_checkpoint_again_and_says_where_it_is_not_uploaded(
-    here: Checkpoints,
-    store: CheckpointStore,
-    opened: Opened,
-    told: Told,
-    monkeypatch: pytest.MonkeyPatch,
-    failures: int,
-) -> None:
-    put, calls = obstore.put, [0]
-
-    def refusing(*arguments: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] <= failures:
-            raise obstore.exceptions.GenericError("503")
-        return put(*arguments, **options)
-
-    here.save(1, write)
-    monkeypatch.setattr(obstore, "put", refusing)
-    if failures > uploads.LAST_TRIES:
-        message = r"the last checkpoint is not uploaded: .*503; .*start the command again to try once more"
-        with pytest.raises(SharedMachineError, match=message), opened(here):
-            pass
-        assert store.checkpoints() == []
-    with opened(here):  # as where the command is started again
-        pass
-    assert store.checkpoints() == ["step-00000001"]
-    assert told.kinds() == [("upload_failed", 1)] * failures + [("upload", 1)]
-
-
-class Stuck:
-    """A store that answers nothing until `released`."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached, self.released = threading.Event(), threading.Event()
-        put = obstore.put
-
-        def held(*arguments: Any, **options: Any) -> Any:
-            self.reached.set()
-            assert self.released.wait(SECONDS)
-            return put(*arguments, **options)
-
-        monkeypatch.setattr(obstore, "put", held)
-
-
-def test_steps_do_not_wait_for_a_store_and_a_run_that_stops_waits_so_long(
-    here: Checkpoints, opened: Opened, store: CheckpointStore, told: Told, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uploads, "GRACE_SECONDS", 0.1)
-    stuck = Stuck(monkeypatch)
-    here.save(1, write)
-    with pytest.raises(Preempted), opened(here, upload_wait_seconds=0.2) as copies:
-        assert stuck.reached.wait(SECONDS)
-        copies.begin()
-        copies.look()
-        begun = time.monotonic()
-        raise Preempted("SIGTERM")
-    assert 0.2 <= time.monotonic() - begun < 5
-    begun = time.monotonic()
-    with pytest.raises(ZeroDivisionError), opened(here, upload_wait_seconds=60):
-        raise ZeroDivisionError
-    assert time.monotonic() - begun < 5, "an error ends the run at once"
-    stuck.released.set()
-    assert store.checkpoints() == []
-
-
-def test_a_run_that_has_had_its_tokens_waits_for_its_uploads(
-    here: Checkpoints, opened: Opened, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stuck = Stuck(monkeypatch)
-    here.save(1, write)
-    with opened(here, upload_wait_seconds=0.0):
-        threading.Timer(0.3, stuck.released.set).start()
-    assert store.checkpoints() == ["step-00000001"]
-
-
 def test_s3_takes_checkpoints_and_gives_them_back(
     here: Checkpoints, tmp_path: Path, bucket: Callable[[str, bytes], object], told: Told
 ) -> None:
@@ -482,7 +331,7 @@ def test_s3_takes_checkpoints_and_gives_them_back(
         here.save(step, files)
     location = "s3://data/runs/one two"
     store = CheckpointStore(location)
-    with Uploads(here, store, CheckpointConfig(upload=location, upload_keep=1), told, lambda _: None):
+    with Uploads(here, store, CheckpointConfig(upload=location, upload_keep=1), told, lambda _: None, never_asked):
         pass
     assert ("upload", 2) in told.kinds() and all(kind == "upload" for kind, _ in told.kinds())
     new = elsewhere(here, tmp_path, store)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from parallel.mesh import Layout
 from parallel.state_files import INDEX_FILE, KINDS, StateReader, state_file
+from pretrain import uploads
+from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import problems
 from tests.checkpoint_cases import STEP, make_checkpoint, small_model, value_of
 from tools.checkpoint.__main__ import main
@@ -151,3 +153,32 @@ def test_reshape_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Captur
     (checkpoint / "model.json").write_text("{}")
     assert "model.json has 2 bytes" in refused("--ranks", "2")
     assert not (tmp_path / "new").exists() and not (tmp_path / ".partial-new").exists()
+
+
+def test_upload_brings_to_the_store_what_a_run_could_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "run", Layout(data=2), checkpoint={"upload": str(tmp_path / "store")})
+    assert main(["upload", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'store'} holds {checkpoint.name}\n"
+    copy = tmp_path / "store" / checkpoint.name
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
+        path.name: path.read_bytes() for path in checkpoint.iterdir()
+    }
+    assert not (tmp_path / "run" / "run.jsonl").exists()
+    (copy / "manifest.json").unlink()
+    monkeypatch.setattr(uploads, "LAST_PAUSE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "put", lambda *_: (_ for _ in ()).throw(StoreError("503")))
+        assert main(["upload", str(tmp_path / "run")]) == 2
+    assert "the last checkpoint is not uploaded: 503" in capsys.readouterr().err
+    assert not (copy / "manifest.json").exists()
+    assert main(["upload", str(tmp_path / "run")]) == 0 and (copy / "manifest.json").exists()
+
+
+def test_upload_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["upload", str(tmp_path)]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    make_checkpoint(tmp_path / "run", Layout())
+    assert main(["upload", str(tmp_path / "run")]) == 2
+    assert "recipe.yaml: names no checkpoint.upload" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command `python -m tools.checkpoint inspect | verify | reshape`."""
+"""The command `python -m tools.checkpoint inspect | verify | reshape | upload`."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ from pretrain.phases import load_phases
 from pretrain.resume import RECIPE_FILE, read_trainer_state
 from tools.checkpoint.contents import as_json, contents, damage, find_checkpoints, lines
 from tools.checkpoint.reshape import reshape
+from tools.checkpoint.upload import upload
 from tools.command import positive_int, run_command
 from tools.export import find_checkpoint
 
@@ -59,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
         "--zero-stage", type=int, choices=range(4), help="of the ranks that will read it (default: the checkpoint's)"
     )
     command.set_defaults(command=_reshape)
+    command = commands.add_parser(
+        "upload",
+        help="upload the checkpoints that a run could not",
+        description="Upload what the store that a run's recipe names (checkpoint.upload) does not have of its "
+        "checkpoints, without the run: after one that ended while the store was away. It takes as long as it takes.",
+    )
+    command.add_argument("folder", type=Path, help="the folder of a run")
+    command.set_defaults(command=_upload)
     return parser
 
 
@@ -78,6 +87,11 @@ def _verify(arguments: argparse.Namespace) -> None:
         print(f"{checkpoint}: {f'{len(found)} problem(s)' if found else 'whole'}", flush=True)
     if wrong:
         raise UserError("\n".join(wrong))
+
+
+def _upload(arguments: argparse.Namespace) -> None:
+    store, names = upload(arguments.folder)
+    print(f"{store.location} holds {', '.join(names)}")
 
 
 def _reshape(arguments: argparse.Namespace) -> None:
