@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+
+from kernels.closed_form import differentiable_once
 
 CHUNK_TOKENS = 1024
 """Default tokens per chunk: at a vocabulary of 32,000 the logits in flight take 131 MB in fp32."""
@@ -42,6 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         vocabulary: VocabularyPart | None,
         with_gradients: bool,
+        *origins: Tensor,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # Under no_grad ctx says that parameters need gradients all the same, and grad mode is off in here.
@@ -63,19 +66,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(slope, weight, out=grad_hidden[part])
             if needs_weight:
                 grad_weight += slope.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, *origins)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    @differentiable_once("take torch.nn.functional.cross_entropy of the logits, hidden @ weight.T")
+    def backward(ctx: FunctionCtx, saved: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, *_ = saved
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, *(None,) * 7
 
 
 def _chunk(
@@ -149,8 +152,11 @@ def linear_cross_entropy(
         ValueError: shapes or dtypes that don't fit.
     """
     _check(hidden, weight, targets, chunk_tokens)
-    with_gradients = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk_tokens, vocabulary, with_gradients)
+    # What the backward keeps is gradients, not the inputs that they depend on: for these stand empty pieces of them.
+    origins = (hidden[:0].clone(), weight[:0].clone())
+    return _LinearCrossEntropy.apply(
+        hidden, weight, targets, ignore_index, chunk_tokens, vocabulary, torch.is_grad_enabled(), *origins
+    )
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@ time.
 
 Each function is a few passes over its tensors. Whole ones leave a CPU's caches between the passes, and autograd keeps
 one for each; here a piece stays in the caches through all of them, and nothing is kept but the inputs. On other
-devices, and where torch.compile traces, the plain expressions of model/layers.py run. Gradients of gradients are not
-offered.
+devices, and where torch.compile traces, the plain expressions of model/layers.py run. Gradients of gradients are an
+error.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import rms_norm, silu
+
+from kernels.closed_form import differentiable_once
 
 PIECE_NUMBERS = 1 << 16
 """Numbers of a tensor in a piece: 256 KB in fp32, and enough for two threads to share."""
 
 UNIT_EPS = 1e-6
 """Under the root of the l2 norm: keeps the gradient finite at zero."""
+
+MEND = "a memory layer's convolutions and norms have them on other devices than CPUs, as plain expressions"
 
 
 def in_pieces(*tensors: Tensor) -> bool:
@@ -82,9 +86,9 @@ class _Convolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        padded, weight = ctx.saved_tensors
+    @differentiable_once(MEND)
+    def backward(ctx: FunctionCtx, saved: tuple[Tensor, Tensor], d_out: Tensor) -> tuple[Tensor, Tensor]:
+        padded, weight = saved
         d_padded, d_weight = torch.zeros_like(padded), torch.zeros_like(wide(weight))
         for piece in _pieces(padded, d_out.shape[1]):
             part = d_out[:, piece]
@@ -106,9 +110,9 @@ class _UnitSilu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
+    @differentiable_once(MEND)
+    def backward(ctx: FunctionCtx, saved: tuple[Tensor], d_out: Tensor) -> tuple[Tensor, None]:
+        (x,) = saved
         d_x = torch.empty_like(x)
         for piece in _pieces(x, x.shape[1]):
             # y = r h with r = (h . h + eps)^-1/2: dh = r (dy - (y . dy) y)
@@ -131,9 +135,9 @@ class _HeadNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
+    @differentiable_once(MEND)
+    def backward(ctx: FunctionCtx, saved: tuple[Tensor, Tensor], d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = saved
         d_x, d_weight = torch.empty_like(x), torch.zeros_like(wide(weight))
         for piece in _pieces(x, x.shape[1]):
             # n = r x with r = (mean(x^2) + eps)^-1/2: dx = r (dn - mean(n dn) n)

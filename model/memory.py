@@ -1,10 +1,10 @@
 """The memory layer: projections, gates, the neural memory, output (Titans, arXiv 2501.00663, sections 3.1 and 4.4)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,18 @@ def explain_memory_backend(config: ModelConfig, backend: str, *, device: torch.d
     )  # fmt: skip
 
 
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, of which the backward computes again what it needs. Nothing in it is random."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """All that is called when the module is, or when its gradient passes."""
+    return (
+        module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
+
+
 class Stream(nn.Module):
     """Queries, keys or values of a memory: linear, causal convolution, SiLU, and division by the l2 norm by choice."""
 
@@ -171,13 +183,32 @@ class Stream(nn.Module):
     def forward(self, x: Tensor, tail: Tensor | None, resets: Resets | None) -> tuple[Tensor, Tensor | None]:
         """x [B, T, dim] and the convolution's tail to [B, T, H, D] and the next tail.
 
-        For the backward only the projected tokens are kept: what follows is cheap to compute again, and would take
-        three times their room, in fp32 more.
+        For the backward only the projected tokens are kept, or x alone where the projection may be computed again:
+        what follows is cheap to compute again, and would take three times their room, in fp32 more.
         """
-        x = self.to_heads(self.project(x))
-        if torch.is_grad_enabled() and x.requires_grad:
-            return checkpoint(self._shape, x, tail, resets, use_reentrant=False, preserve_rng_state=False)
-        return self._shape(x, tail, resets)
+        if not torch.is_grad_enabled():
+            return self._shape(self._projected(x), tail, resets)
+        if x.requires_grad and self._projects_again():
+            return _recomputed(self._project_and_shape, x, tail, resets)
+        x = self._projected(x)
+        return _recomputed(self._shape, x, tail, resets) if x.requires_grad else self._shape(x, tail, resets)
+
+    def _projects_again(self) -> bool:
+        """Whether the backward may call the projection a second time.
+
+        Not where hooks would see it twice (ZeRO 3 gathers the weight in them: once more over all ranks), nor where its
+        result goes to other ranks on the way, nor where another map has been put in its place, which might draw random
+        numbers. And on a CPU alone: what a product more costs, and its room gains, has not been measured elsewhere.
+        """
+        is_own = type(self.project) is nn.Linear and type(self.to_heads) is nn.Identity
+        hooks = (hooks for module in (self.project, self.to_heads) for hooks in _hooks(module))
+        return is_own and self.project.weight.device.type == "cpu" and not any(hooks)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        return self.to_heads(self.project(x))
+
+    def _project_and_shape(self, x: Tensor, tail: Tensor | None, resets: Resets | None) -> tuple[Tensor, Tensor | None]:
+        return self._shape(self._projected(x), tail, resets)
 
     def _shape(self, x: Tensor, tail: Tensor | None, resets: Resets | None) -> tuple[Tensor, Tensor | None]:
         if self.convolution is not None:

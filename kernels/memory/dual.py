@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.autocast import outside_autocast
+from kernels.closed_form import differentiable_once
 from kernels.memory.backend import DualForm, GroupBackend
 from kernels.memory.chunk import GroupTokens, inner_gradient_norm
 from kernels.memory.gates import group_gates
@@ -113,13 +113,16 @@ class _Group(torch.autograd.Function):
         return y.to(tensors[0].dtype), surprise, *(trace.end or ())
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("neural_memory has them with backend='reference', token by token")
     @outside_autocast
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, d_y: Tensor | None, _: None, *d_end: Tensor | None
+        ctx: torch.autograd.function.FunctionCtx,
+        tensors: tuple[Tensor | None, ...],
+        d_y: Tensor | None,
+        _: None,
+        *d_end: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        call, tensors = ctx.call, ctx.saved_tensors  # once: activation checkpointing allows no second look
-        depth = (len(tensors) - 6) // 2
+        call, depth = ctx.call, (len(tensors) - 6) // 2
         targets, state, batch_size = tensors[6 : 6 + depth], tensors[6 + depth :], tensors[0].shape[0]
         if d_y is None:
             d_y = torch.zeros_like(tensors[0])

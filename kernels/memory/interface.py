@@ -44,7 +44,9 @@ def neural_memory(
     For each row and head a network `M(x) = W_L act(... act(x W_1))` is trained token by token: with u_t the gradient of
     `||M(k_t) - v_t||^2` at the weights of the chunk's start, `S_t = eta_t S_{t-1} - theta_t u_t`,
     `W_t = (1 - alpha_t) W_{t-1} + S_t`, and `y_t = M(q_t; W_t)` sees the writes of tokens 1..t exactly.
-    Every input has its exact gradient, through the inner gradients too. Gradients of gradients are not offered.
+    Every input has its exact gradient, through the inner gradients too. Gradients of gradients are those of backend
+    "reference"; elsewhere first derivatives may be taken with `create_graph=True`, and going back through them is an
+    error.
 
     Args:
         q, k, v: [B, T, H, D], T >= 1.
@@ -71,6 +73,7 @@ def neural_memory(
     Raises:
         ValueError: for shapes that don't fit together, options that don't exist, or a memory that the backend asked
             for does not take; the message names the argument.
+        RuntimeError: in the backward of a second derivative, but of backend "reference".
     """
     options = MemoryOptions(chunk_size, activation, forget_to, objective, step_bound, activation_scale)
     _check_shapes(q, k, v, (alpha, eta, theta), weights, state, options)
