@@ -22,16 +22,19 @@ class DivergedError(SharedUserError):
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
+def agreed(group: process.SideGroup | None = None) -> Iterator[None]:
     """Run a block that holds no collective. When any rank raises UserError in it, every rank raises the first
     one's message, as a SharedMachineError where one of the errors is the machine's.
+
+    Args:
+        group: where they meet: a side group; None: the group that trains.
     """
     caught: UserError | None = None
     try:
         yield
     except UserError as error:
         caught = error
-    message = process.first_error(None if caught is None else str(caught))
+    message = process.first_error(None if caught is None else str(caught), group)
     if message is not None:
-        is_machines = any(process.gather_objects(isinstance(caught, MachineError)))
+        is_machines = any(process.gather_objects(isinstance(caught, MachineError), group))
         raise (SharedMachineError if is_machines else SharedUserError)(message) from caught

@@ -1,20 +1,20 @@
-"""What the guides tell a reader to type exists: commands that their own parsers take, files, make targets, links."""
+"""What the guides tell a reader to type exists: commands that their own parsers take, files, make targets, links.
+
+`test_guides.py` runs them, as far as a machine without GPUs and Slurm can.
+"""
 
 import argparse
 import importlib
 import importlib.util
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 from pretrain.command_line import overrides_of, parse
 from pretrain.phases import load_phases
+from tests.guides import GUIDES, REPOSITORY, commands_of_guides, shell_commands
 
-REPOSITORY = Path(__file__).parents[1]
-FOLDERS = ("kernels", "launch", "model", "parallel", "pretrain", "tools")
-GUIDES = [REPOSITORY / "README.md", *sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.md"))]
 OTHER_PROGRAMS = {
     "cd",
     "deepspeed",
@@ -27,22 +27,6 @@ OTHER_PROGRAMS = {
     "tensorboard",
     "torchrun",
 }
-
-
-def shell_commands(markdown: str) -> list[str]:
-    """The lines of fenced bash blocks, continued lines joined."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", markdown, flags=re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
-def commands_of_guides() -> list[object]:
-    """Each guide's commands, once, as test cases named after the guide."""
-    found = {}
-    for guide in GUIDES:
-        for command in shell_commands(guide.read_text(encoding="utf-8")):
-            found.setdefault(command, guide.relative_to(REPOSITORY))
-    return [pytest.param(command, id=f"{guide}: {command}") for command, guide in found.items()]
 
 
 class _ParsedError(Exception):
@@ -111,7 +95,9 @@ def test_there_are_commands_to_check():
     assert {"tools.tokenizer", "tools.shards", "pretrain", "launch", "tools.export", "tools.evaluate"} <= modules
 
 
-@pytest.mark.parametrize("command", commands_of_guides())
+@pytest.mark.parametrize(
+    "command", [pytest.param(command, id=f"{guide}: {command}") for command, guide in commands_of_guides().items()]
+)
 def test_command_can_be_typed_as_written(command, monkeypatch):
     words = shlex.split(command)
     if words[:2] == ["python", "-m"]:

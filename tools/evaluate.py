@@ -29,11 +29,10 @@ from rich.table import Table
 from torch import Tensor
 
 from model import ModelState, TitansLM
-from parallel.process import rank_from_environment
 from parallel.scoring import IGNORED, Piece, PositionSums, Rows, mean_reset, read_in_pieces, require_reset_window
 from pretrain.data import ShardSet, sequential_batches
 from pretrain.errors import UserError
-from tools.command import Progress, positive_int, run_command
+from tools.command import Progress, positive_int
 from tools.documents import (
     DocumentReader,
     add_document_arguments,
@@ -43,7 +42,7 @@ from tools.documents import (
 )
 from tools.encoding import Tokenizer
 from tools.evaluation.options import add_benchmark_arguments, add_long_arguments, add_task_arguments, kind_of
-from tools.evaluation.ranks import leave, require_alone
+from tools.evaluation.ranks import join, require_alone, run_and_leave
 from tools.model_directory import LoadedModel, load_model_directory
 from tools.result_files import require_writable, write_json
 
@@ -215,18 +214,21 @@ def print_report(report: dict[str, Any]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Does what the options ask for."""
     kind = kind_of(arguments, add_text_arguments)
-    if rank_from_environment() == 0:
-        require_writable(arguments.json, arguments.plot)
+    if kind == "text":
+        require_alone("a text's loss (--shards, --input)")
+    ranks = join(arguments.device)
+    with ranks.agreed():
+        if ranks.world.is_main:
+            require_writable(arguments.json, arguments.plot)
     if kind == "tasks":
         from tools.evaluation import downstream  # with lm-eval, which the rest has no use for
 
-        downstream.run(arguments)
+        downstream.run(arguments, ranks)
     elif kind == "long":
         from tools.evaluation import long_context
 
-        long_context.run(arguments)
+        long_context.run(arguments, ranks)
     else:
-        require_alone("a text's loss (--shards, --input)")
         score_text(arguments)
 
 
@@ -269,9 +271,7 @@ def score_text(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     arguments = parser().parse_args(argv)
-    code = run_command(lambda: run(arguments))
-    leave(code)
-    return code
+    return run_and_leave(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def require_writable(*paths: Path | None) -> None:
                     raise IsADirectoryError("it is a folder")
                 if path.exists() and not os.access(path, os.W_OK):
                     raise PermissionError("it may not be changed")
-                if _is_special(path):
+                if is_special(path):
                     continue
                 probe = _beside(path, "probe")
                 probe.touch()
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written.
     """
-    if _is_special(path):
+    if is_special(path):
         with writing(path):
             yield path
         return
@@ -74,7 +74,7 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """A pipe or a device, such as /dev/stdout: no file can take its place."""
     return path.exists() and not path.is_file() and not path.is_dir()
 

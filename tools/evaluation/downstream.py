@@ -17,11 +17,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from parallel.process import World
 from pretrain.errors import UserError
 from tools.evaluation.benchmark_files import LIKE_LM_EVAL, TASKS, TaskData, read_task
 from tools.evaluation.names import listed
-from tools.evaluation.ranks import join
+from tools.evaluation.ranks import Ranks
 from tools.evaluation.results import setting_name, tensorboard_scalars, write_results
 from tools.model_directory import load_model_directory
 
@@ -43,27 +42,18 @@ _ALONE = "perplexity", "acc", "acc_norm"
 """Metrics of which a document has a number; of the others it has a log-likelihood and a weight."""
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Evaluates, writes and prints; with several ranks each does a share, and the first one reports."""
-    names = listed(arguments.tasks, TASKS, "--tasks")
-    # Before lm-eval and transformers are imported, which read them: nothing here is on the network.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    try:
-        import accelerate  # noqa: F401  lm-eval needs it for models of transformers, and does not ask for it
-        import lm_eval  # noqa: F401
-        import transformers  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--tasks needs the package {error.name}, which is not installed; pip install -r requirements-eval.txt"
-        ) from None
-    from tools.evaluation.tasks import build_task, num_fewshot_of
+    with ranks.agreed():
+        names = listed(arguments.tasks, TASKS, "--tasks")
+        _require_lm_eval()
+        from tools.evaluation.tasks import build_task, num_fewshot_of
 
-    shots = arguments.num_fewshot
-    data = {name: read_task(name, arguments.data, with_examples=shots > 0) for name in names}
-    tasks = {name: build_task(name, data[name], num_fewshot=shots, seed=arguments.seed) for name in names}
-    world = join(arguments.device)
-    _require_documents(data, arguments.limit, world)
-    found = _ask(arguments, world, tasks)
+        shots = arguments.num_fewshot
+        data = {name: read_task(name, arguments.data, with_examples=shots > 0) for name in names}
+        tasks = {name: build_task(name, data[name], num_fewshot=shots, seed=arguments.seed) for name in names}
+        _require_documents(data, arguments.limit, ranks.world.size)
+    found = _ask(arguments, ranks, tasks)
     if found is None:  # another rank reports
         return
     report = {
@@ -76,29 +66,43 @@ def run(arguments: argparse.Namespace) -> None:
         }
         for name in names
     }
-    finish(arguments, report, world)
+    finish(arguments, report, ranks.world.size)
 
 
-def _require_documents(data: dict[str, TaskData], limit: int | None, world: World) -> None:
+def _require_lm_eval() -> None:
+    # Before lm-eval and transformers are imported, which read them: nothing here is on the network.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    try:
+        import accelerate  # noqa: F401  lm-eval needs it for models of transformers, and does not ask for it
+        import lm_eval  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--tasks needs the package {error.name}, which is not installed; pip install -r requirements-eval.txt"
+        ) from None
+
+
+def _require_documents(data: dict[str, TaskData], limit: int | None, ranks: int) -> None:
     for name, read in data.items():
-        if (count := min(len(read.documents), limit or len(read.documents))) < world.size:
-            raise UserError(f"{name}: {count} documents are too few for {world.size} ranks; start fewer")
+        if (count := min(len(read.documents), limit or len(read.documents))) < ranks:
+            raise UserError(f"{name}: {count} documents are too few for {ranks} ranks; start fewer")
 
 
-def _ask(arguments: argparse.Namespace, world: World, tasks: dict[str, Any]) -> dict[str, list[dict]] | None:
+def _ask(arguments: argparse.Namespace, ranks: Ranks, tasks: dict[str, Any]) -> dict[str, list[dict]] | None:
     """What lm-eval noted of each document of each task, in the files' order; None on ranks but the first."""
     from lm_eval.evaluator import evaluate
 
     from tools.evaluation.harness import NativeLM, TransformersLM
 
     dtype, batch_size = getattr(torch, arguments.dtype), arguments.batch_size or 8
-    loaded = load_model_directory(arguments.model, device=arguments.device, dtype=dtype)
+    with ranks.agreed():
+        loaded = load_model_directory(arguments.model, device=arguments.device, dtype=dtype)
     if arguments.through == HUGGINGFACE:
         limit = loaded.config.context_limit
         del loaded  # was to be checked, by its sha256
-        model = TransformersLM(arguments.model, world, batch_size=batch_size, dtype=dtype, limit=limit)
+        model = TransformersLM(arguments.model, ranks, batch_size=batch_size, dtype=dtype, limit=limit)
     else:
-        model = NativeLM(loaded, world, batch_size=batch_size)
+        model = NativeLM(loaded, ranks, batch_size=batch_size)
     found = evaluate(model, {"tasks": tasks, "groups": {}}, limit=arguments.limit, bootstrap_iters=0, log_samples=True)
     if found is None:
         return None
@@ -148,14 +152,14 @@ def paper_row(tasks: dict[str, Any], limit: int | None) -> dict[str, float | Non
     return row
 
 
-def finish(arguments: argparse.Namespace, tasks: dict[str, Any], world: World) -> None:
+def finish(arguments: argparse.Namespace, tasks: dict[str, Any], ranks: int) -> None:
     """Writes the results and prints the tables."""
     row = paper_row(tasks, arguments.limit)
     report = {
         "limit": arguments.limit,
         "through": arguments.through,
         "dtype": arguments.dtype,
-        "ranks": world.size,
+        "ranks": ranks,
         "seed": arguments.seed,
         "versions": {name: metadata.version(name) for name in ("lm_eval", "torch", "transformers")},
         "tasks": tasks,

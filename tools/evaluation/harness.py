@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
@@ -22,10 +21,10 @@ from torch import Tensor
 
 from model import ModelState
 from model.generation import PREFILL_TOKENS
-from parallel.process import World, barrier, gather_objects
 from parallel.scoring import IGNORED, Rows, read_in_pieces
 from pretrain.errors import UserError
 from tools.evaluation.completion import complete
+from tools.evaluation.ranks import Ranks
 from tools.huggingface.tokenizer import UNBOUNDED
 from tools.model_directory import NOT_FINITE, LoadedModel
 
@@ -34,38 +33,33 @@ TokenRequest = tuple[Any, list[int], list[int]]
 
 
 class _Divided:
-    """lm-eval's collectives over the ranks of `World`."""
+    """lm-eval's collectives over the ranks of `Ranks`."""
 
-    _world: World
+    _ranks: Ranks
 
-    def _take_place(self, world: World) -> None:
-        self._world, self._rank, self._world_size = world, world.rank, world.size
+    def _take_place(self, ranks: Ranks) -> None:
+        self._ranks, self._rank, self._world_size = ranks, ranks.world.rank, ranks.world.size
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's tensor, one beside the other."""
-        if self._world.size == 1:
-            return tensor[None]
-        parts = [torch.zeros_like(tensor) for _ in range(self._world.size)]
-        dist.all_gather(parts, tensor)
-        return torch.stack(parts)
+        """Every rank's tensor, one beside the other, on the CPU: lm-eval's are small."""
+        return torch.stack(self._ranks.gather(tensor.cpu()))
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
         """Every rank's object, by rank."""
-        return [obj] if self._world.size == 1 else gather_objects(obj)
+        return self._ranks.gather(obj)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
-        if self._world.size > 1:
-            barrier()
+        self._ranks.gather(None)
 
 
 class NativeLM(_Divided, TemplateLM):
     """A model of ours, for lm-eval."""
 
-    def __init__(self, loaded: LoadedModel, world: World, *, batch_size: int) -> None:
+    def __init__(self, loaded: LoadedModel, ranks: Ranks, *, batch_size: int) -> None:
         """`batch_size`: rows that are read together."""
         super().__init__()
-        self._take_place(world)
+        self._take_place(ranks)
         self._loaded, self._batch_size = loaded, batch_size
         self._device = loaded.model.norm.weight.device
 
@@ -147,7 +141,7 @@ class NativeLM(_Divided, TemplateLM):
 class TransformersLM(_Divided, HFLM):
     """An export as transformers loads it with the code in its folder, through lm-eval's own class."""
 
-    def __init__(self, folder: Path, world: World, *, batch_size: int, dtype: torch.dtype, limit: int | None) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, *, batch_size: int, dtype: torch.dtype, limit: int | None) -> None:
         """`limit`: most tokens that the model reads at once, None for any number."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -159,13 +153,13 @@ class TransformersLM(_Divided, HFLM):
             )
         # Loading copies the folder's code into a cache, which ranks may share: the first one alone, then the first of
         # each node, then the others.
+        world = ranks.world
         turn = 0 if world.is_main else 1 if world.local_index == 0 else 2
         for now in range(3):
             if now == turn:
                 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-            if world.size > 1:
-                barrier()
+            ranks.gather(None)
         HFLM.__init__(
             self,
             model.to(world.device),
@@ -175,7 +169,7 @@ class TransformersLM(_Divided, HFLM):
             max_length=limit or UNBOUNDED,
             softmax_dtype="float32",  # as ours; else that of the logits, in bf16 too coarse for a likelihood
         )
-        self._take_place(world)
+        self._take_place(ranks)
 
     def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], *arguments: Any, **options: Any) -> Any:
         require_context(requests, self._limit)  # lm-eval would cut it

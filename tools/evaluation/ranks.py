@@ -3,33 +3,97 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from parallel.process import World, exit_now, initialize, shutdown
+from parallel import process
+from parallel.process import SideGroup, World
+from pretrain import agreement
 from pretrain.errors import UserError
+from tools.command import run_command
 
+JOIN_MINUTES = 30.0
+"""After how long a rank that waits for the others to start gives up; as in training (`parallel.timeout_minutes`)."""
 TIMEOUT_MINUTES = 60.0 * 24 * 14
-"""Ranks meet when all is answered, and one may have hours more to do than another. A launcher ends all with the first
-that fails."""
+"""Ranks meet when all is answered, and one may have hours more to do than another. The connection to one that has ended
+is closed, which those that wait for it find at once."""
+T = TypeVar("T")
 
 
-def join(device: str) -> World:
-    """This process's place. Of several it waits for the others; alone it needs no group.
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of an evaluation, as one of them sees them."""
+
+    world: World
+    """Its place."""
+    group: SideGroup | None = None
+    """Where they meet; None where it is alone. On gloo on GPUs too, as NCCL does not notice that a rank has ended."""
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Run a block on all ranks at about the same time: a UserError of one becomes every one's."""
+        if self.world.size == 1:
+            yield
+            return
+        with agreement.agreed(self.group):
+            yield
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank, on every rank; waits for the slowest. Raises UserError where one has ended."""
+        if self.world.size == 1:
+            return [value]
+        with _lost():
+            return process.gather_objects(value, self.group)
+
+    def from_main(self, value: T) -> T:
+        """The first rank's `value`, on every rank. Raises UserError where it has ended."""
+        if self.world.size == 1:
+            return value
+        with _lost():
+            return process.broadcast_object(value, self.group)
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"{_name()}: waited for the other ranks, of which one has ended; what it printed says why ({error})"
+        ) from error
+
+
+def _name() -> str:
+    return f"rank {process.rank_from_environment()} on {socket.gethostname()}"
+
+
+def join(device: str) -> Ranks:
+    """This process's place. Of several it waits for the others, `JOIN_MINUTES` at most; alone it needs no group.
 
     Args:
         device: "cpu" or "cuda".
 
     Raises:
-        UserError: the launcher's variables are incomplete, or this rank has no such device.
+        UserError: the launcher's variables are incomplete, this rank has no such device, or others have not come.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World(0, 1, 0, torch.device(device))
+    if (size := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
+        return Ranks(World(0, 1, 0, torch.device(device)))
     try:
-        return initialize("cuda" if device == "cuda" else "cpu", timeout_minutes=TIMEOUT_MINUTES)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        world = process.initialize("cuda" if device == "cuda" else "cpu", timeout_minutes=JOIN_MINUTES)
+        return Ranks(world, process.side_group(TIMEOUT_MINUTES))
+    except ValueError as error:  # this rank's alone, such as a GPU that is missing
+        raise UserError(f"{_name()}: {error}") from None
+    except RuntimeError as error:
+        raise UserError(
+            f"{_name()}: not all of {size} ranks have joined within {JOIN_MINUTES:g} minutes; what the others printed "
+            f"says why, if they started and can reach {os.environ.get('MASTER_ADDR')} ({error})"
+        ) from error
 
 
 def require_alone(option: str) -> None:
@@ -38,9 +102,28 @@ def require_alone(option: str) -> None:
         raise UserError(f"{option} is for one process, and WORLD_SIZE is {size}; start it without torchrun")
 
 
-def leave(code: int) -> None:
-    """Ends one of several processes with an exit code, in step with the others where all is well."""
+def run_and_leave(command: Callable[[], None]) -> int:
+    """Runs `command` and returns its exit code, as `run_command` does; one of several processes ends with it.
+
+    Where all is well, or all ranks have agreed on an error, they leave in step, and the first rank says what it was.
+    Else this one ends at once: its launcher ends the others, or they find it gone when they meet.
+    """
+    agreed = False
+
+    def said_once() -> None:
+        nonlocal agreed
+        try:
+            command()
+        except agreement.SharedUserError:
+            agreed = True
+            if process.rank_from_environment() == 0:
+                raise
+
+    code = run_command(said_once)
+    if agreed:
+        code = 2
     if dist.is_initialized() and dist.get_world_size() > 1:
-        if code == 0:
-            shutdown()
-        exit_now(code)
+        if agreed or code == 0:
+            process.shutdown()
+        process.exit_now(code)
+    return code

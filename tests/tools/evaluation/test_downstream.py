@@ -28,9 +28,10 @@ from tools import evaluate
 from tools.evaluation.benchmark_files import LETTERS
 from tools.evaluation.downstream import paper_row, summarise
 from tools.evaluation.harness import NativeLM
+from tools.evaluation.ranks import Ranks
 from tools.model_directory import load_model_directory
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks(World(0, 1, 0, torch.device("cpu")))
 
 
 def results(model: Path, sets: Path, output: Path, *options: str, tasks: str = "all") -> dict[str, Any]:
