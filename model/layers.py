@@ -114,11 +114,14 @@ class CausalConvolution(nn.Module):
         """The channels that x holds, of those that there are weights for."""
         self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-(width**-0.5), width**-0.5))
 
-    def forward(self, x: Tensor, tail: Tensor | None, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, tail: Tensor | None, begins: Tensor | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Convolves x [B, T, C] after `tail` [B, width - 1, C], the inputs before it (None: zeros).
 
         Args:
             begins: [B, T] int64, the index before which each token sees zeros (see model.resets); None: it sees all.
+            weight: in the place of its own.
 
         Returns:
             [B, T, C], and the tail for what follows.
@@ -132,7 +135,7 @@ class CausalConvolution(nn.Module):
             """What each token sees `width - 1 - offset` tokens back."""
             return _cleared_before(padded[:, offset : offset + length], offset - self.width + 1, begins)
 
-        weight = self.weight[:, self.own]
+        weight = (self.weight if weight is None else weight)[:, self.own]
         if begins is None and in_pieces(padded, weight):
             out = causal_convolution(padded, weight)
         else:

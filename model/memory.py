@@ -161,11 +161,12 @@ def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """All that is called when the module is, or when its gradient passes."""
-    return (
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something of the module's own is called when it is, or when its gradient passes; or in its place."""
+    hooks: tuple[Mapping[int, Any], ...] = (
         module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks,
     )  # fmt: skip
+    return any(hooks) or "forward" in vars(module)
 
 
 class Stream(nn.Module):
@@ -184,14 +185,18 @@ class Stream(nn.Module):
         """x [B, T, dim] and the convolution's tail to [B, T, H, D] and the next tail.
 
         For the backward only the projected tokens are kept, or x alone where the projection may be computed again:
-        what follows is cheap to compute again, and would take three times their room, in fp32 more.
+        what follows is cheap to compute again, and would take three times their room, in fp32 more. What is computed
+        again is given its weights: those of the forward, whose change before the backward autograd notices.
         """
-        if not torch.is_grad_enabled():
-            return self._shape(self._projected(x), tail, resets)
-        if x.requires_grad and self._projects_again():
-            return _recomputed(self._project_and_shape, x, tail, resets)
-        x = self._projected(x)
-        return _recomputed(self._shape, x, tail, resets) if x.requires_grad else self._shape(x, tail, resets)
+        weight = None
+        if self.convolution is not None and not _is_watched(self.convolution):  # ZeRO 3 brings it when it is called
+            weight = self.convolution.weight
+        if x.requires_grad and torch.is_grad_enabled() and self._projects_again():
+            return _recomputed(self._project_and_shape, x, self.project.weight, weight, tail, resets)
+        x = self.to_heads(self.project(x))
+        if x.requires_grad and torch.is_grad_enabled():
+            return _recomputed(self._shape, x, weight, tail, resets)
+        return self._shape(x, weight, tail, resets)
 
     def _projects_again(self) -> bool:
         """Whether the backward may call the projection a second time.
@@ -201,18 +206,19 @@ class Stream(nn.Module):
         numbers. And on a CPU alone: what a product more costs, and its room gains, has not been measured elsewhere.
         """
         is_own = type(self.project) is nn.Linear and type(self.to_heads) is nn.Identity
-        hooks = (hooks for module in (self.project, self.to_heads) for hooks in _hooks(module))
-        return is_own and self.project.weight.device.type == "cpu" and not any(hooks)
+        is_watched = _is_watched(self.project) or _is_watched(self.to_heads)
+        return is_own and not is_watched and self.project.weight.device.type == "cpu"
 
-    def _projected(self, x: Tensor) -> Tensor:
-        return self.to_heads(self.project(x))
+    def _project_and_shape(
+        self, x: Tensor, projection: Tensor, weight: Tensor | None, tail: Tensor | None, resets: Resets | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._shape(nn.functional.linear(x, projection), weight, tail, resets)
 
-    def _project_and_shape(self, x: Tensor, tail: Tensor | None, resets: Resets | None) -> tuple[Tensor, Tensor | None]:
-        return self._shape(self._projected(x), tail, resets)
-
-    def _shape(self, x: Tensor, tail: Tensor | None, resets: Resets | None) -> tuple[Tensor, Tensor | None]:
+    def _shape(
+        self, x: Tensor, weight: Tensor | None, tail: Tensor | None, resets: Resets | None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.convolution is not None:
-            x, tail = self.convolution(x, tail, None if resets is None else resets.begins)
+            x, tail = self.convolution(x, tail, None if resets is None else resets.begins, weight)
         return self.activation(x), tail
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from model.memory import Stream
 from model.resets import find_resets
@@ -42,6 +43,7 @@ OTHERS: dict[str, Callable[[Stream], object]] = {
     "a hook on the way to heads": lambda stream: stream.to_heads.register_forward_hook(lambda *_: None),
     "an exchange between ranks": lambda stream: setattr(stream, "to_heads", Exchange()),
     "another map": with_other_map,
+    "another forward": lambda stream: setattr(stream.project, "forward", stream.project.forward),
 }
 
 
@@ -74,7 +76,7 @@ def test_what_is_projected_again_has_the_gradients_of_the_plain_expression(begin
         mask[1, begins] = True
         resets = find_resets(mask, None, torch.device("cpu"))
     sources = [x, tail, *stream.parameters()]
-    expected = gradients(stream._shape(stream.project(x), tail, resets), sources)
+    expected = gradients(stream._shape(stream.project(x), None, tail, resets), sources)
     del projections[:]
     outputs = stream(x, tail, resets)
     assert len(projections) == 1
@@ -89,7 +91,7 @@ def test_what_something_else_would_see_twice_is_projected_once(other: str, proje
     sources = [x, tail, *stream.parameters()]
     OTHERS[other](stream)
     torch.manual_seed(1)
-    expected = gradients(stream._shape(stream._projected(x), tail, None), sources)
+    expected = gradients(stream._shape(stream.to_heads(stream.project(x)), None, tail, None), sources)
     torch.manual_seed(1)
     del projections[:]
     outputs = stream(x, tail, None)
@@ -108,3 +110,29 @@ def test_projected_tokens_are_not_kept_for_the_backward() -> None:
             kept.append(live.bytes)
         assert outputs[0].requires_grad
     assert kept[1] - kept[0] == x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("other", ["projected again", "a hook behind it"])
+@pytest.mark.parametrize("name", ["project.weight", "convolution.weight"])
+def test_a_weight_that_changes_before_the_backward_is_noticed(name: str, other: str) -> None:
+    stream, x, tail = build()
+    OTHERS.get(other, lambda stream: None)(stream)
+    outputs = stream(x, tail, None)
+    with torch.no_grad():
+        stream.get_parameter(name).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(outputs, [x])
+
+
+@pytest.mark.parametrize("other", ["projected again", "a hook behind it"])
+def test_weights_of_a_functional_call_are_those_of_its_backward(other: str) -> None:
+    stream, x, tail = build()
+    OTHERS.get(other, lambda stream: None)(stream)
+    weights = {name: torch.randn_like(weight).requires_grad_() for name, weight in stream.named_parameters()}
+    found = gradients(functional_call(stream, weights, (x, tail, None)), [x, tail, *weights.values()])
+    with torch.no_grad():
+        for name, weight in stream.named_parameters():
+            weight.copy_(weights[name])
+    expected = gradients(stream(x, tail, None), [x, tail, *stream.parameters()])
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
