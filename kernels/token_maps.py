@@ -24,7 +24,7 @@ PIECE_NUMBERS = 1 << 16
 UNIT_EPS = 1e-6
 """Under the root of the l2 norm: keeps the gradient finite at zero."""
 
-MEND = "a memory layer's convolutions and norms have them on other devices than CPUs, as plain expressions"
+MEND = "a memory layer on a CPU has none; on other devices its convolutions and norms are plain expressions, which have"
 
 
 def in_pieces(*tensors: Tensor) -> bool:

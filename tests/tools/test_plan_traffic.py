@@ -88,11 +88,13 @@ EVERY, STAGE_3 = {"reduce_gradients": "backward"}, {"zero_stage": 3, "gather_ahe
 DATA = [
     *(Case(f"zero-{stage}", model("mag"), {"zero_stage": stage}, TWICE) for stage in (0, 1, 2)),
     Case("zero-1-buckets", model("lmm"), {"zero_stage": 1, "bucket_elements": 4000, **BF16}, TWICE),
+    Case("zero-2-twice", model("mag"), {"zero_stage": 2}, {**TWICE, "micro_batch_size": 1}),
     Case("zero-2-every", model("lmm"), {"zero_stage": 2, **EVERY}, {**TWICE, "micro_batch_size": 1}),
 ]
 UNTIED = model("lmm", tie_embeddings=False)
 WITH_STAGE_3 = [
     Case("zero-3", UNTIED, {**STAGE_3, "keep_gathered_below": 0}, TWICE),
+    Case("zero-3-twice", UNTIED, {**STAGE_3, "keep_gathered_below": 0}, {**TWICE, "micro_batch_size": 1}),
     Case(
         "zero-3-every",
         UNTIED,
