@@ -66,7 +66,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--print", action="store_true", dest="show", help="print the script and do nothing")
-    way.add_argument("--dry-run", action="store_true", help="check recipe, layout and options, show the plan, no more")
+    way.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check recipe, layout and options, show the plan, ask sbatch whether it takes the job, no more",
+    )
     way.add_argument("--no-submit", action="store_true", help="write the script and do not submit it")
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe; this command's own options go before it")
     parser.add_argument(

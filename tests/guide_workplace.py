@@ -7,7 +7,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,14 @@ import numpy as np
 import webdataset
 import yaml
 
-from tests.data_cases import documents
+from tests.data_cases import documents, write_jsonl
 from tests.distributed_helper import ROOT, run_ranks
 from tests.tools.evaluation.evaluation_cases import PUBLISHED, write_babi, write_records
 from tests.tools.trials.run_cases import TEXT_SIZES, TEXT_STUDY, write_suite
-from tests.training_cases import make_data, recipe_fields
+from tests.training_cases import MODEL, make_data, recipe_fields
 from tools.encoding import Tokenizer
 
-SECONDS = 300.0
+SECONDS = 600.0
 """After which a command that has not ended is one that hangs."""
 TINY = "tiny"
 """The folder of recipes that are trained here, under the names of those in launch/recipes."""
@@ -34,11 +36,22 @@ _TYPED = """
 import os, runpy, signal, sys
 _, place, seconds, *words = sys.argv
 os.chdir(place)
+os.environ["PATH"] = os.path.join(place, "bin") + os.pathsep + os.environ["PATH"]
 sys.path.insert(0, "")
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 signal.setitimer(signal.ITIMER_REAL, float(seconds))
 sys.argv = words
 runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+"""
+
+# It takes a job script, or says what it would do with it; that the script is one of bash is all that it looks at.
+_SBATCH = """#!/bin/bash
+set -e
+case $1 in
+--test-only) bash -n /dev/stdin; echo "sbatch: Job 4242 to start at once" >&2 ;;
+--parsable) bash -n "$2"; echo 4242 ;;
+*) exit 1 ;;
+esac
 """
 
 
@@ -74,6 +87,20 @@ class Workplace:
         assert ended.returncode == 0, f"{command}\nexit {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
         return ended.stdout
 
+    @contextmanager
+    def launched(self, command: str, *, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """While the body runs, so does a command, from the moment on at which its file `log` has a step."""
+        words = [sys.executable, *shlex.split(command)[1:]]
+        with subprocess.Popen(words, cwd=self.folder, env=_environment(), stderr=subprocess.PIPE) as process:
+            try:
+                deadline = time.monotonic() + SECONDS
+                while not (log.exists() and '"event": "step"' in log.read_text()):
+                    assert process.poll() is None and time.monotonic() < deadline, f"{command}: no step in {log}"
+                    time.sleep(0.05)
+                yield process
+            finally:
+                process.kill()
+
     def clear_output(self, command: str) -> None:
         """Removes what a command would make, where it is there already."""
         words = shlex.split(command)
@@ -90,17 +117,23 @@ def _loaded(words: list[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    own = {"PATH": programs, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **own}
 
 
 def make_workplace(folder: Path) -> Workplace:
     """Texts, recipes, and what the guides' own commands make of them: shards, a run, a model, a session."""
     folder.mkdir(parents=True)
     place = Workplace(folder)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "sbatch").write_text(_SBATCH)
+    (folder / "bin" / "sbatch").chmod(0o755)
     texts = documents(150, words=60)
     for name in ("corpus", "books", "path/to/books"):
         (folder / name).mkdir(parents=True)
         (folder / name / "book.txt").write_text(" ".join(texts))
+    write_jsonl(folder / "corpus" / "more.jsonl", documents(1000, seed=1, words=10))
     for name in ("book.txt", "chapter.txt"):
         (folder / name).write_text(" ".join(texts[:3]))
     data = make_data(folder / "made", number=150)
@@ -151,12 +184,13 @@ def _write_recipes(folder: Path) -> None:
     _write(folder / "titans-760m.yaml", {**fields, "name": "mac-760m", "folder": "runs/mac-760m", "training": endless})
     real = yaml.safe_load((ROOT / "launch" / "recipes" / "long-340m.yaml").read_text(encoding="utf-8"))
     phases: list[Mapping[str, Any]] = []
-    for number, phase in enumerate(real["phases"]):
+    for number, phase in enumerate(phase for phase in real["phases"] if phase["name"] in ("4k", "32k", "2m")):
         segments = {"segment_length": 32} if number else {}
         length = 32 << number
         training = {"tokens": 4 * length, "sequence_length": length, "batch_tokens": 2 * length, "micro_batch_size": 1}
         phases.append({"name": phase["name"], "training": {**training, **segments}})
-    long = {**fields, "name": "long-mac-340m", "folder": "runs/long-mac-340m", "phases": phases}
+    small = {**fields["model"], "segment": MODEL["segment"]}
+    long = {**fields, "model": small, "name": "long-mac-340m", "folder": "runs/long-mac-340m", "phases": phases}
     long["schedule"] = {**long["schedule"], "warmup_tokens": 64}
     _write(folder / "long-340m.yaml", long)
     tiny = yaml.safe_load((ROOT / "launch" / "recipes" / "long-tiny.yaml").read_text(encoding="utf-8"))

@@ -1,29 +1,40 @@
 """The guides' commands run, each to its end, on tiny things: those of the README and of the folders' guides.
 
 Each is run in a copy of a folder that has what the guides name. What is too large for a test is made smaller by
-`SMALLER` and `ADDED`; what cannot be run here is named in `NOT_RUN`, with the reason, and parsed alone
-(`test_readme.py`).
+`SMALLER` and `ADDED`; what cannot be run here is named in `NOT_RUN`, with the reason and the test that runs its like,
+and parsed alone (`test_readme.py`). Those of `SLOW` are run with `-m slow`.
 """
 
 from __future__ import annotations
 
+import ast
 import shutil
 from pathlib import Path
 
 import pytest
 
+from pretrain.exit_codes import EXIT_PREEMPTED
 from tests.distributed_helper import ROOT, free_port
-from tests.guide_workplace import STEP, TINY, Workplace, make_workplace
+from tests.guide_workplace import SECONDS, STEP, TINY, Workplace, make_workplace
 from tests.guides import commands_of_guides
 
 NOT_RUN = {
-    "make demo": "installs packages from the network; tests/tools/test_demo.py runs what it starts",
-    "make test": "installs packages from the network, and these are the tests",
-    'make test PYTEST="-m slow"': "as above, for hours",
-    "python -m tests.slurm.scenarios": "installs Slurm as root, and takes half an hour",
-    "python -m tools.bench memory --against titans-pytorch": "needs titans-pytorch, which is no requirement",
+    "make demo": (
+        "installs packages from the network",
+        "tests/tools/test_demo.py::test_the_whole_way_and_too_little_training_is_said_so",
+    ),
+    "make test": ("installs packages from the network, and these are the tests", None),
+    'make test PYTEST="-m slow"': ("as above, for hours", None),
+    "python -m tests.slurm.scenarios": (
+        "installs Slurm as root, and takes half an hour",
+        "tests/slurm/test_scenarios.py::test_the_run_ends_as_if_nothing_had_happened",
+    ),
+    "python -m tools.bench memory --against titans-pytorch": (
+        "needs titans-pytorch, which is no requirement",
+        "tests/tools/bench/test_bench_rival.py::test_both_are_measured_in_turns_and_compared",
+    ),
 }
-"""Command: why it can't be run here."""
+"""Command: why it is not run here, and the test that runs its like."""
 
 SMALLER = {
     "--vocab-size 32000": "--vocab-size 400",
@@ -42,7 +53,7 @@ SMALLER = {
     "--lengths 4096,2097152": "--lengths 700,900",
     "--samples 20": "--samples 1",
     "--phases.32k.training.tokens 2B": "--phases.32k.training.tokens 256",
-    "--lengths 1024 4096 --window 1024": "--lengths 64 128 --window 32",
+    "--lengths 1024 4096 --window 1024": "--lengths 64 --window 32",
     "--context 8192": "--context 256",
 }
 """What is written in commands, and what stands for it here."""
@@ -66,16 +77,17 @@ ADDED = {
     "python -m tools.evaluate model --ruler all": "--lengths 900",
     "python -m tools.evaluate model --ruler": "--samples 1",
     "python -m tools.evaluate model --babi": "--samples 1",
-    f"{_BENCH} memory": "--lengths 64 128 --head-dim 8 --repeats 1 --threads 1",
+    f"{_BENCH} memory": "--lengths 64 --head-dim 8 --repeats 1 --threads 1",
     f"{_BENCH} attention": "--head-dim 8 --repeats 1 --threads 1",
     f"{_BENCH} train": "--lengths 64 --batch-tokens 64 --steps 1",
     f"{_BENCH} decode": "--tokens 4",
-    f"{_BENCH} long": "--segment-length 32 --lengths 32 64 --dim 16 --chunk-size 8 --window 8 --threads 1",
+    f"{_BENCH} long": "--variants mag --gradients exact --segment-length 32 --lengths 32 64 --dim 16 --chunk-size 8"
+    " --window 8 --threads 1",
     f"{_BENCH} build": "--megabytes 0.02 --rounds 1",
     f"{_BENCH} data": "--lengths 128 --document-tokens 50 --tokens 20000 --rounds 1 --resume-documents 3000",
     f"{_BENCH} checkpoint": "--rounds 1 --steps 1 --threads 1",
     f"{_BENCH} layouts": f"{_TOY} --length 32 --steps 1 --variants mag",
-    f"{_BENCH} gpu --output": "--device cpu --small",
+    f"{_BENCH} gpu --output": "--device cpu --small --parts memory attention",
     "python -m tools.trials run": "--workers 1",
     "python -m tools.trials report": str(ROOT / "tools" / "trials" / "records" / "cpu.json"),
 }
@@ -89,22 +101,20 @@ RECORDED = tuple(
 INTERRUPTED = ("python -m launch logs mac-760m --follow",)
 """Commands that go on until Ctrl-C."""
 
-OTHER_TESTS = {
-    "python -m launch local": "tests/launch",
-    "python -m launch stop": "tests/launch",
-    "python -m launch slurm --nodes 4 --gpus-per-node 8 --dry-run": "tests/launch",
-    "torchrun": "tests/launch/test_other_launchers.py, tests/tools/evaluation",
-    "deepspeed": "tests/launch/test_other_launchers.py",
-    **{name: "tests/tools/bench" for name in RECORDED if not name.endswith("build")},
-    f"{_BENCH} gpu --output": "tests/tools/bench",
-    "python -m tools.trials run": "tests/tools/trials",
-    "python -m tools.shards build": "tests/tools/test_shards.py",
-    "python -m tools.evaluate model --shards data/validation --context": "tests/tools/test_model_tools.py",
-    "python -m tools.evaluate model --input": "tests/tools/test_model_tools.py",
-    "python -m tools.evaluate model --tasks lambada,piqa --limit": "tests/tools/evaluation",
-    "python -m tools.evaluate model --tasks arc_easy": "tests/tools/evaluation",
-}
-"""Beginnings of commands that are not run here as they are written, and the tests that run their like."""
+SLOW = (
+    "python -m launch local",
+    "python -m launch stop",
+    "torchrun",
+    "deepspeed",
+    *(name for name in RECORDED if not name.endswith(("build", "data"))),
+    f"{_BENCH} gpu --output",
+    "python -m tools.trials run",
+    "python -m tools.evaluate model --tasks lambada,piqa --limit",
+)
+"""Beginnings of commands that take more than about five seconds: most start processes that import PyTorch again."""
+
+STOPPED = "python -m launch local --nproc 1 tiny/titans-760m.yaml"
+"""What is running when `python -m launch stop` is typed."""
 
 
 def as_run(command: str) -> str:
@@ -115,8 +125,6 @@ def as_run(command: str) -> str:
         run = run.replace("RECALL/", "launch/recipes/trials/")
     for written, smaller in SMALLER.items():
         run = run.replace(written, smaller)
-    if not {"--print", "--dry-run"} & set(command.split()):  # a launcher's options stand before the recipe
-        run = run.replace("python -m launch slurm", "python -m launch slurm --print")
     run = " ".join([run, *(words for beginning, words in ADDED.items() if command.startswith(beginning))])
     if command.startswith("python -m tools.trials run"):
         run = run.replace("tools.trials run", "tools.trials run suite/suite.yaml")
@@ -129,8 +137,9 @@ def cases() -> list[object]:
     """The commands to be run, as test cases named after their guides."""
     found = []
     for command, guide in commands_of_guides().items():
-        if command not in NOT_RUN and not command.startswith(tuple(OTHER_TESTS)):
-            found.append(pytest.param(command, id=f"{guide}: {command}"))
+        if command not in NOT_RUN:
+            slow = command.startswith(SLOW)
+            found.append(pytest.param(command, id=f"{guide}: {command}", marks=[pytest.mark.slow] if slow else []))
     return found
 
 
@@ -146,6 +155,12 @@ def test_command_runs(command: str, workplace: Workplace, tmp_path: Path) -> Non
     if any(recipe in run for recipe in REAL):
         for name in ("data", "model"):
             shutil.rmtree(place.folder / name)
+    if command.startswith("python -m launch stop"):
+        shutil.rmtree(place.folder / "runs" / "mac-760m")  # a finished one
+        with place.launched(STOPPED, log=place.folder / "runs" / "mac-760m" / "run.jsonl") as launch:
+            place.assert_runs(run)
+            assert launch.wait(SECONDS) == EXIT_PREEMPTED
+        return
     place.assert_runs(run, interrupt_after=2.0 if command in INTERRUPTED else 0.0)
 
 
@@ -169,5 +184,12 @@ def test_the_tables_speak_of_commands_that_there_are() -> None:
     commands = list(commands_of_guides())
     assert set(NOT_RUN) <= set(commands)
     assert [part for part in SMALLER if not any(part in command for command in commands)] == []
-    beginnings = [*ADDED, *OTHER_TESTS, *INTERRUPTED]
+    beginnings = [*ADDED, *SLOW, *INTERRUPTED]
     assert [part for part in beginnings if not any(command.startswith(part) for command in commands)] == []
+
+
+@pytest.mark.parametrize("test", [test for _, test in NOT_RUN.values() if test is not None])
+def test_what_runs_the_like_of_a_command_is_there(test: str) -> None:
+    file, name = test.split("::")
+    defined = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    assert name in [node.name for node in defined if isinstance(node, ast.FunctionDef)]

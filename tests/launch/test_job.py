@@ -175,6 +175,20 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing_behind(capfd, monkeypatch, 
     assert not folder.exists()
 
 
+def test_a_dry_run_asks_sbatch_whether_it_takes_the_job(capfd, monkeypatch, tmp_path):
+    refusal = "allocation failure: no such partition"
+    program = f'[ "$*" = --test-only ] && cat > {tmp_path}/asked; echo {refusal}; exit 1'
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\n{program}\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    options = ["--nodes", "2", DEMO, "--folder", str(tmp_path / "run")]
+    assert main(["slurm", "--print", *options]) == 0
+    script = capfd.readouterr().out
+    assert main(["slurm", "--dry-run", *options]) == 2
+    assert (tmp_path / "asked").read_text() == script
+    assert refusal in capfd.readouterr().out
+
+
 def test_a_task_takes_its_place_from_slurm():
     found = environment_of_task({**STEP, "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "6"})
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")
