@@ -15,6 +15,7 @@ from parallel.state_files import INDEX_FILE, KINDS, StateReader, state_file
 from pretrain import uploads
 from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import problems
+from pretrain.folder_lock import locked
 from tests.checkpoint_cases import STEP, make_checkpoint, small_model, value_of
 from tools.checkpoint.__main__ import main
 from tools.checkpoint.reshape import rank_shares
@@ -174,6 +175,16 @@ def test_upload_brings_to_the_store_what_a_run_could_not(
     assert "the last checkpoint is not uploaded: 503" in capsys.readouterr().err
     assert not (copy / "manifest.json").exists()
     assert main(["upload", str(tmp_path / "run")]) == 0 and (copy / "manifest.json").exists()
+
+
+def test_upload_leaves_alone_what_a_run_is_training_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which may be uploading, or removing, the same files."""
+    make_checkpoint(tmp_path / "run", Layout(), checkpoint={"upload": str(tmp_path / "store")})
+    with locked(tmp_path / "run", busy="", place=""):
+        assert main(["upload", str(tmp_path / "run")]) == 2
+    assert f"folder {tmp_path / 'run'}: a run is training in it; wait for its end" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+    assert main(["upload", str(tmp_path / "run")]) == 0
 
 
 def test_upload_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

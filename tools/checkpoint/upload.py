@@ -10,6 +10,7 @@ from pretrain.checkpoint_config import CheckpointConfig
 from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import CHECKPOINTS_FOLDER, Checkpoints, list_checkpoints
 from pretrain.errors import UserError
+from pretrain.folder_lock import locked
 from pretrain.metrics import RunLog
 from pretrain.phases import load_phases
 from pretrain.resume import RECIPE_FILE
@@ -22,12 +23,18 @@ def upload(run: Path) -> tuple[CheckpointStore, list[str]]:
 
     Returns the store, and the names of the checkpoints in it, newest first.
 
-    Raises UserError where there is no checkpoint, or its recipe names no store; MachineError where the store does not
-    take the newest one, or cannot be read.
+    Raises UserError where there is no checkpoint, or its recipe names no store, or a run holds the folder; MachineError
+    where the store does not take the newest one, or cannot be read.
     """
-    found = list_checkpoints(run / CHECKPOINTS_FOLDER)
-    if not found:
+    if not list_checkpoints(run / CHECKPOINTS_FOLDER):
         raise UserError(f"{run / CHECKPOINTS_FOLDER}: holds no checkpoint; give the folder of a run")
+    # A run would remove here, and from the store, what is being sent.
+    with locked(run, busy="a run is training in it", place="a folder"):
+        return _upload(run)
+
+
+def _upload(run: Path) -> tuple[CheckpointStore, list[str]]:
+    found = list_checkpoints(run / CHECKPOINTS_FOLDER)
     asked = load_phases(found[0] / RECIPE_FILE).run.checkpoint
     if asked.upload is None:
         raise UserError(f"{found[0] / RECIPE_FILE}: names no checkpoint.upload; set it, and train on")
@@ -35,7 +42,7 @@ def upload(run: Path) -> tuple[CheckpointStore, list[str]]:
     world = process.initialize("cpu")
     try:
         store = CheckpointStore(asked.upload)
-        # Of no rank that writes: run.jsonl is the run's, which may be under way.
+        # Of no rank that writes: run.jsonl is the run's.
         log = RunLog(run, name=run.name, is_main=False, start_step=0, total_steps=0)
         here = Checkpoints(run / CHECKPOINTS_FOLDER, len(found), world)
         with Uploads(here, store, config, log, lambda doing: None, lambda: None):
