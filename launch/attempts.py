@@ -32,7 +32,8 @@ _OF_A_DISK = re.compile(
 )
 """In the text of an exception that nobody explained: errors of a disk or a file system."""
 MOST_STOPS_IN_VAIN = 20
-"""In a row, of attempts that were stopped before they had taken a step: they would go on for ever."""
+"""In a row, of attempts that were stopped without a new checkpoint, as ahead of their first step, or done and waiting
+for their store: they would go on for ever."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def decide(attempts: Sequence[Attempt], *, max_restarts: int, again_when_stopped
         if len(in_vain) >= MOST_STOPS_IN_VAIN:
             return Decision(
                 False,
-                f"stopped on request {len(in_vain)} times in a row before its first step; does the time limit leave "
-                "room for starting up ahead of its signal?",
+                f"stopped on request {len(in_vain)} times in a row without a new checkpoint; does the time limit leave "
+                "room for starting up and for a checkpoint ahead of its signal, or for the uploads of a run that is "
+                "done (checkpoint.upload)?",
             )
         return Decision(again_when_stopped, f"stopped on request{', and saved' if last.saved else ''}")
     kinds = {EXIT_HUNG: "the job hung", None: "the attempt was lost", EXIT_MACHINE_ERROR: "a disk is full or fails"}
