@@ -16,7 +16,7 @@ from pretrain.agreement import SharedMachineError
 from pretrain.checkpoint_store import CheckpointStore
 from pretrain.checkpoints import Checkpoints
 from pretrain.preemption import Preempted
-from tests.upload_cases import SECONDS, Opened, Told, write
+from tests.upload_cases import SECONDS, Opened, Told, waited_for, write
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -172,9 +172,10 @@ def test_a_store_that_fails_every_try_at_the_same_place_does_not_move(
     begun = time.monotonic()
     message = r"nothing more was taken, and uploads .* are not done after 0.5 s \(checkpoint.upload_end_wait_seconds\)"
     with pytest.raises(SharedMachineError, match=message), opened(here, upload_end_wait_seconds=0.5) as copies:
-        for _ in range(300):
+        for _ in range(30):
             copies.begin()
     assert time.monotonic() - begun < 20
+    assert waited_for(lambda: not any(thread.name == "uploads" for thread in threading.enumerate()))
 
 
 def test_a_signal_ends_the_wait_at_the_end_of_a_run(
