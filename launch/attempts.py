@@ -9,7 +9,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -32,7 +32,8 @@ _OF_A_DISK = re.compile(
 )
 """In the text of an exception that nobody explained: errors of a disk or a file system."""
 MOST_STOPS_IN_VAIN = 20
-"""In a row, of attempts that were stopped before they had taken a step: they would go on for ever."""
+"""In a row, of attempts that were stopped without a new checkpoint, as ahead of their first step, or done and waiting
+for their store: they would go on for ever."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def decide(attempts: Sequence[Attempt], *, max_restarts: int, again_when_stopped
         if len(in_vain) >= MOST_STOPS_IN_VAIN:
             return Decision(
                 False,
-                f"stopped on request {len(in_vain)} times in a row before its first step; does the time limit leave "
-                "room for starting up ahead of its signal?",
+                f"stopped on request {len(in_vain)} times in a row without a new checkpoint; does the time limit leave "
+                "room for starting up and for a checkpoint ahead of its signal, or for the uploads of a run that is "
+                "done (checkpoint.upload)?",
             )
         return Decision(again_when_stopped, f"stopped on request{', and saved' if last.saved else ''}")
     kinds = {EXIT_HUNG: "the job hung", None: "the attempt was lost", EXIT_MACHINE_ERROR: "a disk is full or fails"}
@@ -203,15 +205,34 @@ class Ledger:
 
     def begin(self, job: str, nodes: Sequence[str]) -> Attempt:
         """Write that an attempt starts. Those of the same launch whose end is missing were lost. Raises OSError."""
-        before = self.read()
-        for lost in (found for found in before if found.job == job and found.ended is None):
-            ended = replace(self.ended(lost, None), reason="lost: nobody saw its end")
-            self.write(ended)
-            self.tell_of_crash(ended)
-        number = max((found.attempt for found in before), default=0) + 1
-        started = Attempt(number, job, tuple(nodes), _now(), events_size(self.run_folder))
-        self.write(started)
-        return started
+        return self.beginning(job, nodes)()
+
+    def beginning(self, job: str, nodes: Sequence[str]) -> Callable[[], Attempt]:
+        """`begin`, to be called again where it raises OSError. A line may be there whose write failed, in fsync say:
+        the attempt's number, and which ones were lost, are decided once, and the writing alone is repeated.
+        """
+        before: list[Attempt] | None = None
+        lost: list[Attempt] = []
+        started: Attempt | None = None
+
+        def write() -> Attempt:
+            nonlocal before, started
+            if before is None:
+                known = self.read()
+                open_ones = [self.ended(found, None) for found in known if found.job == job and found.ended is None]
+                lost.extend(replace(found, reason="lost: nobody saw its end") for found in open_ones)
+                before = known
+            while lost:
+                self.write(lost[0])
+                self.tell_of_crash(lost[0])
+                lost.pop(0)
+            if started is None:  # behind the events of those that were lost, which are none of its own
+                number = max((found.attempt for found in before), default=0) + 1
+                started = Attempt(number, job, tuple(nodes), _now(), events_size(self.run_folder))
+            self.write(started)
+            return started
+
+        return write
 
     def ended(
         self,
@@ -245,15 +266,16 @@ class Ledger:
         append_line(self.path, json.dumps(asdict(attempt)))
 
     def tell_of_crash(self, ended: Attempt) -> None:
-        """Write the event `crash` of an attempt into the run's own log, if it crashed, and if that log is not a newer
-        attempt's by now. Raises OSError.
+        """Write the event `crash` of an attempt into the run's own log, if it crashed, if that log is not a newer
+        attempt's by now, and if the event is not there yet. Raises OSError.
         """
         if not ended.crashed or any(found.attempt > ended.attempt for found in self.read()):
             return
         fields = {"attempt": ended.attempt, "job": ended.job, "rank": ended.rank, "exit_code": ended.exit_code}
         step = {} if ended.step is None else {"step": ended.step}
         event = {"event": "crash", "time": ended.ended, **step, **fields, "message": ended.failure}
-        append_line(self.run_folder / EVENTS_FILE, json.dumps(event))
+        if event not in read_events(self.run_folder, ended.events_from):
+            append_line(self.run_folder / EVENTS_FILE, json.dumps(event))
 
 
 def append_line(path: Path, line: str) -> None:

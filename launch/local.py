@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from launch.attempts import Attempt, Ledger, decide, resume_arguments, told_to_stop
@@ -89,7 +88,7 @@ def launch_with_restarts(argv: Sequence[str], folder: Path, options: argparse.Na
     ledger, job = Ledger(folder), local_job()
     while True:
         arguments = resume_arguments(options.arguments, ledger.read(job), folder)
-        begin = partial(ledger.begin, job, [socket.gethostname()])
+        begin = ledger.beginning(job, [socket.gethostname()])
         attempt = written_before(begin, ledger.path, tries=options.restarts, say=say)
         outcome = launch_local(
             [*argv, *arguments],

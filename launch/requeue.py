@@ -49,9 +49,11 @@ def begin(options: argparse.Namespace) -> int:
         say("no attempt: `launch stop` has ended this job; launch the run anew to go on")
         return EXIT_REFUSED
 
+    write_attempt = ledger.beginning(options.job, [options.nodes])
+
     def write() -> Attempt:
         _be_known(options.folder, options.job)
-        return ledger.begin(options.job, [options.nodes])
+        return write_attempt()
 
     attempt = written_before(write, ledger.path, tries=options.max_restarts, say=say)
     before = ledger.read(options.job)[:-1]

@@ -59,9 +59,9 @@ class CheckpointConfig(BaseModel):
     uploaded when the run goes on in its folder."""
 
     upload_end_wait_seconds: NonNegativeFloat = 1800.0
-    """How long a run that has had its tokens waits for its uploads, with all its ranks, until it ends with exit code 74
-    for a store that takes nothing; asked to stop meanwhile, upload_wait_seconds more, and then with 75. Give it several
-    times what the upload of a checkpoint takes (`upload` events have its seconds)."""
+    """A run that has had its tokens waits for its uploads, with all its ranks, as long as they move, however slowly:
+    where the store has taken no further piece (8 MiB of a file; a 9,000th of one above 75 GB) of any rank for so long,
+    it ends with exit code 74. Asked to stop meanwhile, it waits upload_wait_seconds more, and ends with 75."""
 
     @model_validator(mode="after")
     def _upload_is_a_store(self) -> CheckpointConfig:

@@ -17,7 +17,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -161,7 +161,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        write: Callable[[Path], Sequence[Path]],
+        write: Callable[[Path], Iterable[Path]],
         *,
         num_bytes: int = 0,
         stays: bool = False,
@@ -171,7 +171,8 @@ class Checkpoints:
         """Write the checkpoint of `step` and return its folder.
 
         Args:
-            write: writes this rank's files into the folder it is given and returns their paths.
+            write: writes this rank's files into the folder it is given and gives their paths, each of which is brought
+                to the disk and read again before the next one is asked for.
             num_bytes: how much that is, at least: where all ranks' are more than is free, nothing is written.
             stays: whether it is kept when `keep` newer ones are there.
             spare: how many more than `keep` are left.
@@ -189,12 +190,17 @@ class Checkpoints:
     def write(
         self,
         step: int,
-        write: Callable[[Path], Sequence[Path]],
+        write: Callable[[Path], Iterable[Path]],
         *,
         num_bytes: int = 0,
         report: Callable[[str], None] | None = None,
+        waits: Callable[[], None] = lambda: None,
     ) -> Written:
-        """The first half of `save`, behind which the files are on the disk of `staging` where there is one."""
+        """The first half of `save`, behind which the files are on the disk of `staging` where there is one.
+
+        Args:
+            waits: called when this rank's files are finished, or failed, and others' may not be.
+        """
         # Of this copy of the run alone, so that ranks of an older one never write among the files of a newer one.
         copy = "" if self.fence is None else f"-{self.fence.number}"
         name = free_name(self.folder / f".partial-{checkpoint_name(step)}{copy}")
@@ -213,6 +219,7 @@ class Checkpoints:
                 entries[path.name] = finished_file(path)
         except (OSError, SafetensorError) as failure:
             error = explain(failure, place)
+        waits()
         self._require_no_error(error, partial)
         gathered = process.gather_objects(entries, self.group)
         return Written(step, partial, {name: entry for part in gathered for name, entry in part.items()}, entries)

@@ -6,11 +6,13 @@ uses, so that a store that is slow or gone keeps no save and no step waiting.
 
 from __future__ import annotations
 
+import itertools
+import math
 import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, Literal
 from parallel import process
 from pretrain.agreement import SharedMachineError, SharedUserError
 from pretrain.checkpoint_config import CheckpointConfig
-from pretrain.checkpoint_store import CheckpointStore, StoreError
+from pretrain.checkpoint_store import PARTS_AT_ONCE, CheckpointStore, StoreError
 from pretrain.checkpoints import (
     MANIFEST,
     STAYS,
@@ -71,9 +73,9 @@ class Uploads(AbstractContextManager["Uploads"]):
     what `begin` finds. Methods are called by all ranks at the same step, but for `holds`.
 
     When the context is left without an error, or on a request to stop, uploads are waited for, so long as the config
-    says. Without an error the newest checkpoint is tried again where it is missing. Where it still is then, all ranks
-    raise SharedMachineError, or Preempted where they were asked to stop while they waited; FencedOffError where another
-    copy of the run has taken the folder over by then.
+    says; without an error, as long as pieces of any rank are sent, too, and the newest checkpoint is tried again where
+    it is missing. Where it still is then, all ranks raise SharedMachineError, or Preempted where they were asked to
+    stop while they waited; FencedOffError where another copy of the run has taken the folder over by then.
 
     Args:
         checkpoints: the run's, with a group that nothing else uses.
@@ -81,6 +83,7 @@ class Uploads(AbstractContextManager["Uploads"]):
         log: where rank 0 tells of uploads and failures.
         feed: keeps the watchdog quiet while they are waited for.
         asked: the signal that asks the run to stop, the same on all ranks; see StopRequests.agreed.
+        then: what follows an upload that failed, as it is told.
     """
 
     def __init__(
@@ -91,9 +94,11 @@ class Uploads(AbstractContextManager["Uploads"]):
         log: RunLog,
         feed: Callable[[str], None],
         asked: Callable[[], signal.Signals | None],
+        *,
+        then: str = "The run goes on; what is not uploaded is tried again behind the next save, and not removed before",
     ) -> None:
         self._checkpoints, self._store, self._config, self._log = checkpoints, store, config, log
-        self._feed, self._agreed_signal = feed, asked
+        self._feed, self._agreed_signal, self._then = feed, asked, then
         self._held: set[str] = set()
         self._is_fenced_off = False
         self._missing: str | None = None
@@ -101,6 +106,10 @@ class Uploads(AbstractContextManager["Uploads"]):
         self._asked: queue.SimpleQueue[Literal["upload", "finish", "end"]] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         self._stop = threading.Event()
+        self._taken: dict[str, float] = {}
+        """Pieces that the store has taken of files of this rank, in the try that came furthest with each."""
+        self._moved = time.monotonic()
+        """When one more was taken than ever before: tries that begin anew and fail again are no progress."""
         # A daemon: a store that hangs must not keep the process.
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
 
@@ -149,10 +158,7 @@ class Uploads(AbstractContextManager["Uploads"]):
                 self._log.event("upload", **where)
             else:
                 self._log.event("upload_failed", **where, message=outcome.failure)
-                loud(
-                    f"{outcome.checkpoint or 'checkpoints'} not uploaded: {outcome.failure}. The run goes on; what is "
-                    "not uploaded is tried again behind the next save, and not removed before"
-                )
+                loud(f"{outcome.checkpoint or 'checkpoints'} not uploaded: {outcome.failure}. {self._then}")
             if outcome.alarm is not None:
                 self._log.event("upload_alarm", **where, message=outcome.alarm)
                 loud(f"older copies are not removed: {outcome.alarm}; the next upload tries it again")
@@ -179,16 +185,23 @@ class Uploads(AbstractContextManager["Uploads"]):
         """Wait for the uploads of all ranks, as long as the end of a run may take, or a stop once one is asked for. The
         signal that did, and whether all are through; the same on all ranks, which call it together.
         """
-        asked, deadline = None, time.monotonic() + self._config.upload_end_wait_seconds
+        asked, begun, stop_at, limit = None, time.monotonic(), math.inf, self._config.upload_end_wait_seconds
+        quiet = 0.0
         while True:
             self._feed(f"uploads of checkpoints to {self._store.location}")
-            self._thread.join(min(1.0, max(0.0, deadline - time.monotonic())))
+            self._thread.join(min(1.0, max(0.0, min(limit - quiet, stop_at - time.monotonic()))))
             if asked is None and (asked := self._agreed_signal()) is not None:
-                deadline = min(deadline, time.monotonic() + self._config.upload_wait_seconds)
-            is_over = time.monotonic() >= deadline
+                stop_at = time.monotonic() + self._config.upload_wait_seconds
+            quiet = self._quiet_seconds(begun)
+            is_over = quiet >= limit or time.monotonic() >= stop_at
             own = _DONE if not self._thread.is_alive() else _OVERDUE if is_over else _BUSY
             if (progress := process.lowest(own, self._checkpoints.world.device)) != _BUSY:
                 return asked, progress == _DONE
+
+    def _quiet_seconds(self, begun: float) -> float:
+        """For how long the store has taken no piece of any rank, since `begun` at most; the same on all ranks."""
+        own = int(1000 * (time.monotonic() - max(begun, self._moved)))
+        return process.lowest(own, self._checkpoints.world.device) / 1000
 
     def _require_done(self, asked: signal.Signals | None, is_done: bool) -> None:
         """Raise what a run without a copy of its end ends with."""
@@ -200,6 +213,8 @@ class Uploads(AbstractContextManager["Uploads"]):
             limit = f"after {self._config.upload_end_wait_seconds:g} s (checkpoint.upload_end_wait_seconds)"
             limit = limit if asked is None else f"when {asked.name} asked the run to stop"
             uploads = f"uploads to {self._store.location} are not done {limit}"
+            if asked is None:
+                uploads = f"nothing more was taken, and {uploads}"
             failure = f"whether the last checkpoint is uploaded is not known: {uploads}"
         failure += f"; {self._later}"
         if asked is None:
@@ -268,6 +283,8 @@ class Uploads(AbstractContextManager["Uploads"]):
             error = self._attempt(lambda: self._complete(folder))
             alarm = None if error else self._attempt(lambda: self._remove_old(name))
         error, self._is_fenced_off = process.broadcast_object((error, self._is_fenced_off), group)
+        if error is None:
+            self._taken.clear()
         if world.is_main and error is None:
             self._held.add(name)
         if world.is_main and (files or error):
@@ -292,7 +309,18 @@ class Uploads(AbstractContextManager["Uploads"]):
 
     def _put(self, folder: Path, files: list[str]) -> None:
         for file in files:
-            self._store.put(folder.name, file, folder / file, self._keep_on)
+            place, drawn = f"{folder.name}/{file}", itertools.count()
+
+            def keep_on(place: str = place, drawn: Iterator[int] = drawn) -> None:
+                self._keep_on()
+                self._note(place, next(drawn) - PARTS_AT_ONCE)  # so many may be on their way still
+
+            self._store.put(folder.name, file, folder / file, keep_on)
+            self._note(place, math.inf)
+
+    def _note(self, place: str, taken: float) -> None:
+        if taken > self._taken.get(place, 0):
+            self._taken[place], self._moved = taken, time.monotonic()
 
     def _complete(self, folder: Path) -> None:
         self._keep_on()
@@ -399,14 +427,13 @@ def _download(
     world, wrong = checkpoints.world, list[str]()
     own = sorted(files)[world.rank :: world.size]
 
-    def write(folder: Path) -> list[Path]:
-        try:
-            fetch(folder)
-        finally:
-            rest()  # for as long as the others have files to fetch
+    def write(folder: Path) -> Iterator[Path]:
+        fetch(folder)
         if wrong:
             raise OSError("; ".join(wrong))
-        return [folder / file for file in own]
+        for file in own:
+            feed(f"the checksum of {folder / file}")
+            yield folder / file
 
     def fetch(folder: Path) -> None:
         for file in own:
@@ -418,13 +445,16 @@ def _download(
                 continue
             except StoreError as failure:
                 raise OSError(str(failure)) from failure
+            feed(f"the checksum of {folder / file}")
             if finished_file(folder / file) != files[file]:
                 wrong.append(f"{place} is altered (its size or sha256 is not the manifest's)")
 
     step, size = checkpoint_step(Path(name)), sum(int(files[file]["bytes"]) for file in own)
     assert step is not None, "the store lists no others"
     try:
-        written = checkpoints.write(step, write, num_bytes=size, report=report)
+        # With nobody to wait for, nobody would watch what follows.
+        waits = rest if world.size > 1 else lambda: None
+        written = checkpoints.write(step, write, num_bytes=size, report=report, waits=waits)
         feed(f"the checkpoint of step {step} out of what was downloaded")
         return checkpoints.publish(written, stays=stays, report=report)
     except SaveError as failure:

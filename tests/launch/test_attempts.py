@@ -38,7 +38,8 @@ def test_a_run_that_stopped_on_request_goes_on_under_slurm_alone():
     assert decided(*[ended(75, saved=True)] * 99).again  # however often
     assert decided(*[ended(75)] * 19).again and decided(*[ended(75)] * 19, ended(1)).again
     in_vain = decided(ended(75, saved=True), *[ended(75)] * 20)
-    assert not in_vain.again and "20 times in a row before its first step" in in_vain.reason
+    assert not in_vain.again and "20 times in a row without a new checkpoint" in in_vain.reason
+    assert "checkpoint.upload" in in_vain.reason
 
 
 @pytest.mark.parametrize("code", [1, EXIT_HUNG, SIGKILL, None])

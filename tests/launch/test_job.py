@@ -258,9 +258,33 @@ def test_a_full_disk_at_an_attempts_end_is_no_reason_not_to_go_on_and_never_a_re
     assert begin(tmp_path, capfd) == "", "lost attempts are crashes"
     full[0] = True
     command = ["attempt", "begin", "--run", str(tmp_path), "--job", "8", "--nodes", "n1", "--max-restarts", "3"]
-    assert main(command) == 2
+    assert main(command) == 74
     shown = capfd.readouterr()
     assert shown.out == "" and len(re.findall(message, shown.err)) == 4 and shown.err.count("another try in") == 3
+
+
+def test_a_write_that_fails_behind_its_line_begins_no_attempt_twice(tmp_path, capfd, monkeypatch):
+    """As where NFS finds no room, or a quota, in fsync: each line can be read by then."""
+    monkeypatch.setattr("launch.attempts.FIRST_WAIT_SECONDS", 0.0)
+    begin(tmp_path, capfd)
+    sync, calls = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) in (1, 3, 5):  # behind the lost attempt's end, its event, and the next attempt's line
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        command = ["attempt", "begin", "--run", str(tmp_path), "--job", "7", "--nodes", "n1", "--max-restarts", "3"]
+        assert main(command) == 0
+    shown = capfd.readouterr()
+    assert shown.out.split()[0] == "2" and shown.err.count("another try in") == 3
+    first, second = Ledger(tmp_path).read()
+    assert first.ended is not None and first.reason.startswith("lost") and second.ended is None
+    assert [event["attempt"] for event in read_events(tmp_path) if event["event"] == "crash"] == [1]
+    assert read_events(tmp_path, second.events_from) == []
 
 
 def test_a_launch_that_was_stopped_or_lost_too_often_begins_no_attempt(tmp_path, capfd):

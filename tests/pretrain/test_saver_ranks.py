@@ -131,6 +131,12 @@ def test_a_rank_that_has_fetched_its_files_waits_for_a_slower_one(together: Path
     assert all(str(newest) in output for output in found.outputs) and problems(newest) == []
 
 
+def test_ranks_wait_at_a_runs_end_as_long_as_any_of_them_is_sending(tmp_path: Path) -> None:
+    """One alone has files to send, in pieces, for longer than a store that takes none is waited for."""
+    run_ranks(["tests/pretrain/slow_upload_worker.py", str(tmp_path)], ranks=2)
+    assert CheckpointStore(tmp_path / "store").checkpoints() == ["step-00000001"]
+
+
 def test_a_signal_to_one_rank_ends_the_wait_for_a_store_that_hangs_on_both(data: Path, tmp_path: Path) -> None:
     """Long before the end's own limit, and both processes end, with a thread left in the store."""
     fields = {"upload": str(tmp_path / "store"), "upload_wait_seconds": 0.2}

@@ -16,11 +16,12 @@ import obstore
 import pytest
 
 from parallel.process import World
-from pretrain import checkpoint_store, uploads
+from pretrain import checkpoint_store, checkpoints, uploads
 from pretrain.agreement import SharedMachineError, SharedUserError
 from pretrain.checkpoint_config import CheckpointConfig
 from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import Checkpoints, list_checkpoints, problems
+from pretrain.durable import finished_file
 from pretrain.fence import take_fence
 from pretrain.resume import choose_checkpoint
 from pretrain.uploads import Uploads
@@ -147,6 +148,31 @@ def test_a_copy_of_which_any_file_is_damaged_is_refused_by_name_and_the_one_befo
         assert [path.name for path in list_checkpoints(new.folder)] == ["step-00000001"]
         assert not list(new.folder.glob(".partial*"))
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_is_watched_until_its_files_are_checked_and_rests_only_for_others(
+    here: Checkpoints, store: CheckpointStore, opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+) -> None:  # fmt: skip
+    """Bringing files to the disk and reading them again may hang as well, and a rank that is alone waits for nobody."""
+    here.save(1, write)
+    with opened(here):
+        pass
+    new, done = elsewhere(here, tmp_path, store), list[str]()
+    new = replace(new, world=replace(new.world, size=ranks))  # the first of so many, with its share of the files
+
+    def finished(path: Path) -> Any:
+        done.append(f"finished {path.name}")
+        return finished_file(path)
+
+    monkeypatch.setattr(checkpoints, "finished_file", finished)
+    found = choose_checkpoint(new, "auto", pytest.fail, store, done.append, lambda: done.append("rests"))
+    assert found == new.folder / "step-00000001"
+    names = sorted(path.name for path in (here.folder / found.name).iterdir() if path.name != "manifest.json")[::ranks]
+    checked = [done.index(f"finished {name}") for name in names]
+    assert all(done[at - 1].startswith("the checksum of ") and done[at - 1].endswith(done[at][9:]) for at in checked)
+    assert [at for at, each in enumerate(done) if each == "rests"] == ([] if ranks == 1 else [max(checked) + 1])
 
 
 def test_a_damaged_one_here_is_replaced_by_its_copy(here: Checkpoints, store: CheckpointStore, opened: Opened) -> None:

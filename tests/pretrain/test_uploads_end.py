@@ -5,17 +5,18 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import obstore
 import pytest
 
-from pretrain import uploads
+from pretrain import checkpoint_store, uploads
 from pretrain.agreement import SharedMachineError
 from pretrain.checkpoint_store import CheckpointStore
 from pretrain.checkpoints import Checkpoints
 from pretrain.preemption import Preempted
-from tests.upload_cases import SECONDS, Opened, Told, write
+from tests.upload_cases import SECONDS, Opened, Told, waited_for, write
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -115,6 +116,66 @@ def test_the_end_of_a_run_waits_so_long_for_a_store_that_hangs(
         pass
     assert 0.2 <= time.monotonic() - begun < 5
     stuck.released.set()
+
+
+def test_the_end_of_a_run_waits_for_a_store_that_takes_pieces_however_slowly(
+    here: Checkpoints, opened: Opened, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one file, and of several, for longer than it would wait for a store that takes none."""
+    put, pieces, seconds = obstore.put, 8, 0.2
+    monkeypatch.setattr(checkpoint_store, "PIECE_BYTES", 500)
+    monkeypatch.setattr(uploads, "PARTS_AT_ONCE", 1)
+
+    def slowly(client: Any, place: str, source: Any, **options: Any) -> Any:
+        if not isinstance(source, bytes):
+            taken = []
+            for piece in source:
+                time.sleep(seconds)
+                taken.append(piece)
+            source = b"".join(taken)
+        return put(client, place, source)
+
+    def write_pieces(folder: Path) -> list[Path]:
+        for name in ("first.bin", "second.bin"):
+            (folder / name).write_bytes(bytes(500 * pieces // 2))
+        return [folder / "first.bin", folder / "second.bin"]
+
+    here.save(1, write_pieces)
+    monkeypatch.setattr(obstore, "put", slowly)
+    begun = time.monotonic()
+    with opened(here, upload_end_wait_seconds=1.2):
+        pass
+    assert time.monotonic() - begun >= pieces * seconds > 1.2
+    assert store.checkpoints() == ["step-00000001"]
+
+
+def test_a_store_that_fails_every_try_at_the_same_place_does_not_move(
+    here: Checkpoints, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tries are asked for by then, each of which it takes some pieces of."""
+    monkeypatch.setattr(checkpoint_store, "PIECE_BYTES", 500)
+    monkeypatch.setattr(uploads, "PARTS_AT_ONCE", 1)
+    monkeypatch.setattr(uploads, "GRACE_SECONDS", 0.1)
+
+    def failing(client: Any, place: str, source: Any, **options: Any) -> Any:
+        for _ in range(3):
+            next(source)
+        time.sleep(0.1)
+        raise obstore.exceptions.GenericError("503")
+
+    def write_pieces(folder: Path) -> list[Path]:
+        (folder / "state.bin").write_bytes(bytes(500 * 9))
+        return [folder / "state.bin"]
+
+    here.save(1, write_pieces)
+    monkeypatch.setattr(obstore, "put", failing)
+    begun = time.monotonic()
+    message = r"nothing more was taken, and uploads .* are not done after 0.5 s \(checkpoint.upload_end_wait_seconds\)"
+    with pytest.raises(SharedMachineError, match=message), opened(here, upload_end_wait_seconds=0.5) as copies:
+        for _ in range(30):
+            copies.begin()
+    assert time.monotonic() - begun < 20
+    assert waited_for(lambda: not any(thread.name == "uploads" for thread in threading.enumerate()))
 
 
 def test_a_signal_ends_the_wait_at_the_end_of_a_run(

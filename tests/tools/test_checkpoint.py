@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from parallel.state_files import INDEX_FILE, KINDS, StateReader, state_file
 from pretrain import uploads
 from pretrain.checkpoint_store import CheckpointStore, StoreError
 from pretrain.checkpoints import problems
+from pretrain.folder_lock import locked
 from tests.checkpoint_cases import STEP, make_checkpoint, small_model, value_of
 from tools.checkpoint.__main__ import main
 from tools.checkpoint.reshape import rank_shares
@@ -174,6 +177,65 @@ def test_upload_brings_to_the_store_what_a_run_could_not(
     assert "the last checkpoint is not uploaded: 503" in capsys.readouterr().err
     assert not (copy / "manifest.json").exists()
     assert main(["upload", str(tmp_path / "run")]) == 0 and (copy / "manifest.json").exists()
+
+
+def test_upload_takes_nothing_back_that_a_store_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is behind its store, or of another run with the same steps."""
+    run = tmp_path / "run"
+    checkpoint = make_checkpoint(run, Layout(), checkpoint={"upload": str(tmp_path / "store")})
+    assert main(["upload", str(run)]) == 0
+    copy = tmp_path / "store" / checkpoint.name
+    manifest = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(manifest + " ")
+    assert main(["upload", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{copy}: is not the checkpoint of this step in {checkpoint.parent} (their manifest.json differ)" in said
+    assert (copy / "manifest.json").read_text() != manifest
+    (copy / "manifest.json").write_text(manifest)
+    copy.rename(copy.with_name("step-00000099"))
+    (tmp_path / "store" / "latest").write_text("step-00000099\n")
+    assert main(["upload", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"holds newer checkpoints (step-00000099) than {checkpoint.parent}, whose newest is {checkpoint.name}" in said
+    )
+    assert (tmp_path / "store" / "latest").read_text() == "step-00000099\n" and not copy.exists()
+
+
+def test_upload_is_not_done_where_an_older_checkpoint_fails_and_leaves_out_what_the_store_would_not_keep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = tmp_path / "run", tmp_path / "store"
+    newest = make_checkpoint(run, Layout(), checkpoint={"upload": str(store), "upload_keep": 2})
+    older = [newest.with_name(f"step-{step:08d}") for step in (6, 5, 4)]
+    for path in older:
+        shutil.copytree(newest, path)
+    (older[2] / "stays").touch()
+    put = CheckpointStore.put
+
+    def refusing(self: CheckpointStore, checkpoint: str, *arguments: Any) -> None:
+        if checkpoint == older[2].name:
+            raise StoreError("503")
+        put(self, checkpoint, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "put", refusing)
+        assert main(["upload", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{older[2].name} not uploaded: 503. What is not uploaded stays here" in said and "run goes on" not in said
+    assert f"error: {store}: does not have {older[2].name}, for the reason above" in said
+    assert main(["upload", str(run)]) == 0
+    assert capsys.readouterr().out == f"{store} holds {newest.name}, {older[0].name}, {older[2].name}\n"
+
+
+def test_upload_leaves_alone_what_a_run_is_training_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which may be uploading, or removing, the same files."""
+    make_checkpoint(tmp_path / "run", Layout(), checkpoint={"upload": str(tmp_path / "store")})
+    with locked(tmp_path / "run", busy="", place=""):
+        assert main(["upload", str(tmp_path / "run")]) == 2
+    assert f"folder {tmp_path / 'run'}: a run is training in it; wait for its end" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+    assert main(["upload", str(tmp_path / "run")]) == 0
 
 
 def test_upload_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pretrain.errors import UserError
 from tools.evaluation import babi
 from tools.evaluation.heat_map import draw_heat_map
 from tools.evaluation.results import setting_name, tensorboard_scalars, write_results
@@ -79,10 +80,8 @@ def write(
     settings: Mapping[str, Any],
     missing: Sequence[int],
     ranks: int,
-) -> list[dict[str, Any]]:
-    """Writes --json, if that was asked for; `missing`: the lengths that are yet to be asked. Returns the cells."""
-    cells = cells_of(answered, partial(_setting, arguments))
-    cells.sort(key=lambda cell: names.index(cell["task"]))
+) -> None:
+    """Writes --json, if that was asked for; `missing`: the lengths that are yet to be asked."""
     places = ("task", "length", "depth", "sample")
     prompts = sorted(answered, key=lambda one: [one.prompt[name] or 0 for name in places])
     write_results(
@@ -92,10 +91,14 @@ def write(
             "seed": arguments.seed, "dtype": arguments.dtype, "ranks": ranks,
             "haystack": None if arguments.haystack is None else [str(path) for path in arguments.haystack],
             "left_out": sum(one.prompt["left_out"] for one in answered),
-            "cells": cells, "prompts": [one.fields() for one in prompts],
+            "cells": _cells(arguments, names, answered), "prompts": [one.fields() for one in prompts],
         },
     )  # fmt: skip
-    return cells
+
+
+def _cells(arguments: argparse.Namespace, names: Sequence[str], answered: Sequence[Answered]) -> list[dict[str, Any]]:
+    cells = cells_of(answered, partial(_setting, arguments))
+    return sorted(cells, key=lambda cell: names.index(cell["task"]))
 
 
 def report(
@@ -106,9 +109,11 @@ def report(
     settings: Mapping[str, Any],
     ranks: int,
 ) -> None:
-    """Writes, draws and prints what all lengths came to."""
+    """Writes, draws and prints what all lengths came to. What cannot be written or drawn is printed all the same, as
+    hours may have gone into it, and then a UserError raised.
+    """
     setting = partial(_setting, arguments)
-    cells = write(arguments, names, answered, settings=settings, missing=(), ranks=ranks)
+    cells = _cells(arguments, names, answered)
     by_length: dict[str, dict[int, float]] = {}
     for name in names:
         for length in sorted({cell["length"] for cell in cells}):
@@ -121,9 +126,22 @@ def report(
         for length, score in scores.items()
         if math.isfinite(score)
     }
-    if arguments.plot is not None:
-        draw_heat_map(arguments.plot, cells, title=str(arguments.model))
-    tensorboard_scalars(arguments, "long_context", scalars)
+    failure: UserError | None = None
+    try:
+        write(arguments, names, answered, settings=settings, missing=(), ranks=ranks)
+        if arguments.plot is not None:
+            draw_heat_map(arguments.plot, cells, title=str(arguments.model))
+        tensorboard_scalars(arguments, "long_context", scalars)
+    except UserError as error:
+        failure = error
+    try:
+        _tell(answered, by_length, setting)
+    finally:  # also where nobody reads the table any more
+        if failure is not None:
+            raise failure
+
+
+def _tell(answered: Sequence[Answered], by_length: dict[str, dict[int, float]], setting: Callable[[str], str]) -> None:
     if lost := sum(one.output is None for one in answered):
         print(f"warning: {lost:,} of {len(answered):,} prompts: logits are not finite: {NOT_FINITE}", file=sys.stderr)
     if left_out := sum(one.prompt["left_out"] for one in answered):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ JOIN_MINUTES = 30.0
 TIMEOUT_MINUTES = 60.0 * 24 * 14
 """Ranks meet when all is answered, and one may have hours more to do than another. The connection to one that has ended
 is closed, which those that wait for it find at once."""
+_TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+"""In what torch says where ranks have not come in time: the kind of its error does not tell."""
 T = TypeVar("T")
 
 
@@ -37,12 +40,24 @@ class Ranks:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Run a block on all ranks at about the same time: a UserError of one becomes every one's."""
+        """Run a block on all ranks at about the same time: a UserError of one becomes every one's. Raises UserError
+        where one has ended.
+        """
         if self.world.size == 1:
             yield
             return
-        with agreement.agreed(self.group):
-            yield
+        own: RuntimeError | None = None
+        try:
+            with agreement.agreed(self.group):
+                try:
+                    yield
+                except RuntimeError as error:  # the block's, such as a GPU without room
+                    own = error
+                    raise
+        except RuntimeError as error:
+            if error is own:
+                raise
+            raise _lost_error(error) from error
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value`, by rank, on every rank; waits for the slowest. Raises UserError where one has ended."""
@@ -64,9 +79,13 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError(
-            f"{_name()}: waited for the other ranks, of which one has ended; what it printed says why ({error})"
-        ) from error
+        raise _lost_error(error) from error
+
+
+def _lost_error(error: RuntimeError) -> UserError:
+    return UserError(
+        f"{_name()}: waited for the other ranks, of which one has ended; what it printed says why ({error})"
+    )
 
 
 def _name() -> str:
@@ -80,7 +99,8 @@ def join(device: str) -> Ranks:
         device: "cpu" or "cuda".
 
     Raises:
-        UserError: the launcher's variables are incomplete, this rank has no such device, or others have not come.
+        UserError: the launcher's variables are incomplete, this rank has no such device, others have not come, or what
+            joins them failed, such as a port in use.
     """
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         return Ranks(World(0, 1, 0, torch.device(device)))
@@ -90,6 +110,8 @@ def join(device: str) -> Ranks:
     except ValueError as error:  # this rank's alone, such as a GPU that is missing
         raise UserError(f"{_name()}: {error}") from None
     except RuntimeError as error:
+        if not _TIMED_OUT.search(str(error)):
+            raise UserError(f"{_name()}: could not join the other ranks: {error}") from error
         raise UserError(
             f"{_name()}: not all of {size} ranks have joined within {JOIN_MINUTES:g} minutes; what the others printed "
             f"says why, if they started and can reach {os.environ.get('MASTER_ADDR')} ({error})"
@@ -100,6 +122,11 @@ def require_alone(option: str) -> None:
     """Raises UserError where several processes would each do all of it."""
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(f"{option} is for one process, and WORLD_SIZE is {size}; start it without torchrun")
+
+
+def _leave() -> None:
+    with _lost():
+        process.shutdown()
 
 
 def run_and_leave(command: Callable[[], None]) -> int:
@@ -124,6 +151,6 @@ def run_and_leave(command: Callable[[], None]) -> int:
         code = 2
     if dist.is_initialized() and dist.get_world_size() > 1:
         if agreed or code == 0:
-            process.shutdown()
+            code = run_command(_leave) or code
         process.exit_now(code)
     return code

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from pretrain.errors import UserError
+from tests.data_cases import make_tokenizer
 from tests.distributed_helper import run_ranks
 from tests.tools.evaluation.evaluation_cases import answer_by_reading
-from tests.tools.huggingface.exported_cases import write_exported
+from tests.tools.huggingface.exported_cases import VOCABULARY, write_exported
 from tools import evaluate
-from tools.evaluation import long_context
+from tools.evaluation import long_context, long_report
 from tools.model_directory import LoadedModel
 
 LENGTHS = "900,1200,1500"
@@ -93,18 +94,25 @@ def test_unfinished_answers_to_other_prompts_or_of_another_model_are_not_mixed_i
     before = output.read_bytes()
     write_exported(tmp_path / "model", "mag", tokenizer=tokenizer_path)
     other.write_text(book.read_text().replace(" ", "  a ", 1))
-    changes = {
-        "model_sha256": arguments_for(tmp_path / "model", book, stories, output),
-        "tasks": arguments_for(mac, other, stories, output),
-        "seed": arguments_for(mac, book, stories, output, "--seed", "1"),
-        "samples": arguments_for(mac, book, stories, output, "--samples", "3"),
+    (tmp_path / "tokenizer").mkdir()
+    other_tokenizer = make_tokenizer(tmp_path / "tokenizer", VOCABULARY - 8)
+    write_exported(tmp_path / "other", "mac", tokenizer=other_tokenizer)
+    changes = [
+        ("model_sha256", arguments_for(tmp_path / "model", book, stories, output)),
+        ("model_sha256, tasks", arguments_for(tmp_path / "other", book, stories, output)),
+        ("tasks", arguments_for(mac, other, stories, output)),
+        ("seed", arguments_for(mac, book, stories, output, "--seed", "1")),
+        ("samples", arguments_for(mac, book, stories, output, "--samples", "3")),
         # No more of the haystack is read than the longest prompt takes.
-        "lengths, tasks": arguments_for(mac, book, stories, output, "--lengths", "900,1200"),
-        "dtype": arguments_for(mac, book, stories, output, "--dtype", "bfloat16"),
-    }
+        ("lengths, tasks", arguments_for(mac, book, stories, output, "--lengths", "900,1200")),
+        ("dtype", arguments_for(mac, book, stories, output, "--dtype", "bfloat16")),
+        ("num_fewshot, tasks", arguments_for(mac, book, stories, output, "--num-fewshot", "1")),  # examples are texts
+        ("tasks", arguments_for(mac, book, stories, output, "--answer-tokens", "12")),
+        ("tasks", arguments_for(mac, book, stories, output, "--depths", "20,80")),
+    ]
     asked.clear()
     capsys.readouterr()
-    for name, arguments in changes.items():
+    for name, arguments in changes:
         assert evaluate.main(arguments) == 2
         assert f"an unfinished evaluation with other settings ({name})" in capsys.readouterr().err, name
     assert asked == [] and output.read_bytes() == before
@@ -135,6 +143,27 @@ def test_a_disk_that_is_full_for_a_while_ends_no_evaluation(
     assert evaluate.main(arguments_for(mac, book, stories, tmp_path / "out.json")) == 0
     assert "warning: unfinished results: no space left on its disk" in capsys.readouterr().err
     assert len(failed) == 1 and json.loads((tmp_path / "out.json").read_text())["finished"] is True
+
+
+def test_what_cannot_be_written_at_the_end_is_printed(
+    mac: Path, book: Path, stories: Path, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The last length's answers are nowhere else; the same command asks for that one alone again."""
+    write = long_report.write_results
+
+    def full_at_last(arguments: Any, results: Any) -> None:
+        if results["finished"]:
+            raise UserError("no space left on its disk")
+        write(arguments, results)
+
+    output = tmp_path / "out.json"
+    assert evaluate.main(arguments_for(mac, book, stories, tmp_path / "whole.json")) == 0
+    table = capsys.readouterr().out
+    monkeypatch.setattr(long_report, "write_results", full_at_last)
+    assert evaluate.main(arguments_for(mac, book, stories, output)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == table and "1,500" in table and "error: no space left on its disk" in shown.err
+    assert json.loads(output.read_text())["missing_lengths"] == [1500]
 
 
 ENDS_ONE = """
