@@ -72,7 +72,7 @@ def test_a_rank_that_others_do_not_join_says_so(away: str, mac: Path, monkeypatc
     assert "not all of 2 ranks have joined within 0.05 minutes" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("place", ["load_model_directory"])
+@pytest.mark.parametrize("place", ["load_model_directory", "shutdown"])
 def test_a_rank_that_another_leaves_ahead_of_all_answers_or_behind_them_says_so(
     place: str, mac: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
