@@ -149,7 +149,8 @@ def measure(
             argv = [sys.executable, "-m", "tools.bench.layout_rank", work, str(output)]
             group.start(RankCommand(rank, argv, {**os.environ, **path, **variables}, output.with_suffix(".log")))
         _wait_for_all(group)
-        by_process = [json.loads(output.read_text()) for output in outputs]
+        written = outputs if axes == [None] else outputs[:1]  # of ranks that train together by the first, for all
+        by_process = [json.loads(output.read_text()) for output in written]
     return {"found": [_mean(each) for each in zip(*by_process, strict=True)]}
 
 
