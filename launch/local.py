@@ -15,7 +15,7 @@ from launch.attempts import Attempt, Ledger, decide, resume_arguments, told_to_s
 from launch.jobs import local_job
 from launch.processes import POLL_SECONDS, Outcome, RankCommand, SignalRelay, run_ranks
 from launch.room import explain_unwritten, written_before
-from pretrain.errors import UserError
+from pretrain.errors import UserError, file_error
 from pretrain.exit_codes import EXIT_DONE, EXIT_PREEMPTED
 
 HELP = """\
@@ -141,12 +141,16 @@ def _write(ledger: Ledger, ended: Attempt, *, is_crash: bool = False) -> None:
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """What the launcher writes of a run goes into its folder. Raises UserError where it cannot."""
+    """What the launcher writes of a run goes into its folder. Raises UserError where it cannot, MachineError where that
+    is the disk's fault.
+    """
     try:
         yield
     except OSError as error:
         place = error.filename or folder
-        raise UserError(f"{place}: {error.strerror or error}; make room, or give a --folder to write to") from error
+        raise file_error(
+            error, f"{place}: {error.strerror or error}; make room, or give a --folder to write to"
+        ) from error
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -203,13 +207,16 @@ def launch_local(
 
 
 def prepare_log(path: Path) -> None:
-    """Make sure that a rank's log can be written, before anything is started. Raises UserError."""
+    """Make sure that a rank's log can be written, before anything is started. Raises UserError where it cannot,
+    MachineError where that is the disk's fault.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     except OSError as error:
-        raise UserError(
-            f"folder {path.parent.parent}: {error.filename}: {error.strerror}; give a --folder that can be written"
+        raise file_error(
+            error,
+            f"folder {path.parent.parent}: {error.filename}: {error.strerror}; give a --folder that can be written",
         ) from error
 
 

@@ -108,9 +108,9 @@ def run(options: argparse.Namespace) -> int:
         say(f"{path} is written and not submitted: sbatch {path}")
         return 0
     job = submit(path)
-    with writable(folder):
-        SubmittedJob.now(job, script.name).write(folder)
     say(f"job {job}: {script.nodes} x {script.tasks_per_node} ranks; its output: {folder / LOGS_FOLDER}/job-{job}.log")
+    with writable(folder):  # behind the job's number, which nobody would know otherwise
+        SubmittedJob.now(job, script.name).write(folder)
     say(f"python -m launch status {folder}    (or logs, or stop)")
     return 0
 

@@ -1,10 +1,14 @@
 """`python -m launch`: help, what is refused, and that a recipe's errors come once, before anything starts."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.__main__ import main
+from pretrain.exit_codes import EXIT_MACHINE_ERROR
 
 DEMO = str(Path(__file__).parents[2] / "launch" / "recipes" / "demo.yaml")
 
@@ -45,6 +49,18 @@ def test_a_folder_or_a_recipe_that_is_another_file_is_one_message(capfd, tmp_pat
         assert main(["local", *arguments]) == 2
         output = capfd.readouterr()
         assert output.err.startswith("error: ") and message in output.err and file in output.err
+
+
+@pytest.mark.parametrize("command", ["local", "slurm"])
+def test_a_disk_that_is_full_before_anything_starts_is_no_wrong_input(command, capfd, monkeypatch, tmp_path):
+    """A machine's error, which whoever starts launches may try again."""
+
+    def full(path: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    assert main([command, DEMO, "--folder", str(tmp_path / "run")]) == EXIT_MACHINE_ERROR
+    assert "No space left on device; give a --folder" in capfd.readouterr().err
 
 
 def test_a_dry_run_says_what_would_run_and_leaves_nothing_behind(capfd, tmp_path):
