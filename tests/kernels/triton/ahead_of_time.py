@@ -58,15 +58,14 @@ class Report(NamedTuple):
     def odd_layouts(self) -> list[str]:
         """Lines where a tile of a `#linear` layout feeds a product: what Hopper's compiler has got wrong.
 
-        A single row or column feeds none, since products have 16 terms or more. For sm_100 there are columns of factors
-        that go through shared memory: they are loaded back to registers, and scale there what a product then takes.
+        A single row or column in shared memory feeds none, since products have 16 terms or more. For sm_100 there are
+        columns of factors that go through it: they are loaded back to registers, and scale there what a product takes.
         """
-        uses = re.compile(r"local_alloc|dot_op|local_store")
-        single = re.compile(r"tensor<(\d+x1|1x\d+)x")
+        stored, single = re.compile(r"local_alloc|local_store"), re.compile(r"tensor<(\d+x1|1x\d+)x")
         return [
             line
             for line in self.ttgir.splitlines()
-            if "#linear" in line and uses.search(line) and not single.search(line)
+            if "#linear" in line and ("dot_op" in line or stored.search(line) and not single.search(line))
         ]
 
 

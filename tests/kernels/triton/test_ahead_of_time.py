@@ -101,6 +101,8 @@ def test_the_checks_fail_where_they_should(monkeypatch: pytest.MonkeyPatch) -> N
     odd = "%x = ttg.local_alloc %y : (tensor<64x64xf32, #linear>) -> !ttg.memdesc"
     assert report._replace(ttgir=odd).odd_layouts == [odd]
     assert not report._replace(ttgir=odd.replace("64x64", "64x1")).odd_layouts
+    operand = "%x = ttg.convert_layout %y : tensor<64x1xf32, #linear> -> tensor<64x1xf32, #ttg.dot_op<{opIdx = 0}>>"
+    assert report._replace(ttgir=operand).odd_layouts == [operand]
 
 
 @pytest.mark.parametrize("shape", [DEFAULT, LINEAR], ids=str)
