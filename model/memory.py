@@ -16,6 +16,7 @@ from model.gates import GateProjection, Gates
 from model.layers import READ_NORM_EPS, CausalConvolution, HeadNorm, UnitSilu, linear
 from model.resets import Resets
 from model.state import MemoryLayerState
+from model.undrawn import undrawn
 
 Stats = dict[str, Tensor]
 
@@ -146,8 +147,7 @@ def explain_memory_backend(config: ModelConfig, backend: str, *, device: torch.d
         ValueError: the backend does not take these memories; the message says why.
     """
     memory, number = config.memory, torch.zeros((), device=device, dtype=dtype)
-    with torch.device("meta"):
-        core = MemoryCore(1, config.head_dim, memory)
+    core = undrawn(lambda: MemoryCore(1, config.head_dim, memory))
     x = number.expand(1, 1, 1, config.head_dim)
     return explain_backend(
         x, x, x, list(core.parameters()),

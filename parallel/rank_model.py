@@ -7,6 +7,7 @@ from dataclasses import fields
 import torch
 
 from model import ModelConfig, TitansLM
+from model.undrawn import undrawn
 from parallel.distribute import distribute
 from parallel.mesh import AXES, Group, Layout, Mesh
 from parallel.pipeline_stages import Balance, cut_to_stage, stage_layers
@@ -25,8 +26,7 @@ def model_of_rank(
     Raises:
         ValueError: the model has no such layout.
     """
-    with torch.device("meta"):
-        model = TitansLM(config)
+    model = undrawn(lambda: TitansLM(config))
     distribute(model, lone_mesh(layout, rank))
     if layout.pipeline > 1:
         stages = stage_layers(model, layout.pipeline, balance, context)

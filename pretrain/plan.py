@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Any
-
-import torch
-from torch.overrides import TorchFunctionMode
 
 from model import ModelConfig, TitansLM
 from model.flops import flops_per_token
 from model.language_model import Block
+from model.undrawn import undrawn
 from parallel.mesh import Layout, Place
 from parallel.rank_model import model_of_rank
 from pretrain.config import Batches, Recipe
@@ -50,20 +47,7 @@ class MemoryEstimate:
 
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the model, counted without allocating or drawing them."""
-    with torch.device("meta"), _NothingDrawn():
-        return TitansLM(config).num_parameters()
-
-
-class _NothingDrawn(TorchFunctionMode):
-    """Leaves tensors as they are where they would be filled with random numbers: without any, that imports a compiler
-    for seconds.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
+    return undrawn(lambda: TitansLM(config)).num_parameters()
 
 
 def estimate_memory(

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from model import ModelConfig, TitansLM
+from model.undrawn import undrawn
 from parallel.carried_states import carried_rows, has_carried
 from parallel.slices import Slice
 from parallel.state_files import StateReader, require_same_parameters
@@ -65,8 +66,7 @@ def read_model(checkpoint: Path) -> ModelConfig:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Every parameter's shape, without allocating any."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in TitansLM(config).named_parameters()}
+    return {name: parameter.shape for name, parameter in undrawn(lambda: TitansLM(config)).named_parameters()}
 
 
 def contents(checkpoint: Path) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
 from model import ModelConfig, TitansLM
+from model.undrawn import undrawn
 from parallel.mesh import Layout, Place
 from parallel.pipeline_stages import Balance, stage_layers
 from parallel.rank_model import model_of_rank
@@ -70,9 +69,7 @@ def layers_of_stages(recipe: Recipe, layout: Layout) -> list[range]:
 
 @lru_cache(maxsize=256)
 def _stages(config: ModelConfig, stages: int, balance: Balance, context: int) -> list[range]:
-    with torch.device("meta"):
-        model = TitansLM(config)
-    return stage_layers(model, stages, balance, context)
+    return stage_layers(undrawn(lambda: TitansLM(config)), stages, balance, context)
 
 
 def number_bytes(recipe: Recipe) -> int:
