@@ -15,6 +15,7 @@ import yaml
 
 from parallel.mesh import Layout
 from pretrain.config import Recipe, load_recipe
+from tests.chosen import cases, chosen
 from tests.distributed_helper import run_ranks
 from tests.training_cases import recipe_fields
 from tools.plan.traffic import (
@@ -108,6 +109,18 @@ FOUR = [
 ]
 
 
+OFTEN = (
+    "mag-whole", "mag-sharded", "mac-whole", "mal-sharded", "mac-product-sharded", "mag-again", "mac-segments",
+    "mal-sequence", "lmm-sequence-again", "mag-sequence-bf16", "mac-pipeline", "lmm-pipeline-untied",
+    "zero-0", "zero-1-buckets", "zero-2-every", "zero-3-every",
+)  # fmt: skip
+"""Every axis, variant and way to send at least once; the others are slow."""
+
+
+def name_of(case: Case) -> str:
+    return case.name
+
+
 class Ran(NamedTuple):
     recipe: Recipe
     layout: Layout
@@ -119,13 +132,13 @@ class Ran(NamedTuple):
         return Counter((kind, size) for kind, size, among in self.sent[rank] if among == ranks and size > FEW_BYTES)
 
 
-def run(cases: list[Case], ranks: int, folder: Path) -> dict[str, Ran]:
-    paths = [case.recipe(folder) for case in cases]
+def run(listed: list[Case], ranks: int, folder: Path) -> dict[str, Ran]:
+    paths = [case.recipe(folder) for case in listed]
     output = folder / "sent"
     run_ranks(["tests/tools/traffic_worker.py", str(output), *map(str, paths)], ranks=ranks, timeout=850)
     lines = [[json.loads(line) for line in Path(f"{output}.{r}").read_text().splitlines()] for r in range(ranks)]
     found = {}
-    for number, (case, path) in enumerate(zip(cases, paths, strict=True)):
+    for number, (case, path) in enumerate(zip(listed, paths, strict=True)):
         recipe = load_recipe(path)
         sent = [[(kind, size, tuple(among)) for kind, size, among in of_rank[number]] for of_rank in lines]
         found[case.name] = Ran(recipe, recipe.parallel.layout(ranks), sent)
@@ -133,8 +146,8 @@ def run(cases: list[Case], ranks: int, folder: Path) -> dict[str, Ran]:
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
-    return run([*TENSOR, *SEQUENCE, *PIPELINE, *DATA, *WITH_STAGE_3], 2, tmp_path_factory.mktemp("two"))
+def on_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
+    return run(chosen(request, "case"), 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +155,14 @@ def on_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     return run(FOUR, 4, tmp_path_factory.mktemp("four"))
 
 
-@pytest.mark.parametrize("case", TENSOR, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases(TENSOR, often=OFTEN, name=name_of), ids=name_of)
 def test_tensor_ranks_send_what_is_planned(on_two: dict[str, Ran], case: Case) -> None:
     ran = on_two[case.name]
     planned = along_tensor(ran.recipe, ran.layout, 0)
     assert planned == ran.along(0, (0, 1)) == ran.along(1, (0, 1))
 
 
-@pytest.mark.parametrize("case", SEQUENCE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases(SEQUENCE, often=OFTEN, name=name_of), ids=name_of)
 def test_sequence_ranks_send_what_is_planned(on_two: dict[str, Ran], case: Case) -> None:
     """Beside the sums of gradients, which they are replicas for."""
     ran = on_two[case.name]
@@ -160,7 +173,7 @@ def test_sequence_ranks_send_what_is_planned(on_two: dict[str, Ran], case: Case)
         assert_replicas_send(ran, sent - planned)
 
 
-@pytest.mark.parametrize("case", PIPELINE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases(PIPELINE, often=OFTEN, name=name_of), ids=name_of)
 def test_stages_send_what_is_planned(on_two: dict[str, Ran], case: Case) -> None:
     ran = on_two[case.name]
     for stage in range(2):
@@ -168,7 +181,7 @@ def test_stages_send_what_is_planned(on_two: dict[str, Ran], case: Case) -> None
         assert planned == ran.along(stage, (0, 1))
 
 
-@pytest.mark.parametrize("case", DATA, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases(DATA, often=OFTEN, name=name_of), ids=name_of)
 def test_replicas_send_what_is_planned(on_two: dict[str, Ran], case: Case) -> None:
     ran = on_two[case.name]
     for rank in range(2):
@@ -194,7 +207,7 @@ def bytes_of(messages: Messages, kind: str) -> int:
     return sum(size * count for (each, size), count in messages.items() if each == kind)
 
 
-@pytest.mark.parametrize("case", WITH_STAGE_3, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases(WITH_STAGE_3, often=OFTEN, name=name_of), ids=name_of)
 def test_replicas_of_stage_3_send_what_is_planned(on_two: dict[str, Ran], case: Case) -> None:
     """Gradients to the byte. Parameters within 15 %: planned is a gathering of all before each forward and backward
     pass. DeepSpeed does not gather an embedding for its backward, which nothing goes on from, and gathers those that
