@@ -7,12 +7,10 @@ import time
 import torch
 import torch.distributed as dist
 
-_TIMES = 3
 
-
-def all_reduce_bandwidth(device: torch.device, num_bytes: int) -> float | None:
-    """Bytes a second of an all-reduce of so many bytes in fp32 over all ranks, the best of three behind one that makes
-    the connections; None for one rank. Every rank calls it.
+def all_reduce_bandwidth(device: torch.device, num_bytes: int, *, times: int = 3) -> float | None:
+    """Bytes a second of an all-reduce of so many bytes in fp32 over all ranks, the best of `times` behind one that
+    makes the connections; None for one rank. Every rank calls it.
 
     They are the bytes that a ring moves through each rank's link, `2 (n - 1) / n` times those of the tensor, over the
     time that this rank took ("bus bandwidth", as nccl-tests count it), so that it can be compared with the link's.
@@ -22,7 +20,7 @@ def all_reduce_bandwidth(device: torch.device, num_bytes: int) -> float | None:
         return None
     tensor = torch.zeros(max(1, num_bytes // 4), dtype=torch.float32, device=device)
     seconds = []
-    for _ in range(1 + _TIMES):
+    for _ in range(1 + times):
         _wait_for(device)
         started = time.perf_counter()
         dist.all_reduce(tensor)
