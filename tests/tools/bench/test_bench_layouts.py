@@ -134,7 +134,7 @@ def test_a_worker_that_is_cut_off_takes_its_ranks_with_it() -> None:
 
 
 def test_the_committed_record_keeps_what_is_promised_of_the_plan() -> None:
-    """Of computing alone: the machine was not free, and what waits for other ranks waits for what else ran, too."""
+    """Of computing; of what waits for other ranks, that it takes longer than the plan says, which leaves waiting out."""
     record = read_record(RECORDS / "layouts-cpu.json")
     rows = beside_the_plan(record["results"])
     assert not record["uncommitted_changes"]
@@ -142,7 +142,7 @@ def test_the_committed_record_keeps_what_is_promised_of_the_plan() -> None:
     for first in (0, len(rows) // 2):
         alone, *layouts = rows[first : first + 1 + len(AXES)]
         for row in layouts:
-            assert abs(row["planned_over"]) < 0.3
+            assert abs(row["planned_over"]) < 0.25
             assert row["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-            assert row["planned_collectives_s"] < row["collectives_s"], "the plan leaves waiting out"
+            assert row["planned_collectives_s"] < row["collectives_s"] and row["core_share"] > 0.9
             assert (row["planned_bubble_s"] > 0) == (row["bubble_s"] > 0) == (row["layout"] == "pipeline")
