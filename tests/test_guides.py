@@ -109,9 +109,14 @@ SLOW = (
     *(name for name in RECORDED if not name.endswith(("build", "data"))),
     f"{_BENCH} gpu --output",
     "python -m tools.trials run",
+    "python -m tools.plan",
+    "python -m pretrain launch/recipes/long-tiny.yaml",
+    "python -m tools.evaluate model --tasks all",
+    "python -m tools.evaluate model --tasks arc_easy,arc_challenge",
     "python -m tools.evaluate model --tasks lambada,piqa --limit",
+    "python -m tools.evaluate model --ruler all",
 )
-"""Beginnings of commands that take more than about five seconds: most start processes that import PyTorch again."""
+"""Beginnings of commands that take more than about five seconds: many start processes that import PyTorch again."""
 
 STOPPED = "python -m launch local --nproc 1 tiny/titans-760m.yaml"
 """What is running when `python -m launch stop` is typed."""
