@@ -73,6 +73,10 @@ def test_what_fits_hopper_only_is_refused_elsewhere(monkeypatch: pytest.MonkeyPa
         of_fp32 = problem(dims, torch.float32, chunk_size=chunk)
         assert "do not fit" in refusal_of_shape(of_fp32, MAX_TILE_ELSEWHERE)
         assert refusal_of_shape(of_fp32, MAX_TILE) is None
+    for chunk, dtype, fits in ((16, torch.bfloat16, True), (32, torch.bfloat16, False), (16, torch.float32, False)):
+        of_wide_heads = problem((128, 256, 128), dtype, chunk_size=chunk)
+        assert (refusal_of_shape(of_wide_heads, MAX_TILE_ELSEWHERE) is None) == fits
+        assert refusal_of_shape(of_wide_heads, MAX_TILE) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert refusal(wide) is None
     with pytest.raises(ValueError, match="chunks of 128 tokens of 128 dimensions do not fit"):

@@ -99,9 +99,12 @@ def refusal_of_shape(problem: Problem, max_tile: int) -> str | None:
         return f"the hidden width is {problem.dims[1]}, the kernels take multiples of {MIN_TILE}"
     if options.chunk_size > MAX_CHUNK:
         return f"a chunk has {options.chunk_size} tokens, the kernels take up to {MAX_CHUNK}"
-    # fp32 takes twice the room, in registers for deep memories and in AMD's shared memory for linear ones.
-    is_wide = problem.dtype == torch.float32 and max_tile < MAX_TILE
+    # fp32 takes twice the room, in registers for deep memories and in AMD's shared memory for linear ones; so do the
+    # states of deep memories of wide heads, of which a thread has more blocks.
+    is_small = max_tile < MAX_TILE
+    is_wide = problem.dtype == torch.float32 and is_small
     tile = dim * padded(options.chunk_size) * (2 if is_wide else 1)
-    if (depth == 2 and tile > max_tile) or (is_wide and tile > 2 * max_tile):
+    tile_with_states = tile * (2 if is_small and dim > 64 else 1)
+    if (depth == 2 and tile_with_states > max_tile) or (is_wide and tile > 2 * max_tile):
         return f"chunks of {options.chunk_size} tokens of {dim} dimensions do not fit the kernels' registers"
     return None

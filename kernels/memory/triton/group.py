@@ -29,7 +29,7 @@ def write_group(
     k, theta, bounded = tokens.k, tokens.theta, options.step_bound is not None
     num_chunks, num_memories, size, dim = k.shape
     num_states = num_chunks + with_end
-    tiles = Tiles.of(k.dtype, options.chunk_size)
+    tiles = Tiles.of(k.dtype, options.chunk_size, dim)
     states = [s.new_empty(num_states, *s.shape) for s in state]
     for buffer, s in zip(states, state, strict=True):
         buffer[0] = s
@@ -79,9 +79,9 @@ def read_group(
     hidden_only: bool = False,
 ) -> list[Tensor]:
     """Each layer's outputs before activation for the queries, [n, N, M, o]; the last one's are y."""
-    num_chunks, num_memories, num_queries, _ = q.shape
+    num_chunks, num_memories, num_queries, dim = q.shape
     gates = GroupGates(*packed(gates))
-    tiles = Tiles.of(trace.writes[0].inputs.dtype, options.chunk_size)
+    tiles = Tiles.of(trace.writes[0].inputs.dtype, options.chunk_size, dim)
     outputs: list[Tensor] = []
     for layer in range(len(learned) - hidden_only):
         w0, states, writes = learned[layer], trace.states[layer], trace.writes[layer]

@@ -68,7 +68,8 @@ def group_gradients(
     gates = GroupGates(*packed(products.gates))
     d_gates = GroupGates(*(torch.zeros_like(x) for x in gates))
     trace = write_group(tokens, gates, learned, state, options, with_end=False, for_gradient=True)
-    group = _Pass(gates, d_gates, learned, trace, options, Tiles.of(tokens.k.dtype, options.chunk_size))
+    tiles = Tiles.of(tokens.k.dtype, options.chunk_size, tokens.k.shape[-1])
+    group = _Pass(gates, d_gates, learned, trace, options, tiles)
     reads = [tokens.q, *read_group(tokens.q, gates, learned, trace, options, hidden_only=True)]
     layers: list[LayerGradients] = []
     d_outputs = [d_y]

@@ -52,11 +52,13 @@ class Tiles:
     num_warps: int
 
     @classmethod
-    def of(cls, dtype: torch.dtype, chunk_size: int) -> Tiles:
-        """For tokens of a dtype. An open chunk has a whole one's kernels: few are compiled, and all self-tested."""
+    def of(cls, dtype: torch.dtype, chunk_size: int, dim: int) -> Tiles:
+        """For tokens of a dtype and a head's width. An open chunk has a whole one's kernels: few are compiled, and all
+        self-tested.
+        """
         tokens = padded(chunk_size)
         # A tile of 64 x 64 fp32 is 16 registers of a thread with 8 warps, of which a kernel needs several.
-        return cls(tokens, precision_of(dtype), 8 if tokens >= 64 else 4)
+        return cls(tokens, precision_of(dtype), 8 if tokens >= 64 or tokens * dim >= 64 * 64 else 4)
 
     @property
     def some_tokens(self) -> int:

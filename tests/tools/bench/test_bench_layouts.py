@@ -134,7 +134,7 @@ def test_a_worker_that_is_cut_off_takes_its_ranks_with_it() -> None:
 
 
 def test_the_committed_record_keeps_what_is_promised_of_the_plan() -> None:
-    """Of computing; of what waits for other ranks, that it takes longer than the plan says, which leaves waiting out."""
+    """Of computing; and that what waits for other ranks takes longer than planned, since waiting is left out there."""
     record = read_record(RECORDS / "layouts-cpu.json")
     rows = beside_the_plan(record["results"])
     assert not record["uncommitted_changes"]
