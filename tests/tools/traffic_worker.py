@@ -20,7 +20,7 @@ from parallel.process import World, exit_now, initialize, shutdown
 from pretrain.config import Recipe, load_recipe
 from pretrain.loop import build_engine
 from tests.parallel.worker_groups import leave_groups
-from tools.bench.train import RandomBatch
+from tools.bench.layout_rank import random_batches
 
 KINDS = {
     "allreduce_": "all_reduce",
@@ -65,11 +65,7 @@ def sent_in_a_step(recipe: Recipe, world: World) -> list[tuple[str, int, list[in
     mesh = Mesh.build(world, recipe.parallel.layout(world.size))
     torch.manual_seed(0)
     engine = build_engine(recipe, recipe.batches(world.size), mesh)
-    training, vocabulary = recipe.training, recipe.model.vocab_size
-    shape = (training.batch_tokens // training.sequence_length, training.sequence_length + 1)
-    rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    own = rows.chunk(mesh.data.size)[mesh.data.index].split(training.micro_batch_size)
-    batches = [RandomBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in own]
+    batches = random_batches(recipe, mesh)
     if recipe.parallel.zero_stage == 3:  # it learns in the first step which parameters are wanted when
         engine.train_step(batches, 1e-4)
     with Sent() as sent:

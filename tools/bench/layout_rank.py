@@ -96,17 +96,22 @@ def recipe_of(variant: str, *, axis: str | None, rows: int, length: int, **sizes
     return load_recipe(RECIPE, [(name, json.dumps(fields)) for name, fields in sections.items()])
 
 
+def random_batches(recipe: Recipe, mesh: Mesh) -> list[RandomBatch]:
+    """This rank's micro-batches of a step of random tokens, which are the same in every layout."""
+    training, vocabulary = recipe.training, recipe.model.vocab_size
+    shape = (training.batch_tokens // training.sequence_length, training.sequence_length + 1)
+    rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    own = rows.chunk(mesh.data.size)[mesh.data.index].split(training.micro_batch_size)
+    return [RandomBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in own]
+
+
 def measure(recipe: Recipe, world: World, clock: Clock, steps: int) -> dict[str, Any]:
     """Seconds of the fastest of `steps` steps behind another one, the means over this world's ranks; the last one's
     loss. All layouts read the same rows.
     """
     mesh = Mesh.build(world, recipe.parallel.layout(world.size))
     engine = build_engine(recipe, recipe.batches(world.size), mesh)
-    training, vocabulary = recipe.training, recipe.model.vocab_size
-    shape = (training.batch_tokens // training.sequence_length, training.sequence_length + 1)
-    rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    own = rows.chunk(mesh.data.size)[mesh.data.index].split(training.micro_batch_size)
-    batches = [RandomBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in own]
+    batches = random_batches(recipe, mesh)
     found = []
     for number in range(1 + steps):
         dist.barrier()
@@ -116,7 +121,8 @@ def measure(recipe: Recipe, world: World, clock: Clock, steps: int) -> dict[str,
         if number:  # the first allocates, and makes the connections
             found.append([late - early for late, early in zip(after, before, strict=True)])
     # What replicas sum once a step, or what other ranks hand each other in every layer.
-    message = 4 * (engine.num_parameters if mesh.data.size > 1 else training.sequence_length * recipe.model.dim)
+    activations = recipe.training.sequence_length * recipe.model.dim
+    message = 4 * (engine.num_parameters if mesh.data.size > 1 else activations)
     engine.destroy()
     means = torch.tensor(found, dtype=torch.float64)
     dist.all_reduce(means)
