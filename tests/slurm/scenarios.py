@@ -136,12 +136,15 @@ def cut_network(lab: Lab) -> Loss:
     since = time.time()
     lab.wait_for(lambda: len(events(lab.folder / "cut", "resume")) == 1, "the next copy")
     lab.wait_for(lambda: not any(alive(pid) for pid in old), "the end of the older copy, while it is cut off")
+    # Its script writes down how it ended, before Slurm can reach it again and end it.
+    lab.wait_for(lambda: lab.attempts("cut")[0]["exit_code"] is not None, "the end of the older copy's attempt")
     assert lab.job_state(job) == "RUNNING"
     lab.cluster.heal(node)
     lab.wait_end("cut", job, seconds=1500)
     assert "took its folder over" in (lab.folder / "cut" / "logs" / "rank0.log").read_text()
     first, *others = [a["exit_code"] for a in lab.attempts("cut")]
-    assert first == 77 and others[-1] == 0 and set(others[:-1]) <= {75}, "Slurm may move the job once more"
+    # Slurm may move the job once more.
+    assert first == 77 and others[-1] == 0 and set(others[:-1]) <= {75}, lab.attempts("cut")
     lab.cluster.wait_idle(lab.cluster.nodes)
     resumed, *_ = events(lab.folder / "cut", "resume")
     return dataclasses.replace(lab.cost("cut"), seconds=datetime.fromisoformat(resumed["time"]).timestamp() - since)
@@ -237,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = {function.__name__: title for title, function in SCENARIOS.items()}
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names)} (default: all)")
     chosen = parser.parse_args(argv).names or list(names)
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"no such scenario: {', '.join(unknown)}; there are {', '.join(names)}")
     if reason := reason_to_skip():
         sys.exit(reason)
     with tempfile.TemporaryDirectory() as folder:
