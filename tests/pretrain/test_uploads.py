@@ -56,6 +56,17 @@ def test_what_a_folder_holds_is_uploaded_and_a_new_node_goes_on_from_it(
     assert list_checkpoints(here.folder) == [second, first]
 
 
+def test_the_newest_is_named_where_an_older_one_is_uploaded_behind_it(
+    here: Checkpoints, store: CheckpointStore, opened: Opened, told: Told
+) -> None:
+    for step in (4, 8):
+        here.save(step, write)
+    with opened(here):
+        pass
+    assert told.kinds() == [("upload", 8), ("upload", 4)]
+    assert (Path(store.location) / "latest").read_text() == "step-00000008\n"
+
+
 def test_a_checkpoint_that_stays_stays_where_it_is_downloaded(
     here: Checkpoints, store: CheckpointStore, opened: Opened, tmp_path: Path
 ) -> None:
