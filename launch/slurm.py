@@ -12,6 +12,7 @@ from launch.attempts import LAUNCH_FOLDER
 from launch.job_script import JobScript
 from launch.jobs import SubmittedJob, queue_state
 from launch.local import prepare_log, say, writable
+from launch.room import explain_unwritten
 from launch.run_events import LOGS_FOLDER
 from pretrain.errors import UserError
 
@@ -109,8 +110,13 @@ def run(options: argparse.Namespace) -> int:
         return 0
     job = submit(path)
     say(f"job {job}: {script.nodes} x {script.tasks_per_node} ranks; its output: {folder / LOGS_FOLDER}/job-{job}.log")
-    with writable(folder):  # behind the job's number, which nobody would know otherwise
-        SubmittedJob.now(job, script.name).write(folder)
+    submitted = SubmittedJob.now(job, script.name)
+    try:
+        submitted.write(folder)
+    except OSError as error:  # an error would have the launch tried again, and a second job beside this one
+        say(
+            f"the job is submitted, but not written down: {explain_unwritten(error, folder)}; it does so when it starts"
+        )
     say(f"python -m launch status {folder}    (or logs, or stop)")
     return 0
 

@@ -189,6 +189,21 @@ def test_a_dry_run_asks_sbatch_whether_it_takes_the_job(capfd, monkeypatch, tmp_
     assert refusal in capfd.readouterr().out
 
 
+def test_a_job_that_is_submitted_is_no_failure_where_it_cannot_be_written_down(capfd, monkeypatch, tmp_path):
+    """Whoever tries failures again would submit a second one. The job itself writes it down when it starts."""
+    (tmp_path / "sbatch").write_text("#!/bin/bash\necho 4242\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def full(job: SubmittedJob, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    monkeypatch.setattr(SubmittedJob, "write", full)
+    assert main(["slurm", "--nodes", "2", DEMO, "--folder", str(tmp_path / "run")]) == 0
+    said = capfd.readouterr().err
+    assert "job 4242: 2 x 1 ranks" in said and "not written down: " in said and "No space left on device" in said
+
+
 def test_a_task_takes_its_place_from_slurm():
     found = environment_of_task({**STEP, "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "6"})
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")
