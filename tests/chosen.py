@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
-from typing import Any, TypeVar
+from collections.abc import Container, Iterable
+from typing import Any
 
 import pytest
 
-Case = TypeVar("Case")
 
-
-def cases(listed: Iterable[Case], *, often: Container[str], name: Callable[[Case], str] = str) -> list[Any]:
-    """For `parametrize`: cases of which those are slow that are not named in `often`."""
-    return [
-        case if name(case) in often else pytest.param(case, marks=pytest.mark.slow, id=name(case)) for case in listed
-    ]
+def cases(listed: Iterable[Any], *, often: Container[str]) -> list[Any]:
+    """For `parametrize`: cases, named by `str`, of which those are slow that `often` does not name."""
+    slow = [pytest.mark.slow]
+    return [pytest.param(case, id=str(case), marks=[] if str(case) in often else slow) for case in listed]
 
 
 def chosen(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
