@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import ModelConfig, TitansLM
+from model import ModelConfig
 from parallel.mesh import Layout
 from parallel.slices import Slice
 from parallel.state_files import KINDS, Stretch, index_file, rank_file
@@ -22,6 +22,7 @@ from pretrain.durable import finished_file
 from pretrain.phases import Phases
 from pretrain.resume import MODEL_FILE, RECIPE_FILE, TRAINER_FILE, TrainerState
 from tests.training_cases import write_recipe
+from tools.checkpoint.contents import parameter_shapes
 
 STEP = 7
 ROWS = ("embedding.weight",)
@@ -43,11 +44,7 @@ def small_model(run: Path, **fields: Any) -> ModelConfig:
     return load_recipe(write_recipe(run / "shards", run, **fields)).model
 
 
-@cache
-def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter's shape."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in TitansLM(config).named_parameters()}
+shapes_of = cache(parameter_shapes)
 
 
 def value_of(config: ModelConfig, name: str, kind: str) -> Tensor:

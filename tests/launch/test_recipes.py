@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from model import ModelConfig, TitansLM
 from pretrain.config import load_recipe
 from pretrain.phases import load_phases
+from pretrain.plan import num_parameters
 
 FOLDER = Path(__file__).parents[2] / "launch" / "recipes"
 SUITE = FOLDER / "trials" / "suite.yaml"  # what is done with the trials' recipes: tests/tools/trials
@@ -20,12 +19,6 @@ PAPER = [path for path in RECIPES if path.stem.startswith("titans-")]
 VARIANTS = ("mac", "mag", "mal", "lmm", "transformer")
 TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9, "1.3b": 30e9}
 PARAMETERS = {"170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
-
-
-def parameters(config: ModelConfig) -> int:
-    """Parameters of a model that is built without memory for them."""
-    with torch.device("meta"):
-        return TitansLM(config).num_parameters()
 
 
 def test_the_demo_and_all_sizes_of_the_paper_are_there():
@@ -47,7 +40,7 @@ def test_every_variant_has_the_size_in_the_recipe_s_name(path, variant):
     size = path.stem.removeprefix("titans-")
     recipe = load_recipe(path, [("model.preset", f"{variant}-{size}")])
     assert recipe.model.variant == variant
-    assert parameters(recipe.model) == pytest.approx(PARAMETERS[size], rel=0.05)
+    assert num_parameters(recipe.model) == pytest.approx(PARAMETERS[size], rel=0.05)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
@@ -74,7 +67,7 @@ def test_the_demo_divides_over_two_processes():
 def test_a_trial_is_of_a_size_for_a_cpu_and_measured_on_the_way(path):
     recipe = load_recipe(path)
     assert recipe.data.has_held_out and recipe.parallel.device == "cpu"
-    assert parameters(recipe.model) < 1e6
+    assert num_parameters(recipe.model) < 1e6
     assert recipe.evaluation.every_tokens is not None
 
 
@@ -127,7 +120,7 @@ def test_long_recipes_begin_as_the_papers_and_are_for_8_gpus(path, variant):
 
 def test_the_tiny_long_recipe_draws_rows_as_long_as_its_phases():
     phases = load_phases(FOLDER / "long-tiny.yaml")
-    assert parameters(phases.run.model) < 1e5
+    assert num_parameters(phases.run.model) < 1e5
     for phase in phases:
         assert phase.recipe.data.kind == "synthetic"
         assert phase.recipe.data.task.row_tokens == phase.recipe.training.sequence_length
